@@ -1,0 +1,317 @@
+"""The public functions: inspect, dry_run, quantize, resume, load, recipes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import resource
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitbrush import __version__, assets, inspection, loading
+from bitbrush.engine.disk import Disk
+from bitbrush.engine.journal import Journal
+from bitbrush.engine.planning import make_plan
+from bitbrush.engine.progress import Progress, TqdmProgress
+from bitbrush.engine.recipe import Recipe, bundled, load_recipe
+from bitbrush.engine.run import Run
+from bitbrush.errors import InputError, ResourceError
+from bitbrush.network.pipelines import takes_prompt
+from bitbrush.network.survey import survey
+from bitbrush.numbers.grid import Plan
+from bitbrush.precision import fast_matmul
+from bitbrush.steps import STEPS
+
+
+@dataclass
+class Result:
+    """A quantized pipeline with the evidence.
+
+    Attributes:
+        pipeline: The pipeline (or bare model) with packed layers, ready to draw.
+        plan: What every layer became.
+        proof: Layer by layer, that packed equals simulated.
+        history: Losses of the units, bits and bytes of the layers, activation ranges a timestep.
+        seconds, peak_memory: Of this run (bytes; GPU memory where a GPU was used).
+        output: The artifact's folder, when one was asked for.
+    """
+
+    pipeline: Any
+    plan: Plan
+    proof: dict[str, Any]
+    history: dict[str, Any]
+    recipe: Recipe
+    seconds: float
+    peak_memory: int
+    output: Path | None = None
+    source: str | None = field(default=None, repr=False)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write the artifact: a diffusers folder with manifest, proof, recipe and history."""
+        from bitbrush.artifact.save import save
+
+        save(self.pipeline, Path(path), self.plan, self.extras(), source=self.source)
+
+    def extras(self) -> dict[str, bytes]:
+        """The files that go beside the model, as bytes that depend on the result only."""
+        return {
+            "proof.json": _json(self.proof), "history.json": _json(self.history),
+            "recipe.toml": self.recipe.to_toml().encode(),
+        }
+
+
+def recipes() -> list[str]:
+    """Names of the bundled recipes."""
+    return bundled()
+
+
+def read_recipe(
+    source: str | Path, weights: int | None = None, activations: int | None = None, preset: str | None = None,
+    settings: dict[str, Any] | None = None,
+) -> Recipe:
+    """A bundled recipe by name or a TOML file by path, checked and expanded. Raises InputError."""
+    return load_recipe(source, STEPS, weights=weights, activations=activations, preset=preset, settings=settings)
+
+
+def inspect(
+    model: Any, *, recipe: str | Path = "qdiffusion", weights: int | None = None, activations: int | None = None,
+    preset: str | None = None, settings: dict[str, Any] | None = None,
+) -> inspection.Inspection:
+    """Layers, shapes, shares of weights and compute, what stays float and why, size and time estimates.
+
+    Args:
+        model: Pipeline, denoiser, or a path or hub id of one.
+    """
+    checked = read_recipe(recipe, weights, activations, preset, settings)
+    return _inspect(loading.open_model(model, None if not isinstance(model, str | Path) else "cpu"), checked)
+
+
+def dry_run(
+    target: Any, recipe: str | Path = "qdiffusion", weights: int | None = None, activations: int | None = None, *,
+    prompts: list[str] | None = None, preset: str | None = None, settings: dict[str, Any] | None = None, **_: Any,
+) -> dict[str, Any]:
+    """Everything that `quantize` checks before it starts: the expanded recipe and the inspection."""
+    checked = read_recipe(recipe, weights, activations, preset, settings)
+    opened = loading.open_model(target, "cpu" if isinstance(target, str | Path) else None)
+    _prompts(opened, checked, prompts)
+    return {"recipe": checked.to_toml(), "inspection": _inspect(opened, checked).to_json()}
+
+
+def quantize(
+    target: Any, recipe: str | Path = "qdiffusion", weights: int | None = None, activations: int | None = None, *,
+    prompts: list[str] | None = None, seed: int = 0, device: str | None = None, output: str | Path | None = None,
+    preset: str | None = None, settings: dict[str, Any] | None = None, progress: Progress | None = None,
+    disk: Disk | None = None,
+) -> Result:
+    """Quantize a pipeline's denoiser, prove it, and (with ``output``) save the artifact.
+
+    The denoiser is changed in place; its float weights are freed layer by layer while packing.
+
+    Args:
+        target: Pipeline, denoiser (data-free recipes only), or a path or hub id of one.
+        recipe: Name of a bundled recipe, or path of a TOML file.
+        weights, activations: Bits, 1 to 8, or 16 for float; None: as the recipe says.
+        prompts: Calibration prompts; None: bundled ones, which is said.
+        seed: Seed of everything random.
+        device: ``cpu``, ``cuda``...; None: CUDA when there (for paths), or where the object is.
+        output: Folder of the artifact; a killed run goes on with `resume`.
+        preset: A preset of the recipe, such as ``demo``.
+        settings: ``{"step.key": value}``.
+        progress: Where to report; None: tqdm bars.
+
+    Raises:
+        InputError, ResourceError, NumericsError: Nothing is lost; a run with ``output`` can be resumed.
+    """
+    checked = read_recipe(recipe, weights, activations, preset, settings)
+    if output is not None:
+        Journal(Path(output), disk or Disk())._refuse_occupied()
+    opened = loading.open_model(target, device)
+    asked = {
+        "source": str(target) if isinstance(target, str | Path) else None, "recipe": checked.to_toml(), "seed": seed,
+        "prompts": prompts, "device": str(_device(opened.model)),
+    }
+    return _run(opened, checked, asked, output, progress or TqdmProgress(), disk or Disk(), resume=False)
+
+
+def resume(
+    output: str | Path, target: Any = None, *, progress: Progress | None = None, disk: Disk | None = None
+) -> Result:
+    """Go on with a run that was interrupted, from its last finished unit.
+
+    Args:
+        output: The folder given to `quantize`.
+        target: The pipeline object, when the run began with an object instead of a path.
+    """
+    folder, disk = Path(output), disk or Disk()
+    record = folder / ".run" / "run.json"
+    if not record.exists():
+        done = (folder / "bitbrush.json").exists()
+        raise InputError(
+            "there is nothing to resume", where=str(folder),
+            why="the artifact is complete" if done else "no run was begun in this folder",
+            try_=f"bitbrush sample {folder}" if done else f"bitbrush quantize MODEL -o {folder}",
+        )
+    asked = json.loads(record.read_text())["asked"]
+    source = target if target is not None else asked["source"]
+    if source is None:
+        raise InputError("the run began with a pipeline object", where=str(folder), why="there is no path to load it from",
+                         try_="bitbrush.resume(output, pipeline)")
+    with tempfile.NamedTemporaryFile("w", suffix=".toml") as file:  # the expanded recipe, read as any other
+        file.write(asked["recipe"])
+        file.flush()
+        checked = load_recipe(file.name, STEPS)
+    opened = loading.open_model(source, asked["device"])
+    return _run(opened, checked, asked, folder, progress or TqdmProgress(), disk, resume=True)
+
+
+def load(path: str | Path, **kwargs: Any) -> Any:
+    """Load an artifact after checking every hash of its manifest; ``kwargs`` go to ``from_pretrained``."""
+    from bitbrush.artifact.load import load as load_artifact
+
+    return load_artifact(Path(path), **kwargs)
+
+
+# ---- inside ----------------------------------------------------------------------------------------------------
+def _run(
+    opened: loading.Opened, recipe: Recipe, asked: dict[str, Any], output: str | Path | None, progress: Progress,
+    disk: Disk, *, resume: bool,
+) -> Result:
+    from bitbrush.artifact.save import save
+
+    started = time.perf_counter()
+    prompts = _prompts(opened, recipe, asked["prompts"])
+    if asked["prompts"] is None and prompts:
+        progress.say(f"No prompts given: using {recipe.prompts_needed()} of the {len(prompts)} bundled ones.")
+    folder = Path(output) if output is not None else Path(tempfile.mkdtemp(prefix="bitbrush-"))
+    _check_disk(opened, folder)
+    journal = Journal(folder, disk)
+    try:
+        journal.open(asked, _fingerprint(opened, recipe, asked, prompts), resume=resume)
+        with fast_matmul():
+            run = Run(recipe, opened.model, opened.pipeline, journal, asked["seed"], prompts, progress, opened.tokens,
+                      memory=_memory_budget(opened.model))
+            run.execute()
+        result = _result(run, opened, started, Path(output) if output is not None else None)
+        if output is not None:
+            save(result.pipeline, folder, result.plan, result.extras(), disk=disk, source=result.source)
+            journal.close()
+        return result
+    finally:
+        journal.release()
+        if output is None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _result(run: Run, opened: loading.Opened, started: float, output: Path | None) -> Result:
+    proofs: dict[str, Any] = {}
+    verify: dict[str, Any] = {}
+    ranges: dict[str, Any] = {}
+    units = []
+    for entry in run.done:
+        notes = {k: v for k, v in entry.items() if k not in ("proof", "ranges")}
+        proofs |= entry.get("proof", {})
+        ranges |= {name.removesuffix(".input"): value for name, value in entry.get("ranges", {}).items()}
+        verify = notes if "sqnr_packed_vs_simulated_db" in notes else verify
+        units.append(notes)
+    layers = {
+        name: {
+            "weight_bits": layer.spec.weight.grid.bits if layer.spec.weight else 16,
+            "activation_bits": layer.spec.activation.grid.bits if layer.spec.activation else 16,
+            "parameters": next(s.parameters for s in run.survey.sites if s.name == name),
+            "packed_bytes": layer.packed_bytes(), "segments": list(layer.spec.segments),
+        }
+        for name, layer in run.layers().items()
+    }
+    total = sum(s.parameters for s in run.survey.layers()) + sum(run.survey.other.values())
+    stored = sum(t.numel() * t.element_size() for t in opened.model.state_dict().values())
+    history = {
+        "recipe": run.recipe.name, "weight_bits": run.recipe.weights, "activation_bits": run.recipe.activations,
+        "average_bits": round(8 * stored / total, 4), "parameters": total, "bytes": stored, "layers": layers,
+        "kept_float": run.kept_float, "units": units, "ranges": ranges, "samples": len(run.tape),
+    }
+    proof = {"format": 1, "ok": all(p.get("ok", False) for p in proofs.values()), "model": verify, "layers": proofs}
+    source = opened.source if Path(opened.source).is_dir() else None
+    return Result(opened.pipeline if opened.pipeline is not None else opened.model, run.plan, proof, history, run.recipe,
+                  time.perf_counter() - started, _peak_memory(opened.model), output, source)
+
+
+def _inspect(opened: loading.Opened, recipe: Recipe) -> inspection.Inspection:
+    found = survey(opened.model, tokens=opened.tokens)
+    guided = opened.pipeline is not None and takes_prompt(opened.pipeline)
+    return inspection.build(opened.source, type(opened.model).__name__, found, make_plan(found, recipe), recipe, guided,
+                            _device(opened.model).type)
+
+
+def _prompts(opened: loading.Opened, recipe: Recipe, prompts: list[str] | None) -> list[str]:
+    if not recipe.needs_data():
+        return []
+    if opened.pipeline is None:
+        raise InputError(f"recipe {recipe.name!r} needs a pipeline", where=opened.source,
+                         why="it calibrates on sampling trajectories, which a bare model cannot make",
+                         try_="give the pipeline's folder, or use --recipe rtn-dynamic")
+    if not takes_prompt(opened.pipeline):
+        return []
+    if prompts is None:
+        return assets.prompts("calibration")
+    if len(prompts) < recipe.prompts_needed():
+        raise InputError(f"{recipe.prompts_needed()} prompts are needed, {len(prompts)} were given", where="prompts",
+                         why="every calibration trajectory takes its own prompt",
+                         try_=f"give more prompts, or --set calibrate.trajectories={len(prompts)}")
+    return list(prompts)
+
+
+def _fingerprint(
+    opened: loading.Opened, recipe: Recipe, asked: dict[str, Any], prompts: list[str]
+) -> dict[str, str]:
+    weights = hashlib.sha256()
+    for name, tensor in sorted(opened.model.state_dict().items()):
+        weights.update(name.encode())
+        weights.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return {
+        "model": weights.hexdigest(), "recipe": _hash(recipe.to_toml()), "prompts": _hash("\n".join(prompts)),
+        "seed": str(asked["seed"]), "device": str(_device(opened.model).type), "bitbrush": __version__,
+        "torch": torch.__version__,
+    }
+
+
+def _check_disk(opened: loading.Opened, folder: Path) -> None:
+    parent = folder
+    while not parent.exists():
+        parent = parent.parent
+    needed = sum(p.numel() for p in opened.model.parameters()) * 3
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise ResourceError(f"the disk has {free / 1e9:.2f} GB free, about {needed / 1e9:.2f} GB are needed",
+                            where=str(parent), why="codes of finished units and the artifact are kept there",
+                            try_="free some space, or choose another -o")
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _memory_budget(model: nn.Module) -> int:
+    if _device(model).type == "cuda":
+        return int(torch.cuda.mem_get_info()[0] * 0.25)
+    return 1 << 30
+
+
+def _peak_memory(model: nn.Module) -> int:
+    if _device(model).type == "cuda":
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _json(data: Any) -> bytes:
+    return (json.dumps(data, indent=1, sort_keys=True) + "\n").encode()

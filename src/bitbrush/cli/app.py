@@ -1,0 +1,328 @@
+"""The commands. Each reads its options, calls the public API and shows what came back; heavy imports are inside.
+
+Errors are not caught here: `bitbrush.cli.entry` turns them into a message and an exit code.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+
+from bitbrush.cli import render
+from bitbrush.cli.render import Screen
+from bitbrush.cli.text import clean
+from bitbrush.errors import InputError
+
+app = typer.Typer(
+    name="bitbrush",
+    help="Low-bit diffusers pipelines: quantize, pack, prove, compare.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Write one JSON object instead of tables.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the notes of libraries.")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Folder or hub id of a diffusers pipeline, or a model folder.")
+]
+Recipe = Annotated[
+    str, typer.Option("--recipe", "-r", help="Name of a recipe (see `bitbrush recipes`) or a .toml file.")
+]
+Weights = Annotated[int | None, typer.Option("--weights", "-w", help="Bits of the weights, 1 to 8.")]
+Activations = Annotated[
+    int | None, typer.Option("--activations", "-a", help="Bits of the activations, 1 to 8; 16 = float.")
+]
+Prompts = Annotated[
+    Path | None, typer.Option("--prompts", help="Text file with one prompt a line; else the bundled ones.")
+]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1 ...; CUDA where there is one.")]
+Steps = Annotated[int, typer.Option("--steps", min=1, help="Sampling steps.")]
+Guidance = Annotated[float, typer.Option("--guidance", help="Classifier-free guidance; no effect without prompts.")]
+Batch = Annotated[int, typer.Option("--batch", min=1, help="Pictures drawn at once.")]
+
+
+@app.command()
+def inspect(
+    model: Model,
+    recipe: Recipe = "qdiffusion",
+    weights: Weights = None,
+    activations: Activations = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show layers, shares, what stays float and why, and estimates of size and time. Nothing slow."""
+    screen = _heavy(as_json, debug)
+    import bitbrush
+
+    report = bitbrush.inspect(model, recipe=recipe, weights=weights, activations=activations).to_json()
+    screen.show(report, *([] if as_json else render.inspection_tables(report)))
+
+
+@app.command()
+def quantize(
+    model: Model,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the result; new or empty.")] = None,
+    recipe: Recipe = "qdiffusion",
+    weights: Weights = None,
+    activations: Activations = None,
+    preset: Annotated[str | None, typer.Option("--preset", help="A preset of the recipe, such as demo.")] = None,
+    prompts: Prompts = None,
+    seed: Seed = 0,
+    device: Device = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="step.key=value; may be repeated.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the recipe and the estimates, and stop.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Quantize MODEL with a recipe and save the packed pipeline to OUT."""
+    screen = Screen(as_json, debug)
+    if output is None and not dry_run:
+        raise InputError(
+            "no output folder was given",
+            where="bitbrush quantize",
+            why="the result has to be saved somewhere",
+            try_="add -o OUT, or --dry-run to see what would be done",
+        )
+    options: dict[str, Any] = {
+        "recipe": recipe,
+        "weights": weights,
+        "activations": activations,
+        "preset": preset,
+        "prompts": _read_prompts(screen, prompts),
+        "seed": seed,
+        "device": device,
+        "settings": parse_settings(settings or []),
+        "output": output,
+    }
+    screen = _heavy(as_json, debug)
+    import bitbrush
+
+    if dry_run:
+        report = bitbrush.dry_run(model, **options)
+        screen.show(report, *([] if as_json else render.dry_run_tables(report)))
+        return
+    with screen.progress() as progress:
+        result = bitbrush.quantize(model, **options, progress=progress)
+    _show_result(screen, result)
+
+
+@app.command()
+def resume(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder of an interrupted run.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Go on with an interrupted run, from the last finished unit."""
+    screen = _heavy(as_json, debug)
+    import bitbrush
+
+    with screen.progress() as progress:
+        result = bitbrush.resume(output, progress=progress)
+    _show_result(screen, result)
+
+
+@app.command()
+def sample(
+    model: Annotated[str, typer.Argument(metavar="OUT", help="A quantized folder, or any diffusers pipeline.")],
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="What to draw; may be repeated.")] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The picture; numbered where there are several.")
+    ] = Path("picture.png"),
+    n: Annotated[int | None, typer.Option("-n", min=1, help="How many pictures; one a prompt by default.")] = None,
+    steps: Steps = 25,
+    guidance: Guidance = 4.0,
+    seed: Seed = 0,
+    batch: Batch = 4,
+    device: Device = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Draw pictures with a quantized pipeline (no prompt needed for unconditional ones)."""
+    screen = _heavy(as_json, debug)
+    from bitbrush.cli import pictures
+
+    with screen.progress() as progress:
+        paths = pictures.sample(
+            model,
+            output,
+            prompts=prompt or None,
+            n=n,
+            steps=steps,
+            guidance=guidance,
+            seed=seed,
+            batch=batch,
+            device=device,
+            progress=progress,
+        )
+    names = [str(path) for path in paths]
+    screen.show({"pictures": names}, Text(clean("\n".join(names))))
+
+
+@app.command()
+def compare(
+    outputs: Annotated[list[str], typer.Argument(metavar="OUT1 OUT2 ...", help="Quantized folders.")],
+    reference: Annotated[str, typer.Option("--reference", help="The full-precision pipeline.")],
+    prompts: Prompts = None,
+    n: Annotated[int, typer.Option("-n", min=1, help="How many pictures of each.")] = 64,
+    seed: Seed = 0,
+    steps: Steps = 25,
+    guidance: Guidance = 4.0,
+    batch: Batch = 4,
+    device: Device = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML page.")] = Path("report.html"),
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Draw the same pictures with every pipeline and write a report: pictures, metrics, bits, ranges."""
+    screen = Screen(as_json, debug)
+    texts = _read_prompts(screen, prompts)
+    screen = _heavy(as_json, debug)
+    from bitbrush.cli import pictures
+
+    with screen.progress() as progress:
+        comparison = pictures.compare(
+            outputs,
+            reference,
+            output,
+            prompts=texts,
+            n=n,
+            seed=seed,
+            steps=steps,
+            guidance=guidance,
+            batch=batch,
+            device=device,
+            progress=progress,
+        )
+    screen.show(
+        {"report": str(output), **comparison}, *([] if as_json else render.comparison_tables(comparison, output))
+    )
+
+
+@app.command()
+def recipes(
+    action: Annotated[str | None, typer.Argument(metavar="[show]", help="`show` prints one recipe in full.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Name of a recipe or a .toml file.")] = None,
+    weights: Weights = None,
+    activations: Activations = None,
+    preset: Annotated[str | None, typer.Option("--preset", help="A preset of the recipe.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List the recipes, or show one expanded: `bitbrush recipes show qdiffusion`."""
+    if action not in (None, "show") or (action == "show" and name is None):
+        raise InputError(
+            f"`recipes {action}` is not a command" if action != "show" else "the name of a recipe is missing",
+            where="bitbrush recipes",
+            why="expected `recipes` or `recipes show NAME`",
+            try_="bitbrush recipes",
+        )
+    screen = Screen(as_json, debug)
+    from bitbrush.cli import catalogue
+
+    if name is None:
+        rows = catalogue.listing()
+        screen.show({"recipes": rows}, render.recipe_table(rows))
+        return
+    text = catalogue.expanded(name, weights, activations, preset)
+    screen.show({"recipe": tomllib.loads(text), "toml": text}, Text(clean(text)))
+
+
+@app.command()
+def doctor(as_json: Json = False, debug: Debug = False) -> None:
+    """Show versions, devices, kernels that would run and why not others, free disk and memory."""
+    screen = _heavy(as_json, debug)
+    from bitbrush.cli.doctor import examine
+
+    report = examine()
+    screen.show(report, *([] if as_json else render.doctor_tables(report)))
+
+
+@app.command()
+def demo(
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A new folder; ./bitbrush-demo by default.")
+    ] = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Quantize the bundled model to W4A8, compare it with plain rounding, and write a report."""
+    screen = _heavy(as_json, debug)
+    from bitbrush.cli.demo import run_demo
+
+    with screen.progress() as progress:
+        outcome = run_demo(output, seed=seed, progress=progress)
+    screen.show(outcome, *([] if as_json else render.demo_tables(outcome)))
+
+
+def parse_settings(pairs: list[str]) -> dict[str, Any]:
+    """``["weights.iterations=100"]`` as ``{"weights.iterations": 100}``; values are TOML, or else plain text.
+
+    Raises:
+        InputError: A pair has no ``=`` or no ``step.key`` before it, or a key comes twice.
+    """
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        key, sign, value = pair.partition("=")
+        key = key.strip()
+        if not sign or not all(key.partition(".")):
+            raise InputError(
+                "a setting could not be read",
+                where=f"--set {pair}",
+                why="expected step.key=value",
+                try_="--set weights.iterations=100",
+            )
+        if key in settings:
+            raise InputError(
+                "a setting was given twice", where=f"--set {pair}", why=f"{key} is set already", try_="drop one of them"
+            )
+        settings[key] = _toml_value(value.strip())
+    return settings
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _heavy(as_json: bool, debug: bool) -> Screen:
+    """The screen of a command that loads models: quietens the libraries that are about to be imported."""
+    from bitbrush.cli.quiet import quiet_loading
+
+    quiet_loading(debug=debug)
+    return Screen(as_json, debug)
+
+
+def _read_prompts(screen: Screen, path: Path | None) -> list[str] | None:
+    if path is None:
+        return None
+    from bitbrush.prompts import read_prompts
+
+    prompts = read_prompts(path)
+    repeated = len(prompts) - len(set(prompts))
+    if repeated:
+        screen.note(f"{path}: {repeated:,} of {len(prompts):,} prompts are repeated")
+    return prompts
+
+
+def _show_result(screen: Screen, result: Any) -> None:
+    summary = {
+        "output": str(result.output),
+        "recipe": result.history.get("recipe"),
+        "weight_bits": result.history.get("weight_bits"),
+        "activation_bits": result.history.get("activation_bits"),
+        "average_bits": result.history.get("average_bits"),
+        "seconds": result.seconds,
+        "peak_memory": result.peak_memory,
+        "proof": result.proof,
+    }
+    screen.show(summary, *([] if screen.as_json else render.result_tables(summary)))

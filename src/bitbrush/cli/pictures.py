@@ -1,0 +1,250 @@
+"""What `sample` and `compare` do: open pipelines, draw, save pictures and the report."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import io
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import bitbrush
+from bitbrush import assets
+from bitbrush.cli.rich_progress import Reporter
+from bitbrush.errors import ArtifactError, InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bitbrush.evaluate import Comparison, EmojiClip
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def open_pipeline(name: str, device: str | None = None) -> Any:
+    """A pipeline ready to draw: a bitbrush result with every hash checked, or what `bitbrush.loading` opens.
+
+    Raises:
+        InputError: There is no such pipeline, or diffusers cannot load it, or it is a model without its pipeline.
+        ArtifactError: The folder is an unfinished, changed or foreign bitbrush result.
+    """
+    import torch
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    folder = Path(name)
+    if (folder / "bitbrush.json").exists():
+        pipeline = bitbrush.load(folder)
+    elif (folder / ".run").is_dir():
+        raise ArtifactError(
+            "this result is not finished",
+            where=name,
+            why="its run was interrupted: there is no manifest yet",
+            try_=f"bitbrush resume {name}",
+        )
+    else:
+        from bitbrush.loading import open_model
+
+        pipeline = open_model(name, device).pipeline
+    if not hasattr(pipeline, "set_progress_bar_config"):
+        raise InputError(
+            "a bare model cannot draw",
+            where=name,
+            why="pictures need the whole pipeline: scheduler, decoder, text encoder",
+            try_="put the model into its pipeline's folder and name that",
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def sample(
+    name: str,
+    output: Path,
+    *,
+    prompts: Sequence[str] | None,
+    n: int | None,
+    steps: int,
+    guidance: float,
+    seed: int,
+    batch: int,
+    device: str | None,
+    progress: Reporter,
+) -> list[Path]:
+    """Draw ``n`` pictures (one a prompt by default; prompts are taken in turn) and save them.
+
+    Returns:
+        The files: ``output`` itself, or ``stem-000.png`` and so on where there are several.
+
+    Raises:
+        InputError: The ending is no picture format, or prompts do not fit the pipeline.
+    """
+    _check_suffix(output)
+    pipeline = open_pipeline(name, device)
+    from bitbrush.evaluate.sampling import draw
+
+    count = n or len(prompts or ()) or 1
+    texts = [prompts[i % len(prompts)] for i in range(count)] if prompts else None
+    progress.start("draw", count)
+    drawn = draw(
+        pipeline, prompts=texts, n=count, seed=seed, steps=steps, guidance=guidance, batch=batch, progress=progress
+    )
+    progress.finish()
+    return save_pictures(drawn, output)
+
+
+def save_pictures(drawn: Tensor, output: Path) -> list[Path]:
+    """Save pictures ``[n, 3, H, W]`` in [-1, 1]; each file appears whole or not at all."""
+    from PIL import Image
+
+    from bitbrush.engine import disk
+
+    bytes_ = ((drawn.float() + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+    several = len(bytes_) > 1
+    paths = []
+    for index, pixels in enumerate(bytes_):
+        path = output.with_stem(f"{output.stem}-{index:03}") if several else output
+        encoded = io.BytesIO()
+        Image.fromarray(pixels).save(encoded, format=Image.registered_extensions()[path.suffix.lower()])
+        disk.write_bytes(path, encoded.getvalue())
+        paths.append(path)
+    return paths
+
+
+def compare(
+    outputs: Sequence[str],
+    reference: str,
+    page: Path,
+    *,
+    prompts: list[str] | None,
+    n: int,
+    seed: int,
+    steps: int,
+    guidance: float,
+    batch: int,
+    device: str | None,
+    progress: Reporter,
+) -> dict[str, Any]:
+    """Draw the same pictures with the reference and every output, measure, write the page; the numbers as plain data.
+
+    Raises:
+        InputError: A pipeline or the prompts cannot be used, or fewer prompts than pictures were given.
+    """
+    from bitbrush.evaluate import compare as measure
+    from bitbrush.prompts import check_enough
+    from bitbrush.report.html import write_report
+
+    original = open_pipeline(reference, device)
+    texts = choose_prompts(original, prompts, progress)
+    if texts is not None:
+        check_enough(texts, n)
+    names = unique_names(outputs)
+    comparison = measure(
+        original,
+        {name: _opener(output, device) for name, output in names.items()},
+        prompts=texts,
+        n=n,
+        seeds=(seed,),
+        steps=steps,
+        guidance=guidance,
+        batch=batch,
+        evaluator=emoji_evaluator(original),
+        baseline=next((name for name in names if "rtn" in name.lower()), None),
+        progress=progress,
+    )
+    histories = {name: history for name, output in names.items() if (history := read_history(output)) is not None}
+    extras = {"model": reference, "command": "bitbrush compare", **about({comparison.reference: reference, **names})}
+    write_report(page, comparison, histories, extras)
+    return summary(comparison)
+
+
+def about(folders: Mapping[str, str | Path]) -> dict[str, Any]:
+    """What the report says of an arm's file size and of the versions: ``sizes`` (bytes) and ``versions``."""
+    sizes = {name: count for name, folder in folders.items() if (count := denoiser_bytes(Path(folder)))}
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")}
+    own = {"bitbrush": bitbrush.__version__, "python": platform.python_version()}
+    return {"sizes": sizes, "versions": own | versions}
+
+
+def denoiser_bytes(folder: Path) -> int:
+    """Bytes of the denoiser's weights on disk; 0 where the folder is not on this machine."""
+    return sum(file.stat().st_size for name in ("unet", "transformer") for file in folder.glob(f"{name}/*.safetensors"))
+
+
+def summary(comparison: Comparison) -> dict[str, Any]:
+    """The numbers of a comparison without those of single pictures."""
+    data = comparison.to_json()
+    return {name: value for name, value in data.items() if name not in ("per_picture", "prompts")}
+
+
+def _opener(output: str, device: str | None) -> Any:
+    return lambda: open_pipeline(output, device)
+
+
+def choose_prompts(pipeline: Any, prompts: list[str] | None, progress: Reporter) -> list[str] | None:
+    """The prompts given, the bundled ones (which is said), or None for an unconditional pipeline."""
+    from bitbrush.evaluate.sampling import takes_prompt
+
+    if not takes_prompt(pipeline):
+        if prompts is not None:
+            progress.say("The pipeline is unconditional: the prompts are not used.")
+        return None
+    if prompts is None:
+        progress.say("No --prompts given: using the bundled evaluation prompts (names of emoji).")
+        return assets.prompts("evaluation")
+    return prompts
+
+
+def unique_names(outputs: Sequence[str]) -> dict[str, str]:
+    """A short name for each folder: its own, with its parents where two are alike.
+
+    Raises:
+        InputError: The same folder twice.
+    """
+    folders = [Path(output).resolve() for output in outputs]
+    if len(set(folders)) < len(folders):
+        raise InputError(
+            "the same folder was given twice", where=", ".join(outputs), why="each is compared once", try_="drop one"
+        )
+    depth = 1
+    while len({folder.parts[-depth:] for folder in folders}) < len(folders):
+        depth += 1
+    return {"/".join(folder.parts[-depth:]): output for folder, output in zip(folders, outputs, strict=True)}
+
+
+def read_history(output: str | Path) -> dict[str, Any] | None:
+    """``history.json`` of a result, or None where there is none."""
+    path = Path(output) / "history.json"
+    if not path.is_file():
+        return None
+    try:
+        history: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ArtifactError(
+            "a history file cannot be read", where=str(path), why=str(error), try_="quantize again"
+        ) from error
+    return history
+
+
+def emoji_evaluator(pipeline: Any) -> EmojiClip | None:
+    """The emoji CLIP for pipelines that speak the emoji models' vocabulary; its score says nothing about others."""
+    tokenizer = getattr(pipeline, "tokenizer", None)
+    if tokenizer is None:
+        return None
+    stored = json.loads(assets.path("emoji-sd-tiny/tokenizer/tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = stored["model"]["vocab"]
+    if not vocabulary.items() <= tokenizer.get_vocab().items():
+        return None
+    from bitbrush.evaluate import EmojiClip
+
+    return EmojiClip.load(device=str(pipeline.device))
+
+
+def _check_suffix(output: Path) -> None:
+    if output.suffix.lower() not in SUFFIXES:
+        raise InputError(
+            "this is not a picture format",
+            where=f"-o {output}",
+            why=f"the name ends in {output.suffix or 'nothing'}; known: {', '.join(SUFFIXES)}",
+            try_=f"-o {output.with_suffix('.png')}",
+        )

@@ -1,0 +1,36 @@
+"""Quiet libraries: on the command line the notes of diffusers and transformers that ask nothing of the user are hidden.
+
+Done by logging level alone (their own documented variables), so errors still come through. ``--debug`` shows all, and a
+level that the user has set is respected. Nothing here touches a process that merely imports bitbrush.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+LEVELS = {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+
+
+def quiet(*, debug: bool) -> None:
+    """Set the level for libraries that are not imported yet. Cheap: it imports nothing."""
+    if not debug:
+        for name, level in LEVELS.items():
+            os.environ.setdefault(name, level)
+
+
+def quiet_loading(*, debug: bool) -> None:
+    """Hide the loading bars and the notes of libraries that are imported already.
+
+    Call it inside a command, where diffusers is needed anyway.
+    """
+    if debug:
+        return
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    for name, logging in (("DIFFUSERS_VERBOSITY", of_diffusers), ("TRANSFORMERS_VERBOSITY", of_transformers)):
+        if os.environ.get(name) == LEVELS[name]:
+            logging.set_verbosity_error()
+        if sys.stderr.isatty() or os.environ.get(name) == LEVELS[name]:
+            logging.disable_progress_bar()

@@ -1,0 +1,166 @@
+"""Progress on the command line: a bar with a time estimate on a terminal, plain lines elsewhere.
+
+Both keep a stack: the unit "block 3 of 20" may start its own inner bar of iterations and finish it.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import IO, Protocol
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.text import Text
+
+from bitbrush.cli.text import clean, clock
+
+PLAIN_SECONDS = 20.0
+
+
+class Reporter(Protocol):
+    """What library code reports to; the same protocol as the engine's."""
+
+    def start(self, label: str, total: int) -> None: ...
+    def advance(self, n: int = 1, note: str = "") -> None: ...
+    def finish(self) -> None: ...
+    def say(self, text: str) -> None: ...
+    def close(self) -> None: ...
+
+
+def reporter(console: Console) -> Reporter:
+    """The reporter that suits where standard error goes."""
+    return RichReporter(console) if console.is_terminal else PlainReporter(console.file)
+
+
+def estimate(elapsed: float, done: int, total: int) -> float | None:
+    """Seconds left, from the mean pace so far; None before the first unit."""
+    return elapsed / done * (total - done) if done and total >= done else None
+
+
+class _Left(ProgressColumn):
+    """Time left by the mean pace: units of a run differ too much for a window of the last few."""
+
+    def render(self, task: Task) -> Text:
+        at = task.fields["at"]  # when the last unit was done: between two units the estimate counts down
+        left = estimate(at, int(task.completed), int(task.total or 0))
+        if left is not None:
+            left = max(left - ((task.elapsed or 0.0) - at), 0.0)
+        return Text("" if left is None else f"{clock(left)} left", style="cyan")
+
+
+class RichReporter:
+    """A live bar a level; an outer bar leaves one line behind when it is done."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live: Progress | None = None
+        self._stack: list[TaskID] = []
+
+    def start(self, label: str, total: int) -> None:
+        if self._live is None:
+            self._live = Progress(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                _Left(),
+                TextColumn("{task.fields[note]}", markup=False, style="dim"),
+                console=self._console,
+                transient=True,
+            )
+            self._live.start()
+        self._stack.append(self._live.add_task("  " * len(self._stack) + clean(label), total=total, note="", at=0.0))
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        if self._live is not None and self._stack:
+            task = self._task(self._live)
+            shown = clean(note) if note else task.fields["note"]
+            self._live.update(task.id, advance=n, note=shown, at=task.elapsed or 0.0)
+
+    def finish(self) -> None:
+        if self._live is None or not self._stack:
+            return
+        task = self._task(self._live)
+        self._stack.pop()
+        done = f"{task.description.strip()}: {int(task.completed)} in {clock(task.elapsed or 0.0)}"
+        self._live.remove_task(task.id)
+        if not self._stack:
+            self.close()
+            self._console.print(Text(done, style="dim"))
+
+    def _task(self, live: Progress) -> Task:
+        """The innermost bar."""
+        return next(task for task in live.tasks if task.id == self._stack[-1])
+
+    def say(self, text: str) -> None:
+        self._console.print(Text(clean(text)), soft_wrap=True)
+
+    def close(self) -> None:
+        """Take the bars off the screen, wherever the work was: an error message follows, or nothing."""
+        if self._live is not None:
+            self._live.stop()
+        self._live = None
+        self._stack.clear()
+
+
+@dataclass
+class _Level:
+    label: str
+    total: int
+    began: float
+    done: int = 0
+
+
+@dataclass
+class PlainReporter:
+    """A line when a level starts and ends, and one in between every 20 seconds: for logs and pipes."""
+
+    file: IO[str] = field(default_factory=lambda: sys.stderr)
+    every: float = PLAIN_SECONDS
+    _stack: list[_Level] = field(default_factory=list)
+    _last: float = 0.0
+
+    def start(self, label: str, total: int) -> None:
+        self._stack.append(_Level(clean(label), total, time.monotonic()))
+        if len(self._stack) == 1:
+            self._line(f"{clean(label)}: {total} to do")
+            self._last = time.monotonic()
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        if not self._stack:
+            return
+        level = self._stack[-1]
+        level.done += n
+        now = time.monotonic()
+        if now - self._last >= self.every and level.done < level.total:
+            self._last = now
+            left = estimate(now - level.began, level.done, level.total)
+            where = " > ".join(f"{each.label} {each.done}/{each.total}" for each in self._stack)
+            self._line(f"{where}, {clock(left or 0.0)} left {clean(note)}".rstrip())
+
+    def finish(self) -> None:
+        if self._stack:
+            level = self._stack.pop()
+            if not self._stack:
+                self._line(f"{level.label}: {level.done} in {clock(time.monotonic() - level.began)}")
+
+    def say(self, text: str) -> None:
+        self._line(clean(text))
+
+    def close(self) -> None:
+        self._stack.clear()
+
+    def _line(self, text: str) -> None:
+        self.file.write(text + "\n")
+        self.file.flush()

@@ -1,0 +1,1 @@
+"""Running a recipe: recipes, plans, the journaled loop, the calibration tape, the only writer."""

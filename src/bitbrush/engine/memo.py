@@ -1,0 +1,65 @@
+"""Do not compute a finished prefix twice.
+
+Block by block reconstruction runs the network up to block k for every k: quadratic work. The outputs of finished
+modules do not change any more, so a `Memo` keeps them, batch by batch, and replays them instead of running the module.
+It holds at most ``budget`` bytes; what does not fit is simply computed again. The results are the same bits either way,
+because the same batches go through the same modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Memo:
+    """Outputs of finished modules, by (module name, batch number).
+
+    Args:
+        budget: Bytes that may be kept.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self.budget, self.used = budget, 0
+        self.finished: dict[str, None] = {}
+        self.kept: dict[tuple[str, int], Tensor] = {}
+
+    def finish(self, name: str) -> None:
+        """Declare that the output of a module will not change any more (for the same samples)."""
+        self.finished[name] = None
+
+    @contextmanager
+    def batch(self, model: nn.Module, number: int) -> Iterator[None]:
+        """Replay finished modules during the forward of batch ``number``; keep new outputs of finished modules."""
+        replaced: list[nn.Module] = []
+        try:
+            for name in self.finished:
+                module = model.get_submodule(name)
+                stored = self.kept.get((name, number))
+                forward = self._keeper(name, number, module.forward) if stored is None else _replayer(stored)
+                module.__dict__["forward"] = forward
+                replaced.append(module)
+            yield
+        finally:
+            for module in replaced:
+                module.__dict__.pop("forward", None)
+
+    def _keeper(self, name: str, number: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            out = forward(*args, **kwargs)
+            if isinstance(out, Tensor) and self.used + out.numel() * out.element_size() <= self.budget:
+                self.kept[name, number] = out.detach()
+                self.used += out.numel() * out.element_size()
+            return out
+
+        return run
+
+
+def _replayer(stored: Tensor) -> Callable[..., Any]:
+    def replay(*_args: Any, **_kwargs: Any) -> Tensor:
+        return stored
+
+    return replay

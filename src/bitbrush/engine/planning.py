@@ -1,0 +1,108 @@
+"""From a survey and a recipe's layer rules to a plan, with a reason for every layer that stays float."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from bitbrush.engine.recipe import FLOAT_BITS, ActivationRule, LayerRule, Recipe, WeightRule
+from bitbrush.errors import InputError
+from bitbrush.network.attention import OPERANDS
+from bitbrush.network.survey import Site, Survey
+from bitbrush.numbers.grid import ActivationSpec, Grid, LayerSpec, Plan, WeightSpec
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan, and the layers it leaves in full precision with the reason."""
+
+    plan: Plan
+    kept_float: dict[str, str]
+
+
+def make_plan(survey: Survey, recipe: Recipe) -> Planned:
+    """Match every site with the recipe's rules.
+
+    Raises:
+        InputError: A pattern that matches nothing and is not optional, or a combination that cannot be run.
+    """
+    names = [s.name for s in survey.layers()] + [f"{s.name}:{o}" for s in survey.attentions() for o in OPERANDS]
+    _check_patterns(recipe, names)
+    layers: dict[str, LayerSpec] = {}
+    kept: dict[str, str] = {}
+    for site in survey.sites:
+        targets = [f"{site.name}:{o}" for o in OPERANDS] if site.kind == "attention" else [site.name]
+        for name in targets:
+            spec, why = _spec(name, site, recipe)
+            if spec.quantized:
+                layers[name] = spec
+            elif site.kind != "attention":
+                kept[name] = why
+    return Planned(Plan(layers=layers), kept)
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a recipe pattern ("a.* | b") matches; only patterns with ':' match attention operands."""
+    parts = [part.strip() for part in pattern.split("|")]
+    return any((":" in part) == (":" in name) and fnmatchcase(name, part) for part in parts)
+
+
+def _check_patterns(recipe: Recipe, names: list[str]) -> None:
+    for pattern, rule in recipe.layers.items():
+        for part in pattern.split("|"):
+            if not rule.optional and not any(matches(part, name) for name in names):
+                close = difflib.get_close_matches(part.strip(), names, n=1, cutoff=0.3)
+                raise InputError(
+                    f"pattern {part.strip()!r} matches no layer of this model", where=f"recipe {recipe.name}: layers",
+                    why=f"nearest layer: {close[0]}" if close else f"the model has {len(names)} sites",
+                    try_="bitbrush inspect MODEL lists the layers; or mark the rule `optional = true`",
+                )
+
+
+def _spec(name: str, site: Site, recipe: Recipe) -> tuple[LayerSpec, str]:
+    weight: WeightRule | str | None = None
+    activation: ActivationRule | str | None = None
+    why = "no rule of the recipe names it"
+    for pattern, rule in recipe.layers.items():
+        if matches(pattern, name):
+            weight = rule.weight if rule.weight is not None else weight
+            activation = rule.activation if rule.activation is not None else activation
+            why = _reason(pattern, rule)
+    if site.kind == "attention":
+        weight = None
+    spec = LayerSpec(weight=_weight(weight, recipe), activation=_activation(activation, recipe))
+    token = spec.activation is not None and spec.activation.granularity == "token"
+    if token and site.kind == "conv" and site.shape[2:] != (1, 1):
+        raise InputError(
+            "scales per token cannot be used for this layer", where=name,
+            why="a convolution wider than 1x1 mixes neighbouring positions in one product",
+            try_="give it granularity = \"tensor\" in the recipe",
+        )
+    return spec, why
+
+
+def _reason(pattern: str, rule: LayerRule) -> str:
+    return rule.why or f"rule {pattern!r} says so"
+
+
+def _weight(rule: WeightRule | str | None, recipe: Recipe) -> WeightSpec | None:
+    if not isinstance(rule, WeightRule):
+        return None
+    bits = rule.bits or recipe.weights
+    if bits == FLOAT_BITS:
+        return None
+    signed = rule.signed or bits == 8  # 8-bit weights are symmetric: code - zero_point must fit int8
+    return WeightSpec(grid=Grid(bits=bits, signed=signed), granularity=rule.granularity)
+
+
+def _activation(rule: ActivationRule | str | None, recipe: Recipe) -> ActivationSpec | None:
+    if not isinstance(rule, ActivationRule):
+        return None
+    bits = rule.bits or recipe.activations
+    if bits == FLOAT_BITS or recipe.activations == FLOAT_BITS:
+        return None
+    return ActivationSpec(
+        grid=Grid(bits=bits, signed=rule.signed), mode=rule.mode, granularity=rule.granularity,
+        position=rule.position, timed=rule.timed, lookup=rule.lookup,
+    )

@@ -1,0 +1,275 @@
+"""Recipes: TOML in, a checked `Recipe` out, before any model is loaded.
+
+    name = "mine"
+    base = "qdiffusion"                      # inherit another recipe: layers are merged, steps replaced if given
+    weights = 4                              # default bits; the command line's --weights goes first
+    activations = 8
+    [layers]                                 # pattern (fnmatch, "|" for or) -> rule; later rules override earlier ones
+    "*" = { weight = {}, activation = {} }   # {} = the run's bits; "float" = leave in full precision
+    "conv_in | conv_out" = { weight = { bits = 8, signed = true } }
+    "*:softmax" = { activation = { bits = 8 } }   # attention operands are named <attention>:q, :k, :v, :softmax
+    [[step]]
+    do = "calibrate"
+    [preset.demo.set]                        # what `--preset demo` changes, in the form of --set
+    "weights.iterations" = 100
+
+Unknown keys are errors that name the nearest valid one. Nothing in a recipe is executed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from bitbrush.engine.step import Step
+from bitbrush.errors import InputError
+from bitbrush.numbers.grid import Lookup
+
+_STRICT = ConfigDict(frozen=True, extra="forbid", strict=True)
+FLOAT_BITS = 16
+
+
+class WeightRule(BaseModel):
+    """What a pattern says of weights. ``bits`` left out means the run's ``--weights``."""
+
+    model_config = _STRICT
+    bits: int | None = Field(default=None, ge=1, le=8)
+    signed: bool = False
+    granularity: Literal["row", "tensor"] = "row"
+
+
+class ActivationRule(BaseModel):
+    """What a pattern says of inputs. ``bits`` left out means the run's ``--activations``."""
+
+    model_config = _STRICT
+    bits: int | None = Field(default=None, ge=1, le=8)
+    signed: bool = False
+    mode: Literal["static", "dynamic"] = "static"
+    granularity: Literal["tensor", "token"] = "tensor"
+    position: Literal["input", "output"] = "input"
+    timed: bool = False
+    lookup: Lookup = "nearest"
+
+
+class LayerRule(BaseModel):
+    """One line of ``[layers]``. ``optional`` allows the pattern to match nothing."""
+
+    model_config = _STRICT
+    weight: WeightRule | Literal["float"] | None = None
+    activation: ActivationRule | Literal["float"] | None = None
+    optional: bool = False
+    why: str = ""
+
+
+class Recipe(BaseModel):
+    """A checked recipe: bits, layer rules and steps, fully expanded."""
+
+    model_config = _STRICT
+    name: str
+    title: str = ""
+    paper: str = ""
+    notes: str = ""
+    weights: int = 4
+    activations: int = 8
+    layers: dict[str, LayerRule] = Field(default_factory=dict)
+    steps: tuple[Step, ...] = ()
+
+    def needs_data(self) -> bool:
+        """Whether a step samples from the pipeline (a bare model folder is not enough then)."""
+        return any(step.do == "calibrate" for step in self.steps)
+
+    def prompts_needed(self) -> int:
+        """Prompts that the steps want."""
+        return max([step.needs_prompts() for step in self.steps], default=0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fully expanded, JSON-able, with every default written out."""
+        data = self.model_dump(mode="json", exclude={"steps"})
+        data["step"] = [step.model_dump(mode="json") for step in self.steps]
+        return data
+
+    def to_toml(self) -> str:
+        """The fully expanded recipe as TOML; loading it gives this recipe again."""
+        head = {k: v for k, v in self.to_dict().items() if k not in ("layers", "step")}
+        lines = [f"{k} = {toml_value(v)}" for k, v in head.items()]
+        lines += ["", "[layers]"]
+        for pattern, rule in self.layers.items():
+            data = rule.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
+            lines.append(f"{toml_value(pattern)} = {toml_value(data)}")
+        for step in self.steps:
+            lines += ["", "[[step]]"]
+            lines += [f"{k} = {toml_value(v)}" for k, v in step.model_dump(mode="json").items() if v is not None]
+        return "\n".join(lines) + "\n"
+
+
+def load_recipe(
+    source: str | Path, step_types: dict[str, type[Step]], *, weights: int | None = None,
+    activations: int | None = None, preset: str | None = None, settings: dict[str, Any] | None = None,
+) -> Recipe:
+    """Read a bundled recipe by name, or a TOML file by path, and check everything in it.
+
+    Args:
+        source: Name (``qdiffusion``) or path (``my.toml``).
+        step_types: Step name to class.
+        weights, activations: Bits that override the recipe's; 1 to 8, or 16 for float.
+        preset: Name of a ``[preset.NAME]`` table.
+        settings: ``{"step.key": value}``, applied last.
+    """
+    data = _inherited(source, ())
+    presets = data.pop("preset", {})
+    if preset is not None:
+        if preset not in presets:
+            raise InputError(f"recipe {data.get('name')!r} has no preset {preset!r}", why=_nearest(preset, presets),
+                             try_=f"bitbrush recipes show {data.get('name')}")
+        data = _with_preset(data, presets[preset])
+    for key, value in (("weights", weights), ("activations", activations)):
+        if value is not None:
+            data[key] = value
+        _check_bits(key, data.get(key, 8))
+    steps = [dict(item) for item in data.pop("step", [])]
+    _apply_settings(steps, settings or {}, step_types)
+    data["steps"] = ()
+    data["layers"] = dict(data.get("layers", {}))
+    recipe = _validated(Recipe, data, f"recipe {data.get('name', source)}")
+    return recipe.model_copy(update={"steps": tuple(_step(item, i, step_types) for i, item in enumerate(steps))})
+
+
+def bundled() -> list[str]:
+    """Names of the recipes in the package."""
+    folder = resources.files("bitbrush.recipes")
+    return sorted(item.name[:-5] for item in folder.iterdir() if item.name.endswith(".toml"))
+
+
+def source_text(name: str) -> str:
+    """The TOML text of a bundled recipe, comments included."""
+    return (resources.files("bitbrush.recipes") / f"{name}.toml").read_text(encoding="utf-8")
+
+
+def _read(source: str | Path) -> tuple[dict[str, Any], str]:
+    name = str(source)
+    if name in bundled():
+        text, where = source_text(name), f"recipe {name}"
+    elif name.endswith(".toml") or "/" in name:
+        path = Path(name)
+        if not path.is_file():
+            raise InputError("no such recipe file", where=name, try_="bitbrush recipes")
+        try:
+            text, where = path.read_text(encoding="utf-8"), name
+        except UnicodeDecodeError as error:
+            raise InputError("the recipe is not UTF-8", where=name, why=str(error), try_="save it as UTF-8") from error
+    else:
+        raise InputError(f"unknown recipe {name!r}", why=_nearest(name, bundled()), try_="bitbrush recipes")
+    try:
+        return tomllib.loads(text), where
+    except tomllib.TOMLDecodeError as error:
+        raise InputError("the recipe is not valid TOML", where=where, why=str(error),
+                         try_="compare with `bitbrush recipes show qdiffusion`") from error
+
+
+def _inherited(source: str | Path, seen: tuple[str, ...]) -> dict[str, Any]:
+    data, where = _read(source)
+    base = data.pop("base", None)
+    if base is None:
+        return _defaults(data, source)
+    if base in seen:
+        raise InputError("recipes inherit from each other in a circle", where=where, why=" -> ".join([*seen, base]),
+                         try_="remove one `base`")
+    parent = _inherited(base, (*seen, str(base)))
+    data = _with_preset(parent, {"layers": data.pop("layers", {}), "set": data.pop("set", {})}) | data
+    return _defaults(data, source)
+
+
+def _defaults(data: dict[str, Any], source: str | Path) -> dict[str, Any]:
+    data.setdefault("name", Path(str(source)).stem)
+    return data
+
+
+def _with_preset(data: dict[str, Any], preset: dict[str, Any]) -> dict[str, Any]:
+    unknown = set(preset) - {"layers", "set"}
+    if unknown:
+        raise InputError(f"unknown key {min(unknown)!r} in a preset", why=_nearest(min(unknown), ["layers", "set"]),
+                         try_="use [preset.NAME.set] and [preset.NAME.layers]")
+    out = dict(data)
+    out["layers"] = {**data.get("layers", {}), **preset.get("layers", {})}
+    steps = [dict(item) for item in data.get("step", [])]
+    _apply_settings(steps, preset.get("set", {}), None)
+    out["step"] = steps
+    return out
+
+
+def _apply_settings(steps: list[dict[str, Any]], settings: dict[str, Any], types: dict[str, type[Step]] | None) -> None:
+    names = [str(item.get("id") or item.get("do")) for item in steps]
+    for key, value in settings.items():
+        step, _, field = key.partition(".")
+        if not field or step not in names:
+            raise InputError(f"no step {step!r} in this recipe", where=f"--set {key}", why=_nearest(step, names),
+                             try_="bitbrush recipes show NAME lists the steps")
+        item = steps[names.index(step)]
+        known = types.get(str(item.get("do"))) if types else None
+        if known is not None and field not in known.model_fields:
+            raise InputError(f"step {step!r} has no key {field!r}", where=f"--set {key}",
+                             why=_nearest(field, known.model_fields), try_="bitbrush recipes show NAME lists the keys")
+        item[field] = value
+
+
+def _step(item: dict[str, Any], index: int, step_types: dict[str, type[Step]]) -> Step:
+    name = item.get("do")
+    if name not in step_types:
+        raise InputError(f"unknown step {name!r}", where=f"step {index + 1}", why=_nearest(str(name), step_types),
+                         try_="bitbrush recipes show qdiffusion")
+    return _validated(step_types[str(name)], {"id": str(name), **item}, f"step {index + 1} ({name})")
+
+
+def _validated(model: Any, data: dict[str, Any], where: str) -> Any:
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(str(part) for part in first["loc"])
+        key = str(first["loc"][-1]) if first["loc"] else ""
+        if first["type"] == "extra_forbidden":
+            raise InputError(f"unknown key {key!r}", where=f"{where}: {path}", why=_nearest(key, _fields(model, first)),
+                             try_="bitbrush recipes show NAME lists the keys") from error
+        raise InputError(f"{key!r} cannot be {first.get('input')!r}", where=f"{where}: {path}", why=first["msg"],
+                         try_="correct the value") from error
+
+
+def _fields(model: Any, error: Any) -> list[str]:
+    if len(error["loc"]) <= 1:
+        return list(model.model_fields)
+    return [*WeightRule.model_fields, *ActivationRule.model_fields, *LayerRule.model_fields]
+
+
+def _check_bits(key: str, bits: Any) -> None:
+    if not isinstance(bits, int) or isinstance(bits, bool) or not (1 <= bits <= 8 or bits == FLOAT_BITS):
+        raise InputError(f"{key} cannot have {bits!r} bits", where=f"--{key}", why="1 to 8 bits, or 16 for float",
+                         try_=f"--{key} 4")
+
+
+def _nearest(name: str, known: Any) -> str:
+    names = [str(item) for item in known]
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
+
+
+def toml_value(value: Any) -> str:
+    """A JSON-like value in TOML syntax (inline tables for dicts)."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+        return f'"{escaped}"'
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(toml_value(v) for v in value) + "]"
+    return "{ " + ", ".join(f"{_key(k)} = {toml_value(v)}" for k, v in value.items() if v is not None) + " }"
+
+
+def _key(name: str) -> str:
+    return name if name.replace("_", "").isalnum() else toml_value(name)

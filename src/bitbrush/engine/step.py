@@ -1,0 +1,59 @@
+"""What a step is: it names its units, does one, and applies a unit's result to the model.
+
+``do`` changes nothing that outlives it; its result goes to the journal first and is then applied, whether it was just
+computed or read back after a crash. That is why a resumed run ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from bitbrush.numbers.grid import LayerSpec
+
+if TYPE_CHECKING:
+    from bitbrush.engine.run import Run
+
+
+@dataclass
+class UnitResult:
+    """What one unit changed: tensors, plan entries, and notes (small JSON facts for the history)."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    plan: dict[str, LayerSpec] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+class Step(BaseModel):
+    """A step of a recipe. Its fields are the keys of its TOML table; defaults live here and nowhere else.
+
+    ``id`` names the step in ``--set id.key=value`` and in the journal; it defaults to ``do``.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    do: str
+    id: str = ""
+
+    @property
+    def label(self) -> str:
+        """The step's name for people."""
+        return self.id or self.do
+
+    def units(self, run: Run) -> list[str]:
+        """Names of the units, in order. Must be the same on every call of one run."""
+        return [self.label]
+
+    def run_unit(self, run: Run, unit: str, generator: torch.Generator) -> UnitResult:
+        """Compute one unit. Randomness comes from ``generator`` only, derived from (seed, step, unit)."""
+        return UnitResult()
+
+    def apply(self, run: Run, unit: str, result: UnitResult) -> None:
+        """Bring a unit's result into the model; called right after ``run_unit`` and again on resume."""
+
+    def needs_prompts(self) -> int:
+        """How many prompts this step wants from a text-to-image pipeline."""
+        return 0

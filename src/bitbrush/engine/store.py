@@ -1,0 +1,55 @@
+"""A tensor that grows by batches up to a known count: in memory when it fits, else in a memory-mapped file."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+class Store:
+    """Rows appended in order and taken by index.
+
+    Args:
+        folder: Where the file goes when the rows do not fit; the file has no name and vanishes with the process.
+        device: Where rows are kept when they fit, and where `take` returns them.
+        budget: Bytes allowed in memory.
+        count: Rows that will be appended.
+    """
+
+    def __init__(self, folder: Path, device: torch.device, budget: int, count: int) -> None:
+        self.folder, self.device, self.budget, self.count = folder, device, budget, count
+        self.data: Tensor | None = None
+        self.filled = 0
+        self._file: object = None
+
+    def __len__(self) -> int:
+        return self.filled
+
+    def append(self, rows: Tensor) -> None:
+        """Append a batch of rows."""
+        if self.data is None:
+            self.data = self._allocate(rows)
+        self.data[self.filled : self.filled + rows.shape[0]] = rows.detach().to(self.data.device)
+        self.filled += rows.shape[0]
+
+    def take(self, index: Tensor) -> Tensor:
+        """Rows by index, on the device."""
+        if self.data is None:
+            raise IndexError("nothing has been appended")
+        if self.data.device == self.device:
+            return self.data.index_select(0, index.to(self.device))
+        return self.data.index_select(0, index.cpu()).to(self.device)
+
+    def _allocate(self, rows: Tensor) -> Tensor:
+        shape = (self.count, *rows.shape[1:])
+        size = self.count * rows[0].numel() * rows.element_size()
+        if size <= self.budget:
+            return torch.empty(shape, dtype=rows.dtype, device=self.device)
+        file = tempfile.NamedTemporaryFile(dir=self.folder, prefix="store-")  # noqa: SIM115
+        file.truncate(size)
+        self._file = file
+        flat = torch.from_file(file.name, shared=True, size=size // rows.element_size(), dtype=rows.dtype)
+        return flat.reshape(shape)

@@ -1,0 +1,204 @@
+"""The calibration store: denoiser inputs from real sampling trajectories, and a service that records activations.
+
+A sample is what the denoiser was given at one moment of one trajectory (x_t, t, condition) and what it answered. The
+samples are the result files of the ``calibrate`` units, read piece by piece, so memory stays bounded whatever their
+number. `record` may be called inside any unit: it runs the network over the samples, in whichever face it shows, and
+keeps what goes into and comes out of one module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from bitbrush.engine.memo import Memo
+from bitbrush.engine.store import Store
+from bitbrush.errors import InputError, NumericsError
+
+BATCH = 16
+
+
+class _Stop(Exception):
+    """Raised inside a forward when everything wanted has been seen."""
+
+
+@dataclass
+class Recording:
+    """What one module received and returned over all samples.
+
+    ``inputs`` and ``output`` hold tensors with the sample as first dimension (in memory, or in a file when large);
+    ``template`` rebuilds (args, kwargs), with constants in place. ``timesteps`` is ``[M]``.
+    """
+
+    template: Any
+    inputs: dict[int, Store]
+    constants: dict[int, Any]
+    output: Store
+    timesteps: Tensor
+
+    def __len__(self) -> int:
+        return len(self.output)
+
+    def call(self, module: nn.Module, index: Tensor) -> Tensor:
+        """Run ``module`` on the recorded inputs of the samples ``index``."""
+        leaves = [
+            self.inputs[i].take(index) if i in self.inputs else self.constants[i]
+            for i in range(len(self.inputs) + len(self.constants))
+        ]
+        args, kwargs = pytree.tree_unflatten(leaves, self.template)
+        return first_tensor(module(*args, **kwargs))
+
+
+@dataclass
+class Tape:
+    """Calibration samples on disk.
+
+    Args:
+        scratch: Folder for recordings that do not fit into memory.
+        device: Where the denoiser runs.
+        budget: Bytes that one recording may take in memory before it goes to a file.
+    """
+
+    scratch: Path
+    device: torch.device
+    budget: int
+    dtype: torch.dtype = torch.float32
+    shards: list[tuple[Path, int]] = field(default_factory=list)
+
+    def add(self, path: Path) -> None:
+        """Append a shard of samples (a unit's result file)."""
+        with safe_open(path, framework="pt") as file:
+            self.shards.append((path, file.get_slice("timestep").get_shape()[0]))
+
+    def __len__(self) -> int:
+        return sum(count for _, count in self.shards)
+
+    def batches(self, size: int = BATCH, limit: int | None = None) -> Iterator[dict[str, Tensor]]:
+        """Samples in order, ``size`` at a time (batches do not cross shards), at most ``limit`` samples."""
+        if not self.shards:
+            raise InputError("there are no calibration samples yet", why="no calibrate step came before",
+                             try_="put a calibrate step first in the recipe")
+        left = len(self) if limit is None else limit
+        for path, count in self.shards:
+            with safe_open(path, framework="pt") as file:
+                for start in range(0, count, size):
+                    stop = min(start + size, count, start + left)
+                    if left <= 0 or stop <= start:
+                        return
+                    left -= stop - start
+                    yield {k: file.get_slice(k)[start:stop] for k in file.keys()}  # noqa: SIM118
+
+    def select(self, indices: list[int], size: int = BATCH) -> Iterator[dict[str, Tensor]]:
+        """Given samples (ascending indices), at most ``size`` at a time."""
+        start = 0
+        for path, count in self.shards:
+            here = [i - start for i in indices if start <= i < start + count]
+            start += count
+            with safe_open(path, framework="pt") as file:
+                for low in range(0, len(here), size):
+                    part = here[low : low + size]
+                    rows = [{k: file.get_slice(k)[i : i + 1] for k in file.keys()} for i in part]  # noqa: SIM118
+                    yield {k: torch.cat([row[k] for row in rows]) for k in rows[0]}
+
+    def inputs(self, batch: dict[str, Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """(args, kwargs) of the denoiser's forward for a batch of samples, on the device."""
+        def cast(t: Tensor) -> Tensor:
+            return t.to(self.device, self.dtype if t.is_floating_point() else None)
+
+        kwargs: dict[str, Any] = {}
+        for key, value in batch.items():
+            if key in ("sample", "timestep", "output"):
+                continue
+            outer, _, inner = key.partition(".")
+            if inner:
+                kwargs.setdefault(outer, {})[inner] = cast(value)
+            else:
+                kwargs[outer] = cast(value)
+        return (cast(batch["sample"]), batch["timestep"].to(self.device)), kwargs
+
+    def run(
+        self, model: nn.Module, *, limit: int | None = None, size: int = BATCH, memo: Memo | None = None,
+        each: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Run the network over the samples, for the sake of hooks. ``each(batch number, samples)`` after each batch."""
+        with torch.no_grad():
+            for number, batch in enumerate(self.batches(size, limit)):
+                args, kwargs = self.inputs(batch)
+                replay: AbstractContextManager[None] = memo.batch(model, number) if memo else nullcontext()
+                with replay:
+                    try:
+                        model(*args, **kwargs)
+                    except _Stop:
+                        pass
+                if each is not None:
+                    each(number, len(batch["timestep"]))
+
+    def record(
+        self, model: nn.Module, site: str, *, limit: int | None = None, memo: Memo | None = None, output: bool = True,
+        inputs: bool = True, size: int = BATCH,
+    ) -> Recording:
+        """Record the inputs and output of the module ``site`` over the samples, in the face the model shows.
+
+        The forward stops as soon as the module has answered.
+        """
+        recorder = _Recorder(self, min(len(self), limit or len(self)), inputs, output, site)
+        module = model.get_submodule(site)
+        before = module.register_forward_pre_hook(recorder.before, with_kwargs=True)
+        after = module.register_forward_hook(recorder.after)
+        try:
+            self.run(model, limit=limit, size=size, memo=memo)
+        finally:
+            before.remove()
+            after.remove()
+        times = torch.cat([b["timestep"] for b in self.batches(1024, limit)])
+        return recorder.result(times.to(self.device))
+
+
+class _Recorder:
+    def __init__(self, tape: Tape, count: int, inputs: bool, output: bool, site: str) -> None:
+        self.tape, self.count, self.site = tape, count, site
+        self.want_inputs, self.want_output = inputs, output
+        self.template: Any = None
+        self.inputs: dict[int, Store] = {}
+        self.constants: dict[int, Any] = {}
+        self.output = Store(tape.scratch, tape.device, tape.budget, count)
+
+    def before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self.want_inputs:
+            return
+        leaves, self.template = pytree.tree_flatten((args, kwargs))
+        batch = next(t.shape[0] for t in leaves if isinstance(t, Tensor) and t.ndim > 0)
+        for i, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch:
+                store = self.inputs.setdefault(i, Store(self.tape.scratch, self.tape.device, self.tape.budget,
+                                                        self.count))
+                store.append(leaf)
+            else:
+                self.constants[i] = leaf
+        if not self.want_output:
+            raise _Stop
+
+    def after(self, _module: nn.Module, _args: Any, out: Any) -> None:
+        if self.want_output:
+            tensor = first_tensor(out)
+            if not torch.isfinite(tensor).all():
+                raise NumericsError("NaN or Inf while recording", where=self.site,
+                                    why="the module's output is not finite", try_="bitbrush inspect; check the model")
+            self.output.append(tensor)
+        raise _Stop
+
+    def result(self, timesteps: Tensor) -> Recording:
+        return Recording(self.template, self.inputs, self.constants, self.output, timesteps)
+
+
+def first_tensor(out: Any) -> Tensor:
+    """The tensor of a module's output (alone, or first of a tuple)."""
+    return out if isinstance(out, Tensor) else out[0]

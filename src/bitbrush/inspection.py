@@ -1,0 +1,93 @@
+"""What `bitbrush.inspect` answers: layers, shares, bits, what stays float and why, size and time estimates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from bitbrush.engine.estimate import estimate, model_bytes
+from bitbrush.engine.planning import Planned
+from bitbrush.engine.recipe import Recipe
+from bitbrush.network.survey import Survey
+
+
+@dataclass
+class Inspection:
+    """A denoiser under a recipe, before anything slow happens.
+
+    Attributes:
+        rows: One dict a layer, in execution order: name, kind, shape, parameters, macs, share_of_weights,
+            share_of_compute (0 to 1), weight_bits, activation_bits (16 = float), segments, block, note.
+        kept_float: Layers that stay float: name, parameters, share, why.
+        totals: parameters, float_bytes (bf16), packed_bytes, average_bits (everything kept counts), macs, layers.
+        estimates: seconds, tape_bytes, peak_bytes, forwards.
+    """
+
+    source: str
+    network: str
+    recipe: str
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    kept_float: list[dict[str, Any]] = field(default_factory=list)
+    totals: dict[str, Any] = field(default_factory=dict)
+    estimates: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, JSON-able."""
+        return dict(vars(self))
+
+    def __str__(self) -> str:
+        """A plain table with totals."""
+        head = f"{self.network} of {self.source}, recipe {self.recipe}"
+        lines = [head, f"{'layer':<64}{'shape':>18}{'weights':>9}{'compute':>9}  bits"]
+        for row in self.rows:
+            shape = "x".join(str(n) for n in row["shape"])
+            bits = f"W{row['weight_bits']}A{row['activation_bits']}"
+            lines.append(
+                f"{row['name']:<64}{shape:>18}{row['share_of_weights']:>9.2%}{row['share_of_compute']:>9.2%}  {bits}"
+                + (f"  {row['note']}" if row["note"] else "")
+            )
+        t = self.totals
+        lines.append(
+            f"{t['layers']} layers, {t['parameters']:,} parameters, {t['macs'] / 1e9:.2f} GMAC a sample; bf16 "
+            f"{t['float_bytes'] / 1e6:.2f} MB -> packed {t['packed_bytes'] / 1e6:.2f} MB, {t['average_bits']:.2f} bits on average"
+        )
+        for item in self.kept_float:
+            lines.append(f"stays float: {item['name']} ({item['share']:.2%} of the weights): {item['why']}")
+        return "\n".join(lines)
+
+
+def build(
+    source: str, network: str, survey: Survey, planned: Planned, recipe: Recipe, guided: bool, device: str
+) -> Inspection:
+    """Put an inspection together from a survey and a plan."""
+    sites = survey.layers()
+    all_weights = sum(s.parameters for s in sites) + sum(survey.other.values())
+    all_macs = sum(s.macs for s in sites) or 1
+    splits = any(step.do == "split" for step in recipe.steps)
+    rows = []
+    for site in sites:
+        spec = planned.plan.layers.get(site.name)
+        weight, activation = (spec.weight, spec.activation) if spec else (None, None)
+        segments = site.boundary if splits and spec else ()
+        rows.append({
+            "name": site.name, "kind": site.kind, "shape": list(site.shape), "parameters": site.parameters,
+            "macs": site.macs, "share_of_weights": site.parameters / all_weights, "share_of_compute": site.macs / all_macs,
+            "weight_bits": weight.grid.bits if weight else 16, "activation_bits": activation.grid.bits if activation else 16,
+            "segments": list(segments), "block": site.block,
+            "note": f"split {' + '.join(map(str, segments))}" if segments else planned.kept_float.get(site.name, ""),
+        })
+    kept = [
+        {"name": s.name, "parameters": s.parameters, "share": s.parameters / all_weights, "why": planned.kept_float[s.name]}
+        for s in sites if s.name in planned.kept_float
+    ]
+    norms = sum(survey.other.values())
+    if norms:
+        kept.append({"name": f"{len(survey.other)} normalisation and embedding modules", "parameters": norms,
+                     "share": norms / all_weights, "why": "only Conv2d and Linear weights are quantized"})
+    sizes = model_bytes(survey, planned.plan)
+    totals = {
+        "parameters": sizes["parameters"], "float_bytes": sizes["bf16_bytes"], "packed_bytes": sizes["packed_bytes"],
+        "average_bits": round(8 * sizes["packed_bytes"] / sizes["parameters"], 3), "macs": all_macs, "layers": len(sites),
+    }
+    return Inspection(source, network, recipe.name, rows, kept, totals,
+                      estimate(survey, planned.plan, recipe, guided, device))

@@ -1,0 +1,50 @@
+"""How a packed layer is computed: one reference on every device, and kernels that must agree with it.
+
+`run` is what a packed layer calls. `use` chooses the kernel for every layer of a model and returns which runs where and
+why; a forward chooses nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from bitbrush.errors import InputError
+from bitbrush.kernels import cpu, reference
+
+if TYPE_CHECKING:
+    from bitbrush.network.layers import QuantLayer
+
+Kernel = Callable[["QuantLayer", Tensor], Tensor]
+
+KERNELS: dict[str, Kernel] = {"reference": reference.run, "cpu-int8": cpu.run}
+"""Kernels by name; each takes (packed layer, input) and returns the layer's output."""
+
+
+def run(layer: QuantLayer, x: Tensor) -> Tensor:
+    """The output of a packed layer by the kernel chosen for it."""
+    return KERNELS[layer.kernel](layer, x)
+
+
+def why_not(name: str, layer: QuantLayer, device_type: str) -> str | None:
+    """Why kernel ``name`` cannot run this layer on a device, or None when it can."""
+    if name not in KERNELS:
+        raise InputError(f"no kernel named {name!r}", why=f"known: {', '.join(KERNELS)}", try_="bitbrush doctor")
+    return cpu.why_not(layer, device_type) if name == "cpu-int8" else None
+
+
+def use(model: nn.Module, name: str, device_type: str = "cpu") -> dict[str, str]:
+    """Choose kernel ``name`` for every packed layer that it can run; the others keep the reference.
+
+    Returns:
+        Layer name to ``name``, or to the reason why the reference runs instead.
+    """
+    chosen: dict[str, str] = {}
+    for layer_name, module in model.named_modules():
+        if hasattr(module, "declare_packed"):
+            reason = why_not(name, module, device_type)
+            module.kernel = name if reason is None else "reference"
+            chosen[layer_name] = name if reason is None else f"reference: {reason}"
+    return chosen

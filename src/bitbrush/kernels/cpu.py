@@ -1,0 +1,246 @@
+"""Exact int8 products on the CPU for packed linear and convolution layers.
+
+Activations become ``a = code - 128`` and weights ``w = code - zero_point``, both int8; every segment has an int32
+accumulator, and the activation's zero-point is corrected with the integer sum of each weight row:
+
+    sum (code_a - zero_a) w  =  sum a w  +  (128 - zero_a) * sum w
+
+so that padding with the zero-point's code contributes exactly nothing. Only the epilogue is float32:
+``y = sum_s (acc_s * activation_scale_s) * weight_scale[n, s] + bias``, rounded once to the dtype of the input.
+
+Convolutions are products too: the int8 input is laid out as rows (kh, kw, channel), the order of the packed weight.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from bitbrush.kernels import reference
+from bitbrush.numbers import packing
+
+if TYPE_CHECKING:
+    from bitbrush.network.layers import QuantLayer
+
+OFFSET = 128
+"""Subtracted from activation codes so that they fit int8."""
+FLOAT_BLOCK = 1024
+"""Products of int8 values that float32 sums exactly in any order: 1024 * 128 * 128 = 2**24."""
+
+
+# ---- which layers ----------------------------------------------------------------------------------------------------
+def why_not(layer: QuantLayer, device_type: str) -> str | None:
+    """Why this kernel cannot run a packed layer on a device, or None when it can."""
+    weight, activation = layer.spec.weight, layer.spec.activation
+    if device_type != "cpu":
+        return f"the kernel runs on the CPU, not on {device_type}"
+    if weight is None:
+        return "the weight is not quantized"
+    if activation is None:
+        return "weight only: the input stays float"
+    if activation.position == "output":
+        return "the output is quantized, not the input"
+    if 8 in weight.bit_classes() and not weight.grid.signed:
+        return "8-bit weights with free zero-points do not fit int8"
+    reason = _conv_reason(layer, activation.mode == "dynamic" and activation.granularity == "token")
+    widest, bound = max(segment_lengths(layer)), longest(layer)
+    if reason is None and widest > bound:
+        form = f"W{max(weight.bit_classes())}A{_bits(layer)}"
+        return f"K = {widest:,} exceeds {bound:,}, the longest int32 sum for {form}"
+    return reason
+
+
+def _conv_reason(layer: QuantLayer, by_token: bool) -> str | None:
+    if not isinstance(layer, nn.Conv2d):
+        return None
+    if layer.groups > 1:
+        return f"a convolution with groups = {layer.groups}"
+    if layer.padding_mode != "zeros":
+        return f"padding mode {layer.padding_mode}"
+    if by_token and (layer.kernel_hw != (1, 1) or any(layer._reversed_padding_repeated_twice)):
+        return "scales a pixel in a convolution larger than 1x1"
+    return None
+
+
+def _bits(layer: QuantLayer) -> int:
+    return layer.spec.activation.grid.bits if layer.spec.activation is not None else 8
+
+
+def longest(layer: QuantLayer) -> int:
+    """Longest sum that an int32 accumulator holds whatever the codes are: 65,793 for W8A8 (symmetric weights)."""
+    weight = layer.spec.weight
+    if weight is None:
+        return 0
+    if weight.grid.signed and not weight.row_bits:
+        largest = weight.grid.mid
+    else:
+        largest = max(min((1 << bits) - 1, 128) for bits in weight.bit_classes())
+    return (2**31 - 1) // (((1 << _bits(layer)) - 1) * largest)
+
+
+def segment_lengths(layer: QuantLayer) -> tuple[int, ...]:
+    """Products summed in each segment's accumulator (padded channels are zero and do not count)."""
+    kh, kw = layer.kernel_hw
+    return tuple(kh * kw * count for count in layer.segments)
+
+
+# ---- the layer -------------------------------------------------------------------------------------------------------
+def run(layer: QuantLayer, x: Tensor) -> Tensor:
+    """Output of a packed layer from exact integer products, in the dtype of ``x``.
+
+    While its activation quantizer is switched off, or where a gradient is wanted, the reference runs instead: integers
+    carry neither.
+    """
+    quantizer = layer.input
+    if quantizer is None or not quantizer.enabled or (torch.is_grad_enabled() and x.requires_grad):
+        return reference.run(layer, x)
+    codes, scale, zero = quantizer.encode(x, layer.channel_dim % x.ndim)
+    sums = _accumulate(layer, codes, zero)
+    scales = _by_segment(layer, _rows_last(layer, scale))
+    y: Tensor | None = None
+    for s, acc in enumerate(sums):
+        part = (acc.float() * _at_output(layer, scales[s])) * layer.weight_scale[:, s]
+        y = part if y is None else y + part
+    if y is None:
+        return reference.run(layer, x)
+    if layer.bias is not None:
+        y = y + layer.bias.float()
+    y = y.to(x.dtype)
+    if not isinstance(layer, nn.Conv2d):
+        return y
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous() if x.ndim == 4 else False
+    y = y.permute(0, 3, 1, 2) if x.ndim == 4 else y.squeeze(0).permute(2, 0, 1)
+    return y.contiguous(memory_format=torch.channels_last) if last else y.contiguous()
+
+
+def input_codes(layer: QuantLayer, x: Tensor) -> Tensor:
+    """The activation codes that the products are made from, uint8, shape of ``x``."""
+    if layer.input is None:
+        raise ValueError("the input of this layer is not quantized")
+    codes = layer.input.encode(x, layer.channel_dim % x.ndim)[0]
+    return (to_int8(codes).to(torch.int16) + OFFSET).to(torch.uint8)
+
+
+def accumulators(layer: QuantLayer, x: Tensor) -> list[Tensor]:
+    """int32 sums of ``(code_a - zero_a) * (code_w - zero_w)`` of each segment.
+
+    Shapes: ``[..., N]`` for linear layers, ``[B, H', W', N]`` for convolutions (channels last).
+    """
+    if layer.input is None:
+        raise ValueError("the input of this layer is not quantized")
+    codes, _, zero = layer.input.encode(x, layer.channel_dim % x.ndim)
+    return _accumulate(layer, codes, zero)
+
+
+def _accumulate(layer: QuantLayer, codes: Tensor, zero: Tensor) -> list[Tensor]:
+    parts = _rows_last(layer, to_int8(codes)).split(list(layer.segments), dim=-1)
+    zeros = _by_segment(layer, _rows_last(layer, zero))
+    out = []
+    for s, weight in enumerate(int8_weights(layer)):
+        rows = _patches(layer, parts[s], zeros[s], weight.shape[1])
+        product = int8_product(rows.reshape(-1, rows.shape[-1]), weight).reshape(*rows.shape[:-1], weight.shape[0])
+        out.append(product + correction(_at_output(layer, zeros[s]), weight))
+    return out
+
+
+def to_int8(codes: Tensor) -> Tensor:
+    """Activation codes 0 .. 255 as int8, less `OFFSET`."""
+    return (codes - OFFSET).to(torch.int8)
+
+
+def correction(zero: Tensor, weight: Tensor) -> Tensor:
+    """``(128 - zero_a) * sum w`` in int32; zero ``[..., 1]``, weight int8 ``[N, K]``."""
+    return (OFFSET - zero).to(torch.int32) * weight.sum(dim=1, dtype=torch.int32)
+
+
+def int8_weights(layer: QuantLayer) -> list[Tensor]:
+    """``code - zero_point`` of each segment, int8 ``[N, kh * kw * padded channels]``; padded channels are 0."""
+    spec = layer.spec.weight
+    if spec is None:
+        raise ValueError("the weight of this layer is not quantized")
+    parts = [packing.unpack(getattr(layer, f"codes{b}"), b, layer.row_length) for b in spec.bit_classes()]
+    rows = torch.cat(parts) if len(parts) > 1 else parts[0]
+    if spec.row_bits:
+        rows = torch.empty_like(rows).index_copy_(0, layer.row_order.long(), rows)  # type: ignore[operator]
+    kh, kw = layer.kernel_hw
+    out, start = [], 0
+    for s, wide in enumerate(packing.padded(layer.segments)):
+        block = rows[:, start : start + kh * kw * wide].to(torch.int16)
+        out.append((block - layer.weight_zero_point[:, s : s + 1]).to(torch.int8))
+        start += kh * kw * wide
+    return out
+
+
+# ---- layout ----------------------------------------------------------------------------------------------------------
+def _rows_last(layer: QuantLayer, tensor: Tensor) -> Tensor:
+    """Channels to the last dimension; a picture without batch gets one."""
+    if not isinstance(layer, nn.Conv2d):
+        return tensor
+    tensor = tensor if tensor.ndim == 4 else tensor.unsqueeze(0)
+    return tensor.permute(0, 2, 3, 1)
+
+
+def _by_segment(layer: QuantLayer, table: Tensor) -> list[Tensor]:
+    """A broadcastable scale or zero-point, one ``[..., 1]`` a segment."""
+    starts = [sum(layer.segments[:s]) if table.shape[-1] > 1 else 0 for s in range(len(layer.segments))]
+    return [table[..., start : start + 1] for start in starts]
+
+
+def _at_output(layer: QuantLayer, table: Tensor) -> Tensor:
+    """Scales a pixel (1x1 convolutions only) at the pixels that a stride keeps; other tables as they are."""
+    if isinstance(layer, nn.Conv2d) and table.shape[1:3].numel() > 1:
+        return table[:, :: int(layer.stride[0]), :: int(layer.stride[1])]
+    return table
+
+
+def _patches(layer: QuantLayer, part: Tensor, zero: Tensor, length: int) -> Tensor:
+    """Rows of the int8 product of one segment, last dimension (kh, kw, padded channel) of ``length`` codes.
+
+    Pictures are padded with the zero-point's code of the segment and the sample's time.
+    """
+    if not isinstance(layer, nn.Conv2d):
+        return nn.functional.pad(part, (0, length - part.shape[-1]))
+    (kh, kw), (dh, dw), (sh, sw) = layer.kernel_hw, layer.dilation, layer.stride
+    left, right, top, bottom = layer._reversed_padding_repeated_twice
+    b, h, w, c = part.shape
+    wide = length // (kh * kw)
+    if left or right or top or bottom:
+        fill = to_int8(zero)
+        framed = fill.expand(b, h + top + bottom, w + left + right, wide).clone()
+        framed[:, top : top + h, left : left + w, :c] = part
+    else:
+        framed = nn.functional.pad(part, (0, wide - c)).contiguous()
+    rows = (framed.shape[1] - dh * (kh - 1) - 1) // int(sh) + 1
+    columns = (framed.shape[2] - dw * (kw - 1) - 1) // int(sw) + 1
+    s0, s1, s2, s3 = framed.stride()
+    size, stride = (b, rows, columns, kh, kw, wide), (s0, s1 * int(sh), s2 * int(sw), s1 * dh, s2 * dw, s3)
+    return framed.as_strided(size, stride).reshape(b, rows, columns, length)
+
+
+# ---- the product -----------------------------------------------------------------------------------------------------
+def int8_product(a: Tensor, w: Tensor) -> Tensor:
+    """``a @ w.T`` in int32, exactly; a int8 ``[M, K]``, w int8 ``[N, K]``."""
+    if int_mm_is_exact():
+        return torch._int_mm(a.contiguous(), w.t())
+    out = torch.zeros((a.shape[0], w.shape[0]), dtype=torch.int32, device=a.device)
+    for start in range(0, a.shape[1], FLOAT_BLOCK):
+        stop = start + FLOAT_BLOCK
+        out += (a[:, start:stop].float() @ w[:, start:stop].float().T).to(torch.int32)
+    return out
+
+
+@torch.compiler.assume_constant_result
+def int_mm_is_exact() -> bool:
+    """Whether ``torch._int_mm`` holds on this machine for the largest values.
+
+    Processors without dot-product instructions add pairs of products in 16 bits with saturation, which ``127 * 127``
+    reveals.
+    """
+    for high, low in ((127, 127), (-128, -128), (127, -128)):
+        a = torch.full((17, 64), high, dtype=torch.int8)
+        w = torch.full((16, 64), low, dtype=torch.int8)
+        if not bool((torch._int_mm(a, w.t()) == 64 * high * low).all()):
+            return False
+    return True

@@ -1,0 +1,326 @@
+"""The proof that a packed layer is its simulation: equalities first, then a computed bound.
+
+For one packed layer and one probe input, `prove_layer` checks
+
+* codes: what is unpacked from the bytes equals the codes that the simulation used, one by one;
+* tables: scales are float32, positive and finite, stored reciprocals are the reciprocals;
+* activation codes: `numbers.codec` and the kernel agree on every code of the input, with the row of a timed table
+  looked up a second time, independently;
+* accumulators: the int32 sums of an integer kernel equal an int64 reference made from the simulation's codes;
+* outputs: ``|y - y64|`` is below a bound that is computed for each element, not guessed. Float kernels:
+  ``(K + 2) u sum |a_k w_k| + half ulp(y)``. Integer kernels sum exactly, so only the epilogue is rounded:
+  ``(S + 4) u (sum_s |acc_s scale_s| + |bias|) + half ulp(y)``, thousands of times tighter;
+* identity: a float kernel fed an identity matrix times a power of two must return the decoded weight bit for bit. One
+  wrong code among thousands can hide below a bound, not here.
+
+``u`` is 2**-24 on the CPU and 2**-22 elsewhere, where tensor cores may truncate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bitbrush import kernels
+from bitbrush.errors import InternalError
+from bitbrush.kernels import cpu
+from bitbrush.network.layers import QuantLayer
+from bitbrush.numbers.codec import decode, encode, expand_activation_scale, expand_weight_scale, reciprocal
+
+INTEGER_KERNELS = {"cpu-int8": cpu}
+IDENTITY_BUDGET = 2**28
+"""Multiply-adds above which the identity probe of a layer is skipped, and said so."""
+PROBE = 4.0
+"""The power of two that the identity matrix is multiplied with."""
+
+Json = dict[str, Any]
+
+
+def prove_layer(layer_sim_codes: Tensor | None, layer: QuantLayer, x: Tensor) -> Json:
+    """Prove one packed layer on one probe input; see the module's text for the checks.
+
+    Args:
+        layer_sim_codes: Codes of the simulation, uint8, in the weight's shape; None where the weight is float.
+        layer: The layer in packed face. A timed layer needs its clock set.
+        x: A probe input in the dtype the layer will be used with.
+
+    Returns:
+        JSON-able numbers and ``ok``: codes, tables, activation_codes, and for each kernel what it was tested for, or
+        under ``skipped`` why it cannot run this layer.
+    """
+    if layer.face != "packed" or layer.codes is not None:
+        raise InternalError("only a packed layer can be proven", where=type(layer).__name__)
+    with torch.no_grad(), _full_precision(x.device):
+        probe = _Probe(layer_sim_codes, layer, x)
+        result: Json = {
+            "codes": _stored(layer_sim_codes, layer),
+            "tables": _tables(layer),
+            "activation_codes": _compare(probe.quantized_values(), layer.quantize_input(x)) if probe.input else None,
+            "kernels": {},
+        }
+        for name in kernels.KERNELS:
+            reason = kernels.why_not(name, layer, x.device.type)
+            result["kernels"][name] = {"skipped": reason} if reason else _kernel(name, probe)
+    parts = [result["codes"], result["tables"], result["activation_codes"], *result["kernels"].values()]
+    result["ok"] = all(part is None or part.get("ok", True) for part in parts)
+    return result
+
+
+# ---- equalities ------------------------------------------------------------------------------------------------------
+def _compare(want: Tensor, got: Tensor) -> Json:
+    if want.shape != got.shape:
+        return {"equal": 0, "total": want.numel(), "ok": False}
+    equal = int((want.cpu() == got.cpu()).sum())
+    return {"equal": equal, "total": want.numel(), "ok": equal == want.numel()}
+
+
+def _stored(codes: Tensor | None, layer: QuantLayer) -> Json | None:
+    return None if codes is None else _compare(codes.to(torch.uint8), layer.stored_codes())
+
+
+def _tables(layer: QuantLayer) -> Json:
+    """Scales float32, positive, finite; reciprocals as stored equal to reciprocals computed here."""
+    good = True
+    pairs = [layer.weight_scale] if layer.spec.weight is not None else []
+    if layer.input is not None and layer.input.spec.mode == "static":
+        pairs.append(layer.input.scale)
+        stored = layer.input.inverse_scale
+        good = stored.dtype == torch.float32 and torch.equal(stored.cpu(), reciprocal(layer.input.scale.cpu()))
+    for table in pairs:
+        good = good and table.dtype == torch.float32 and bool(torch.isfinite(table).all()) and bool((table > 0).all())
+    return {"ok": good, "entries": sum(table.numel() for table in pairs)}
+
+
+class _Probe:
+    """One layer, one input, and everything exact about their product (float64 and int64 on the CPU)."""
+
+    def __init__(self, codes: Tensor | None, layer: QuantLayer, x: Tensor) -> None:
+        self.layer, self.x = layer, x
+        self.conv = isinstance(layer, nn.Conv2d)
+        self.input = layer.input is not None and layer.input.spec.position == "input" and layer.input.enabled
+        self.bias = None if layer.bias is None else layer.bias.detach().cpu().double()
+        ndim = 4 if self.conv else 2
+        if codes is None:
+            self.weight = layer.decoded_weight().cpu()
+        else:
+            self.codes = codes.cpu()
+            self.scale = expand_weight_scale(layer.weight_scale.cpu(), layer.segments, ndim)
+            self.zero = expand_weight_scale(layer.weight_zero_point.cpu().float(), layer.segments, ndim)
+            self.weight = decode(self.codes, self.scale, self.zero)
+        if self.input:
+            self.a_scale, self.a_inverse, self.a_zero = self._activation_tables()
+            self.a_codes = encode(x.cpu(), self.a_inverse, self.a_zero, (1 << _activation_bits(layer)) - 1)
+
+    def _activation_tables(self) -> tuple[Tensor, Tensor, Tensor]:
+        quantizer, x = self.layer.input, self.x
+        if quantizer is None:
+            raise InternalError("the layer's input is not quantized")
+        channel = self.layer.channel_dim % x.ndim
+        if quantizer.spec.mode == "dynamic":
+            a, b, c = quantizer.parameters_for(x, channel)
+            return a.cpu(), b.cpu(), c.cpu()
+        rows = [0]
+        if quantizer.spec.timed:
+            rows = _rows(quantizer)
+        tables = (quantizer.scale.cpu(), reciprocal(quantizer.scale.cpu()), quantizer.zero_point.cpu().float())
+        a, b, c = (expand_activation_scale(t[rows], quantizer.segments, x.ndim, channel) for t in tables)
+        return a, b, c
+
+    def quantized_values(self) -> Tensor:
+        """What the float operation of a simulated layer multiplies, in the dtype of the input."""
+        return decode(self.a_codes, self.a_scale, self.a_zero).to(self.x.dtype)
+
+    def product(self, a: Tensor, w: Tensor) -> Tensor:
+        """Float64 linear or convolution without bias."""
+        if isinstance(self.layer, nn.Conv2d):
+            return self.layer._conv_forward(a.double(), w.double(), None)
+        return F.linear(a.double(), w.double())
+
+    def per_channel(self, values: Tensor) -> Tensor:
+        """``[N]`` shaped to broadcast against the output."""
+        return values[:, None, None] if self.conv else values
+
+    def accumulators(self) -> list[Tensor]:
+        """int64 sums of each segment, shape of the output; integers below 2**53 are exact in float64."""
+        a, w = self.a_codes - self.a_zero, self.codes.float() - self.zero
+        dim = self.layer.channel_dim % self.x.ndim
+        pairs = zip(a.split(list(self.layer.segments), dim), w.split(list(self.layer.segments), 1), strict=True)
+        return [self.product(left, right).round().long() for left, right in pairs]
+
+    def exact_float(self) -> tuple[Tensor, Tensor]:
+        """(y64, bound before the last rounding) of a float kernel with these operands in the input's dtype."""
+        a = self.quantized_values() if self.input else self.x.cpu()
+        w = self.weight.to(self.x.dtype)
+        y, size = self.product(a, w), self.product(a.abs(), w.abs())
+        partial = half_ulp(y, self.x.dtype) if self.x.dtype != torch.float32 else torch.zeros_like(y)
+        if self.bias is not None:
+            y, size = y + self.per_channel(self.bias), size + self.per_channel(self.bias).abs()
+        k = self.weight[0].numel()
+        return y, (k + 2) * _unit(self.x.device) * size + partial
+
+    def exact_integer(self) -> tuple[Tensor, Tensor]:
+        """(y64, bound before the last rounding) of an integer kernel: only the epilogue is float32."""
+        dim = self.layer.channel_dim % self.x.ndim
+        y = torch.zeros((), dtype=torch.float64)
+        size, start = torch.zeros((), dtype=torch.float64), 0
+        for s, acc in enumerate(self.accumulators()):
+            act = self.a_scale.double()
+            act = act.narrow(dim, start, 1) if act.shape[dim] > 1 else act
+            if isinstance(self.layer, nn.Conv2d) and act.shape[-2:].numel() > 1:
+                act = act[..., :: int(self.layer.stride[0]), :: int(self.layer.stride[1])]
+            part = acc.double() * act * self.per_channel(self.layer.weight_scale[:, s].cpu().double())
+            y, size = y + part, size + part.abs()
+            start += self.layer.segments[s]
+        if self.bias is not None:
+            y, size = y + self.per_channel(self.bias), size + self.per_channel(self.bias).abs()
+        return y, (len(self.layer.segments) + 4) * _unit(self.x.device) * size
+
+
+def _activation_bits(layer: QuantLayer) -> int:
+    return layer.spec.activation.grid.bits if layer.spec.activation is not None else 8
+
+
+def _rows(quantizer: Any) -> list[int]:
+    """Row of the time grid for each sample, found one by one: a second opinion on `Clock.rows`."""
+    clock = quantizer._clock[0]
+    if clock is None or clock.now is None:
+        raise InternalError("the clock is not set, so a timed layer cannot be proven")
+    grid: list[float] = clock.timesteps.tolist()
+    rows = []
+    for now in clock.now.tolist():
+        if quantizer.spec.lookup == "ceil":
+            rows.append(next((i for i, t in enumerate(grid) if t >= now), len(grid) - 1))
+        else:
+            rows.append(min(range(len(grid)), key=lambda i, now=now: (abs(grid[i] - now), i)))  # type: ignore[misc]
+    return rows
+
+
+# ---- kernels ---------------------------------------------------------------------------------------------------------
+def _kernel(name: str, probe: _Probe) -> Json:
+    layer, x = probe.layer, probe.x
+    module = INTEGER_KERNELS.get(name)
+    result: Json = {}
+    if module is None:
+        with _quantizer(layer, enabled=probe.input):
+            y = kernels.KERNELS[name](layer, x)
+        y64, bound = probe.exact_float()
+        result["identity"] = identity_probe(probe, name)
+    else:
+        y = kernels.KERNELS[name](layer, x)
+        y64, bound = probe.exact_integer()
+        result["activation_codes"] = _compare(probe.a_codes.to(torch.uint8), module.input_codes(layer, x))
+        result["accumulators"] = _accumulators(probe, module.accumulators(layer, x))
+    ratio = bound_ratio(y, y64, bound)
+    result["max_error_over_bound"] = ratio if math.isfinite(ratio) else None
+    shape_and_type = y.shape == y64.shape and y.dtype == x.dtype
+    result["ok"] = shape_and_type and ratio <= 1 and all(v.get("ok", True) for v in result.values() if type(v) is dict)
+    return result
+
+
+def _accumulators(probe: _Probe, got: list[Tensor]) -> Json:
+    want = probe.accumulators()
+    if probe.conv:
+        got = [acc.permute(0, 3, 1, 2) if probe.x.ndim == 4 else acc.squeeze(0).permute(2, 0, 1) for acc in got]
+    parts = [_compare(w, g) for w, g in zip(want, got, strict=False)]
+    whole = len(want) == len(got) and all(acc.dtype == torch.int32 for acc in got)
+    return {
+        "equal": sum(p["equal"] for p in parts),
+        "total": sum(w.numel() for w in want),
+        "largest": max((int(w.abs().max()) for w in want if w.numel()), default=0),
+        "ok": whole and all(p["ok"] for p in parts),
+    }
+
+
+def half_ulp(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """Half the distance between neighbours of ``dtype`` at each ``|y|`` (float64)."""
+    info = torch.finfo(dtype)
+    exponent = torch.frexp(y.double().abs()).exponent.double() - 1
+    ulp = torch.exp2(exponent) * info.eps
+    return ulp.clamp_min(info.tiny * info.eps) / 2
+
+
+def bound_ratio(y: Tensor, y64: Tensor, bound: Tensor) -> float:
+    """Largest ``|y - y64| / bound``; infinite where ``y`` is not finite although the exact value fits its dtype."""
+    if y.shape != y64.shape:
+        return math.inf
+    if y.numel() == 0:
+        return 0.0
+    wide = y.detach().cpu().double()
+    limit = bound + half_ulp(torch.maximum(wide.nan_to_num(0.0, 0.0, 0.0).abs(), y64.abs()), y.dtype)
+    overflow = (wide == torch.sign(y64) * math.inf) & (y64.abs() + limit >= torch.finfo(y.dtype).max)
+    ratio = torch.where(overflow, torch.zeros_like(y64), (wide - y64).abs() / limit)
+    return float(torch.nan_to_num(ratio, nan=math.inf, posinf=math.inf).max())
+
+
+def identity_probe(probe: _Probe, name: str) -> Json:
+    """Feed a float kernel ``PROBE`` times an identity matrix: the output must be the decoded weight, bit for bit."""
+    layer = probe.layer
+    rows, channels, kh, kw = (*probe.weight.shape, 1, 1)[:4]
+    if isinstance(layer, nn.Conv2d):
+        plain = layer.groups == 1 and layer.padding_mode == "zeros" and set(layer.stride + layer.dilation) == {1}
+        if not plain or isinstance(layer.padding, str):
+            return {"skipped": "a convolution with stride, dilation, groups or another padding mode"}
+    if channels * channels * rows * (kh * kw) ** 2 * 4 > IDENTITY_BUDGET:
+        return {"skipped": f"{rows} x {channels} x {kh} x {kw} is too large for the probe"}
+    eye = torch.eye(channels, dtype=probe.x.dtype, device=probe.x.device) * PROBE
+    want = (probe.weight.to(probe.x.dtype) * PROBE).cpu()
+    if isinstance(layer, nn.Conv2d):
+        picture = eye.new_zeros(channels, channels, 2 * kh - 1, 2 * kw - 1)
+        picture[:, :, kh - 1, kw - 1] = eye
+        eye = picture
+    with _quantizer(layer, enabled=False), _without_bias(layer):
+        got = kernels.KERNELS[name](layer, eye).cpu()
+    if isinstance(layer, nn.Conv2d):
+        (top, left), (h, w) = (int(layer.padding[0]), int(layer.padding[1])), (kh, kw)
+        got = got[:, :, top : top + h, left : left + w].flip(2, 3)
+    return _compare(want, got.transpose(0, 1))
+
+
+@contextmanager
+def _quantizer(layer: QuantLayer, *, enabled: bool) -> Iterator[None]:
+    before = None if layer.input is None else layer.input.enabled
+    if layer.input is not None:
+        layer.input.enabled = enabled
+    try:
+        yield
+    finally:
+        if layer.input is not None and before is not None:
+            layer.input.enabled = before
+
+
+@contextmanager
+def _without_bias(layer: QuantLayer) -> Iterator[None]:
+    bias = layer.bias
+    layer.bias = None
+    try:
+        yield
+    finally:
+        layer.bias = bias
+
+
+def _unit(device: torch.device) -> float:
+    return 2.0**-24 if device.type == "cpu" else 2.0**-22
+
+
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """Reduced-precision products of GPUs off inside the block: the bound is one of float32 sums."""
+    if device.type != "cuda":
+        yield
+        return
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    saved = (matmul.allow_tf32, cudnn.allow_tf32, matmul.allow_fp16_reduced_precision_reduction,
+             matmul.allow_bf16_reduced_precision_reduction)
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    matmul.allow_fp16_reduced_precision_reduction = matmul.allow_bf16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        (matmul.allow_tf32, cudnn.allow_tf32, matmul.allow_fp16_reduced_precision_reduction,
+         matmul.allow_bf16_reduced_precision_reduction) = saved

@@ -1,0 +1,1 @@
+"""The model, wrapped: quantized layers, the clock, attention operands, and adapters to diffusers' networks."""

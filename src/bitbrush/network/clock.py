@@ -1,0 +1,117 @@
+"""Time is a value, not a counter.
+
+Activation ranges of a diffusion model move along the sampling trajectory, so some layers keep a table of scales with a
+row for each timestep. Which row is in force must not depend on how often somebody called the network: classifier-free
+guidance calls it once or twice a step, img2img starts in the middle, a sample may be aborted, two pipelines may share
+one model. So nothing here counts. A forward pre-hook on the denoiser reads the ``timestep`` argument of that very call
+into a `Clock`; layers look their row up; a post-hook that also runs after an exception clears it. A clock that is not
+set raises when a layer needs it: there is no default row.
+
+Reconstruction runs single blocks, where no denoiser forward happens; ``with clock.at(t):`` sets the time there.
+
+The time is kept as a tensor ``[1]`` or ``[batch]``, so a compiled graph takes it as data and is not compiled again
+when it changes. Rows for a batch of mixed timesteps are looked up per sample.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from bitbrush.errors import InputError
+from bitbrush.numbers.grid import Lookup
+
+
+class Clock(nn.Module):
+    """The current timestep of one denoiser, shared by all its layers.
+
+    Args:
+        timesteps: Ascending timesteps of the time grid that the model's scale tables are indexed by.
+    """
+
+    def __init__(self, timesteps: tuple[float, ...] = ()) -> None:
+        super().__init__()
+        self.now: Tensor | None = None
+        self._hooks: list[RemovableHandle] = []
+        self.register_buffer("timesteps", torch.tensor(timesteps, dtype=torch.float32), persistent=False)
+        self.timesteps: Tensor
+
+    def set(self, timestep: Tensor | float | int) -> None:
+        """Set the time of the call that is starting; a scalar or one value a sample."""
+        device = self.timesteps.device
+        tensor = timestep if isinstance(timestep, Tensor) else torch.tensor(timestep, dtype=torch.float32)
+        self.now = tensor.to(device=device, dtype=torch.float32).reshape(-1)
+
+    def clear(self) -> None:
+        """Forget the time: the next reader raises until somebody sets it."""
+        self.now = None
+
+    @contextmanager
+    def at(self, timestep: Tensor | float | int) -> Iterator[None]:
+        """Hold the time at ``timestep`` inside the block; the former value comes back afterwards."""
+        before = self.now
+        self.set(timestep)
+        try:
+            yield
+        finally:
+            self.now = before
+
+    def rows(self, lookup: Lookup) -> Tensor:
+        """Row of the time grid for each sample, int64 ``[1]`` or ``[batch]``.
+
+        ``nearest``: the closest grid time (the earlier one when between two); ``ceil``: the next grid time at or above
+        the timestep, the last one beyond the end; ``exact``: the timestep must be on the grid.
+        """
+        if self.now is None:
+            raise InputError(
+                "the clock is not set, so timestep-dependent scales cannot be chosen",
+                where="a layer with a table of scales a timestep",
+                why="the layer was called outside a denoiser forward",
+                try_="call the whole denoiser, or wrap the call in `with clock.at(t):`",
+            )
+        grid, last = self.timesteps, self.timesteps.numel() - 1
+        now = self.now.to(grid.device)  # offloading may have moved the model since the call began
+        above = torch.searchsorted(grid, now).clamp(max=last)
+        if lookup == "ceil":
+            return above
+        below = (above - 1).clamp(min=0)
+        closer = (now - grid[below]).abs() <= (grid[above] - now).abs()
+        row = torch.where(closer, below, above)
+        if lookup == "exact":
+            torch._assert_async((grid[row] == now).all(), "a timestep is not on the time grid (lookup = exact)")
+        return row
+
+    def attach(self, model: nn.Module) -> None:
+        """Hook the denoiser so that each forward sets this clock from its ``timestep`` argument and clears it after."""
+        names = list(inspect.signature(model.forward).parameters)
+        position = names.index("timestep")
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            _of(module).set(kwargs["timestep"] if "timestep" in kwargs else args[position])
+
+        def after(module: nn.Module, _args: tuple[Any, ...], _output: object) -> None:
+            _of(module).clear()
+
+        model.bitbrush_clock = self
+        self._hooks = [
+            model.register_forward_pre_hook(before, with_kwargs=True),
+            model.register_forward_hook(after, always_call=True),
+        ]
+
+    def detach(self) -> None:
+        """Remove the hooks that `attach` made."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+
+def _of(model: nn.Module) -> Clock:
+    """The clock of the model that is being called: a deep copy of a model must find its own, not the original's."""
+    clock: Clock = model.bitbrush_clock  # type: ignore[assignment]
+    return clock

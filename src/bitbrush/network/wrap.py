@@ -1,0 +1,140 @@
+"""Put quantized layers into a model, and switch the face that they show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from bitbrush.errors import InputError
+from bitbrush.network.attention import QuantAttention, install_operands
+from bitbrush.network.clock import Clock
+from bitbrush.network.layers import Face, QuantConv2d, QuantLayer, QuantLinear
+from bitbrush.numbers.grid import LayerSpec, Plan
+
+
+def wrap(model: nn.Module, plan: Plan) -> Clock:
+    """Replace every layer of the plan by its quantized form, in float face; weights are shared, not copied.
+
+    Returns:
+        The clock, attached to the model.
+    """
+    clock = _prepare(model, plan)
+    for name, spec in plan.layers.items():
+        if not is_operand(name):
+            _replace(model, name, _wrapped(model.get_submodule(name), name, spec, clock, len(plan.timesteps) or 1))
+    _operands(model, plan, clock)
+    return clock
+
+
+def declare(model: nn.Module, plan: Plan) -> Clock:
+    """Replace every layer of the plan by an empty packed layer of the final shapes, for loading an artifact into.
+
+    Buffers are created on the device of the module they replace (meta while diffusers loads).
+    """
+    clock = _prepare(model, plan)
+    for name, spec in plan.layers.items():
+        if is_operand(name):
+            continue
+        module = model.get_submodule(name)
+        weight = module.weight
+        device = weight.device if spec.weight is not None else None  # type: ignore[union-attr]
+        layer = _wrapped(module, name, spec, clock, len(plan.timesteps) or 1)
+        if spec.weight is not None:
+            layer.float_weight = None
+            layer.declare_packed()
+            layer.to(device)
+        layer.face = "packed"
+        _replace(model, name, layer)
+    _operands(model, plan, clock)
+    return clock
+
+
+def layers(model: nn.Module) -> dict[str, QuantLayer]:
+    """The quantized layers of a model by name, in registration order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLayer)}
+
+
+def set_face(model: nn.Module, face: Face) -> None:
+    """Show one face on every quantized layer and attention of the model."""
+    for module in model.modules():
+        if isinstance(module, QuantLayer | QuantAttention):
+            module.face = face
+
+
+@contextmanager
+def show(model: nn.Module, face: Face) -> Iterator[None]:
+    """Show a face inside the block; the faces shown before come back afterwards."""
+    before = [(m, m.face) for m in model.modules() if isinstance(m, QuantLayer | QuantAttention)]
+    set_face(model, face)
+    try:
+        yield
+    finally:
+        for module, old in before:
+            module.face = old
+
+
+@contextmanager
+def float_activations(model: nn.Module) -> Iterator[None]:
+    """Switch all activation quantizers off inside the block."""
+    from bitbrush.network.activation import ActivationQuantizer
+
+    found = [(m, m.enabled) for m in model.modules() if isinstance(m, ActivationQuantizer)]
+    for module, _ in found:
+        module.enabled = False
+    try:
+        yield
+    finally:
+        for module, old in found:
+            module.enabled = old
+
+
+def is_operand(name: str) -> bool:
+    """Whether a plan name denotes an attention operand (``<attention>:q``), not a layer."""
+    return ":" in name
+
+
+def _prepare(model: nn.Module, plan: Plan) -> Clock:
+    for name, spec in plan.layers.items():
+        if spec.unsupported():
+            raise InputError(
+                f"this release cannot run {', '.join(spec.unsupported())}", where=name,
+                why="the layer spec asks for a partition or grid that a later release brings",
+                try_="bitbrush recipes show NAME, and choose another setting",
+            )
+    earlier = getattr(model, "bitbrush_clock", None)
+    if isinstance(earlier, Clock):
+        earlier.detach()
+        del model.bitbrush_clock
+    clock = Clock(plan.timesteps).to(next(model.parameters()).device)
+    if plan.timesteps:
+        clock.attach(model)
+        model.bitbrush_clock = clock
+    return clock
+
+
+def _wrapped(module: nn.Module, name: str, spec: LayerSpec, clock: Clock, times: int) -> QuantLayer:
+    if isinstance(module, nn.Linear):
+        return QuantLinear.wrap(module, spec, clock, times)
+    if isinstance(module, nn.Conv2d):
+        return QuantConv2d.wrap(module, spec, clock, times)
+    raise InputError(
+        f"a {type(module).__name__} cannot be quantized", where=name, why="only Linear and Conv2d layers can",
+        try_="leave the layer out of the recipe's patterns",
+    )
+
+
+def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)
+
+
+def _operands(model: nn.Module, plan: Plan, clock: Clock) -> None:
+    grouped: dict[str, dict[str, LayerSpec]] = {}
+    for name, spec in plan.layers.items():
+        if is_operand(name):
+            owner, _, operand = name.partition(":")
+            grouped.setdefault(owner, {})[operand] = spec
+    for owner, specs in grouped.items():
+        install_operands(model.get_submodule(owner), specs, clock, len(plan.timesteps) or 1)

@@ -1,0 +1,1 @@
+"""What a low-bit number is: grids, specs, encode and decode, ranges, rounding, packing."""

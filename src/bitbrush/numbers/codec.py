@@ -1,0 +1,103 @@
+"""The one definition of a low-bit number: `encode` and `decode`.
+
+    code  = clamp(round(x * (1 / scale)) + zero_point, 0, 2**bits - 1)
+    value = (code - zero_point) * scale
+
+Simulation *is* ``decode(encode(x))``; packing stores *those* codes; every kernel is tested against these functions.
+Nothing else in the package rounds or clamps values onto a grid.
+
+The arithmetic is pinned so that two devices and two releases agree on every code:
+
+* ``x`` is taken to float32 first, whatever the compute dtype is;
+* the division is a multiplication with the float32 reciprocal of the scale (`reciprocal`), which is computed once, by
+  an IEEE division, and then kept;
+* rounding is half to even (``torch.round``);
+* scales are float32 and positive, zero-points are integers, so 0 is always exactly representable;
+* a channel that is constant ``c`` gets scale ``|c|`` and codes 0 or +-1, hence it is exact, never an epsilon floor.
+
+The learned form of weight rounding (AdaRound, Nagel et al. 2020, eq. 22) replaces the rounding by
+``floor(x / scale) + h`` with ``h`` in [0, 1]: `encode_offset`. After hardening ``h`` is 0 or 1 and the codes are as
+stored as any others.
+
+Shapes: ``scale`` and ``zero_point`` broadcast against ``x``; `expand_weight_scale` and `expand_activation_scale` bring
+the tables ``[N, S]`` and ``[T, S]`` into that form.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def reciprocal(scale: Tensor) -> Tensor:
+    """``1 / scale`` in float32, the stored factor by which values are encoded."""
+    return torch.ones((), dtype=torch.float32, device=scale.device) / scale.float()
+
+
+def encode(x: Tensor, inverse_scale: Tensor, zero_point: Tensor, top: int | Tensor) -> Tensor:
+    """Codes of ``x`` as float32 integers in ``0 .. top``.
+
+    Args:
+        x: Values, any floating dtype and shape.
+        inverse_scale: `reciprocal` of the scale, float32, broadcastable to ``x``.
+        zero_point: Integer-valued float32, broadcastable to ``x``.
+        top: Largest code, ``2**bits - 1``; a tensor where rows differ in bits.
+    """
+    code = torch.round(x.float() * inverse_scale) + zero_point
+    return _clamp(code, top)
+
+
+def encode_offset(x: Tensor, inverse_scale: Tensor, zero_point: Tensor, top: int | Tensor, offset: Tensor) -> Tensor:
+    """Codes with the rounding decision given: ``clamp(floor(x / scale) + offset + zero_point)``.
+
+    ``offset`` in {0, 1} gives integers; a soft offset in [0, 1] gives the relaxed codes that AdaRound trains.
+    """
+    return _clamp(torch.floor(x.float() * inverse_scale) + offset + zero_point, top)
+
+
+def decode(code: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """Values ``(code - zero_point) * scale`` in float32."""
+    return (code.float() - zero_point) * scale
+
+
+def fake(x: Tensor, scale: Tensor, zero_point: Tensor, top: int | Tensor) -> Tensor:
+    """``decode(encode(x))`` with straight-through gradients.
+
+    Rounding passes gradients unchanged; clamping passes them to ``x`` inside the range only, and to ``scale`` through
+    the clamped codes (Esser et al. 2020, LSQ eq. 3, without its gradient scale).
+    """
+    scaled = x.float() / scale if scale.requires_grad else x.float() * reciprocal(scale)
+    rounded = scaled + (torch.round(scaled) - scaled).detach()
+    return decode(_clamp(rounded + zero_point, top), scale, zero_point)
+
+
+def _clamp(code: Tensor, top: int | Tensor) -> Tensor:
+    if isinstance(top, Tensor):
+        return torch.minimum(code.clamp_min(0), top)
+    return code.clamp(0, top)
+
+
+def expand_weight_scale(table: Tensor, segments: tuple[int, ...], ndim: int) -> Tensor:
+    """A weight table ``[N, S]`` as ``[N, C, 1, 1]`` (or ``[N, C]``), or ``[N, 1, ...]`` when there is one segment."""
+    table = _spread(table, segments)
+    return table.reshape(*table.shape, *([1] * (ndim - 2)))
+
+
+def expand_activation_scale(table: Tensor, segments: tuple[int, ...], ndim: int, channel_dim: int) -> Tensor:
+    """Rows ``[B or 1, S]`` of an activation table, shaped to broadcast against an activation of ``ndim`` dimensions.
+
+    ``channel_dim`` is 1 for pictures ``[B, C, H, W]`` and ``ndim - 1`` for tokens ``[B, ..., C]``.
+    """
+    table = _spread(table, segments)
+    shape = [1] * ndim
+    shape[0], shape[channel_dim] = table.shape
+    if ndim == 1:
+        shape = [table.shape[1]]
+    return table.reshape(shape)
+
+
+def _spread(table: Tensor, segments: tuple[int, ...]) -> Tensor:
+    """Columns of a table ``[R, S]`` repeated for their channels, ``[R, C]``; shapes stay static for compilers."""
+    if table.shape[1] == 1:
+        return table
+    return torch.cat([table[:, s : s + 1].expand(-1, count) for s, count in enumerate(segments)], dim=1)

@@ -1,0 +1,159 @@
+"""The vocabulary in which methods differ: grids, layer specs and plans. Pure data, JSON both ways.
+
+A `Grid` says which numbers are representable. A `LayerSpec` says which grid a layer's weight and input use and how
+their scales are partitioned:
+
+    N   output rows            a scale a row, optionally bits a row (``WeightSpec.row_bits``)
+    K   input channels         ``LayerSpec.segments``: consecutive channel counts after sorting by segment
+    T   time buckets           ``ActivationSpec.timed``: a row of the scale table for each entry of ``Plan.timesteps``
+    token / pixel              scales found at run time (``mode = "dynamic"``)
+
+Fields that no recipe of this release can run are carried because the format is written once; `LayerSpec.unsupported`
+names them, and nothing ignores them silently.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+_FROZEN = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+GridKind = Literal["affine", "log2", "codebook"]
+Lookup = Literal["exact", "ceil", "nearest", "interpolate"]
+
+
+class Grid(BaseModel):
+    """Representable numbers ``(code - zero_point) * scale`` with ``code`` in ``0 .. 2**bits - 1``.
+
+    Codes are always unsigned. ``signed`` fixes the zero-point at ``2**(bits-1)`` (a symmetric grid); otherwise the
+    zero-point is an integer code chosen with the range, which always contains 0.
+    """
+
+    model_config = _FROZEN
+    kind: GridKind = "affine"
+    bits: int = Field(default=8, ge=1, le=8)
+    signed: bool = False
+
+    @property
+    def levels(self) -> int:
+        """Number of codes, ``2**bits``."""
+        return 1 << self.bits
+
+    @property
+    def mid(self) -> int:
+        """The fixed zero-point of a signed grid."""
+        return 1 << (self.bits - 1)
+
+
+class WeightSpec(BaseModel):
+    """Grid and row partition of a layer's weight ``[N, C, kh, kw]`` (``[N, C]`` for linear layers)."""
+
+    model_config = _FROZEN
+    grid: Grid = Grid(bits=4)
+    granularity: Literal["row", "tensor"] = "row"
+    row_bits: tuple[Annotated[int, Field(ge=1, le=8)], ...] = ()
+    rounding: Literal["nearest", "offset"] = "nearest"
+
+    def bit_classes(self) -> tuple[int, ...]:
+        """Distinct bit widths of the rows, ascending."""
+        return tuple(sorted(set(self.row_bits))) if self.row_bits else (self.grid.bits,)
+
+
+class ActivationSpec(BaseModel):
+    """Grid and partition of a layer's input (or output) activation.
+
+    ``timed`` says that the scale table has one row for each timestep of the plan; ``time_bits`` gives bits a row.
+    ``lookup`` says what a timestep outside the table means.
+    """
+
+    model_config = _FROZEN
+    grid: Grid = Grid(bits=8)
+    mode: Literal["static", "dynamic"] = "static"
+    granularity: Literal["tensor", "token", "channel", "pixel"] = "tensor"
+    position: Literal["input", "output"] = "input"
+    timed: bool = False
+    time_bits: tuple[int, ...] = ()
+    lookup: Lookup = "nearest"
+
+
+class LayerSpec(BaseModel):
+    """Everything static about how one layer is quantized."""
+
+    model_config = _FROZEN
+    weight: WeightSpec | None = None
+    activation: ActivationSpec | None = None
+    segments: tuple[int, ...] = ()
+    sorted_channels: bool = False
+    input_scale: bool = False
+    low_rank: int = Field(default=0, ge=0)
+    rotation: Literal["none", "hadamard"] = "none"
+    exempt: tuple[int, ...] = ()
+
+    @property
+    def quantized(self) -> bool:
+        """Whether anything in this layer leaves full precision."""
+        return self.weight is not None or self.activation is not None
+
+    def unsupported(self) -> list[str]:
+        """Names of fields set to something this release cannot run."""
+        found = [
+            ("sorted_channels", self.sorted_channels),
+            ("input_scale", self.input_scale),
+            ("low_rank", self.low_rank > 0),
+            ("rotation", self.rotation != "none"),
+            ("exempt", bool(self.exempt)),
+            ("weight.grid.kind", self.weight is not None and self.weight.grid.kind != "affine"),
+            ("activation.grid.kind", self.activation is not None and self.activation.grid.kind != "affine"),
+            ("activation.time_bits", self.activation is not None and bool(self.activation.time_bits)),
+            ("activation.granularity", self.activation is not None and self.activation.granularity == "pixel"),
+            ("activation.lookup", self.activation is not None and self.activation.lookup == "interpolate"),
+        ]
+        return [name for name, bad in found if bad]
+
+
+class Plan(BaseModel):
+    """Layer name to spec, in execution order, with the time grid that every timed table of the model shares."""
+
+    model_config = _FROZEN
+    layers: dict[str, LayerSpec] = Field(default_factory=dict)
+    timesteps: tuple[float, ...] = ()
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Plan:
+        if any(b <= a for a, b in zip(self.timesteps, self.timesteps[1:], strict=False)):
+            raise ValueError("timesteps must be strictly ascending")
+        return self
+
+    def with_layers(self, changes: dict[str, LayerSpec]) -> Plan:
+        """A plan in which the named layers' specs are replaced."""
+        return self.model_copy(update={"layers": {**self.layers, **changes}})
+
+    def to_json(self) -> dict[str, Any]:
+        """Compact form: each distinct spec is written once, in the order of first use."""
+        specs: list[dict[str, Any]] = []
+        index: dict[str, int] = {}
+        for name, spec in self.layers.items():
+            data = spec.model_dump(mode="json")
+            if data not in specs:
+                specs.append(data)
+            index[name] = specs.index(data)
+        return {"specs": specs, "layers": index, "timesteps": list(self.timesteps)}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Plan:
+        """Inverse of `to_json`; raises ``ValueError`` with a key path on anything unknown."""
+        for key in ("specs", "layers"):
+            if key not in data:
+                raise ValueError(f"{key}: missing")
+        unknown = sorted(set(data) - {"specs", "layers", "timesteps"})
+        if unknown:
+            raise ValueError(f"{unknown[0]}: unknown key")
+        specs = [LayerSpec.model_validate(item, strict=False) for item in data["specs"]]
+        layers = {}
+        for name, i in data["layers"].items():
+            if not isinstance(i, int) or not 0 <= i < len(specs):
+                raise ValueError(f"layers.{name}: no spec number {i!r}")
+            layers[name] = specs[i]
+        return cls(layers=layers, timesteps=tuple(float(t) for t in data.get("timesteps", ())))

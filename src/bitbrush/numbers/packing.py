@@ -1,0 +1,121 @@
+"""Codes to bytes and back: 1 to 8 bits, any length, an exact inverse.
+
+A code of ``b`` bits is stored as planes of 8, 4, 2 or 1 bits, the widest first (3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2,
+7 = 4 + 2 + 1), low-order bits in the first plane. Within a plane, consecutive elements fill a byte from its low end.
+
+A weight is stored by rows of K = segments x kh x kw x channels (see `weight_rows`); each plane of a row is padded to a
+multiple of 16 bytes, so that every row of every plane starts aligned for a vector load.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SEGMENT_ALIGN = 32
+ROW_ALIGN = 16
+
+
+def planes(bits: int) -> tuple[int, ...]:
+    """Plane widths of a code of ``bits`` bits, low-order plane first: ``planes(7) == (4, 2, 1)``."""
+    if not 1 <= bits <= 8:
+        raise ValueError(f"bits must be 1 to 8, got {bits}")
+    return tuple(width for width in (8, 4, 2, 1) if bits & width)
+
+
+def pack_plane(codes: Tensor, width: int) -> Tensor:
+    """Pack values below ``2**width`` along the last dimension; the last byte is padded with zeros."""
+    if width == 8:
+        return codes.to(torch.uint8)
+    per_byte = 8 // width
+    codes = torch.nn.functional.pad(codes.to(torch.uint8), (0, -codes.shape[-1] % per_byte))
+    parts = codes.reshape(*codes.shape[:-1], -1, per_byte)
+    out = parts[..., 0]
+    for i in range(1, per_byte):
+        out = out | (parts[..., i] << (i * width))
+    return out
+
+
+def unpack_plane(data: Tensor, width: int, length: int) -> Tensor:
+    """Inverse of `pack_plane`: the first ``length`` values along the last dimension, uint8."""
+    if width == 8:
+        return data[..., :length]
+    mask = (1 << width) - 1
+    parts = [(data >> shift) & mask for shift in range(0, 8, width)]
+    return torch.stack(parts, dim=-1).flatten(-2)[..., :length]
+
+
+def plane_bytes(length: int, width: int) -> int:
+    """Bytes of one plane of a row of ``length`` codes, padded to `ROW_ALIGN`."""
+    size = -(-length * width // 8)
+    return -(-size // ROW_ALIGN) * ROW_ALIGN
+
+
+def row_bytes(length: int, bits: int) -> int:
+    """Bytes of a packed row of ``length`` codes of ``bits`` bits."""
+    return sum(plane_bytes(length, width) for width in planes(bits))
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Pack rows of codes ``[N, K]`` (integers below ``2**bits``) into ``[N, row_bytes(K, bits)]`` uint8."""
+    codes = codes.to(torch.uint8)
+    parts, shift = [], 0
+    for width in planes(bits):
+        plane = pack_plane((codes >> shift) & ((1 << width) - 1), width)
+        parts.append(torch.nn.functional.pad(plane, (0, plane_bytes(codes.shape[-1], width) - plane.shape[-1])))
+        shift += width
+    return torch.cat(parts, dim=-1)
+
+
+def unpack(data: Tensor, bits: int, length: int) -> Tensor:
+    """Inverse of `pack`: codes ``[N, length]`` uint8."""
+    out: Tensor | None = None
+    start = shift = 0
+    for width in planes(bits):
+        size = plane_bytes(length, width)
+        plane = unpack_plane(data[..., start : start + size], width, length) << shift
+        out = plane if out is None else out | plane
+        start += size
+        shift += width
+    if out is None:
+        raise ValueError("bits must be 1 to 8")
+    return out
+
+
+def padded(segments: tuple[int, ...]) -> tuple[int, ...]:
+    """Channel counts of the segments after padding to `SEGMENT_ALIGN`."""
+    return tuple(-(-c // SEGMENT_ALIGN) * SEGMENT_ALIGN for c in segments)
+
+
+def row_length(segments: tuple[int, ...], kernel: tuple[int, int]) -> int:
+    """Codes in a packed row, K = sum over segments of kh * kw * padded channels."""
+    return kernel[0] * kernel[1] * sum(padded(segments))
+
+
+def weight_rows(codes: Tensor, segments: tuple[int, ...], fill: Tensor) -> Tensor:
+    """Codes ``[N, C, kh, kw]`` as rows ``[N, K]`` in the order (segment, kh, kw, channel).
+
+    ``fill`` ``[N, S]`` are the zero-point codes: padded channels decode to exactly 0.
+    """
+    parts = []
+    for s, part in enumerate(codes.split(list(segments), dim=1)):
+        part = part.permute(0, 2, 3, 1)
+        extra = padded((segments[s],))[0] - segments[s]
+        pad = fill[:, s].to(part.dtype).reshape(-1, 1, 1, 1).expand(*part.shape[:3], extra)
+        parts.append(torch.cat([part, pad], dim=3).flatten(1))
+    return torch.cat(parts, dim=1)
+
+
+def rows_to_weight(rows: Tensor, segments: tuple[int, ...], kernel: tuple[int, int]) -> Tensor:
+    """Inverse of `weight_rows`, without the padding: ``[N, C, kh, kw]`` with the standard strides.
+
+    A 1x1 weight counts as contiguous with channels-last strides too, and convolutions then take another algorithm,
+    which rounds differently: the copy is therefore made explicitly.
+    """
+    kh, kw = kernel
+    parts, start = [], 0
+    for count, wide in zip(segments, padded(segments), strict=True):
+        block = rows[:, start : start + kh * kw * wide].reshape(-1, kh, kw, wide)
+        parts.append(block[..., :count].permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format))
+        start += kh * kw * wide
+    return torch.cat(parts, dim=1)

@@ -1,0 +1,1 @@
+"""One TOML file a method; `bitbrush recipes show NAME` prints it expanded."""

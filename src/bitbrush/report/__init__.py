@@ -1,0 +1,7 @@
+"""Numbers to one HTML page that needs no network and runs no script."""
+
+from __future__ import annotations
+
+from bitbrush.report.html import write_report
+
+__all__ = ["write_report"]

@@ -1,0 +1,170 @@
+"""calibrate: denoiser inputs from real trajectories of the pipeline's own scheduler, stratified over time.
+
+``times = "uniform"``: as many samples from every sampling step (Q-Diffusion, section 3.1 of its method page).
+``times = "normal"``: t ~ Normal(mean * T, std * T), clamped, each x_t with its own t (PTQ4DM, NDTC; T counts sampling
+steps and t = 0 is the cleanest). Under classifier-free guidance both halves of a call are kept, each with its own
+condition.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from bitbrush.engine.journal import generator as derived
+from bitbrush.engine.run import Run, find_nonfinite
+from bitbrush.engine.step import Step, UnitResult
+from bitbrush.errors import InputError, NumericsError
+from bitbrush.network import wrap
+from bitbrush.network.pipelines import sample_latents, takes_prompt
+
+
+class Calibrate(Step):
+    """Fill the tape.
+
+    Args:
+        samples: Denoiser calls kept (a guided step counts one for each half).
+        trajectories: Sampling runs they come from; one prompt each.
+        steps: Sampling steps of a trajectory.
+        guidance: Guidance scale of the trajectories.
+        times: How samples spread over the steps.
+        mean, std: Of the normal distribution, as shares of the number of steps.
+        batch: Trajectories run together.
+    """
+
+    samples: int = Field(default=256, ge=1)
+    trajectories: int = Field(default=32, ge=1)
+    steps: int = Field(default=25, ge=1)
+    guidance: float = 4.0
+    times: Literal["uniform", "normal"] = "uniform"
+    mean: float = 0.4
+    std: float = Field(default=0.4, gt=0)
+    batch: int = Field(default=16, ge=1)
+
+    def needs_prompts(self) -> int:
+        """One prompt a trajectory."""
+        return self.trajectories
+
+    def units(self, run: Run) -> list[str]:
+        """Batches of trajectories."""
+        last = self.trajectories
+        return [f"trajectories {a}-{min(a + self.batch, last) - 1}" for a in range(0, last, self.batch)]
+
+    def run_unit(self, run: Run, unit: str, generator: torch.Generator) -> UnitResult:
+        """Sample one batch of trajectories and keep the scheduled moments."""
+        low, high = (int(part) for part in unit.split()[1].split("-"))
+        members = list(range(low, high + 1))
+        wanted = [self.schedule(run)[i] for i in members]
+        prompts = self._prompts(run, members)
+        seeds = [derived(run.seed, self.label, f"noise {i}") for i in members]
+        keeper = _Keeper(run.model, wanted, self.timesteps(run))
+        with keeper, wrap.show(run.model, "float"):
+            sample_latents(run.pipeline, prompts, seeds, steps=self.steps, guidance=self.guidance)
+        tensors = keeper.tensors()
+        times = tensors["timestep"]
+        counts = {f"{t:g}": int((times == t).sum()) for t in times.unique().tolist()}
+        return UnitResult(tensors, notes={"samples": len(times), "timesteps": counts})
+
+    def apply(self, run: Run, unit: str, result: UnitResult) -> None:
+        """Put the shard on the tape; the time grid becomes known with the first."""
+        run.tape.add(run.journal.path_of(self.label, unit))
+        if unit == self.units(run)[0]:
+            run.set_timesteps(self.timesteps(run))
+
+    def timesteps(self, run: Run) -> list[float]:
+        """The scheduler's timesteps in sampling order."""
+        run.pipeline.scheduler.set_timesteps(self.steps)
+        return [float(t) for t in run.pipeline.scheduler.timesteps]
+
+    def schedule(self, run: Run) -> list[set[int]]:
+        """For each trajectory, the sampling steps (0 = noisiest) kept from it."""
+        halves = 2 if takes_prompt(run.pipeline) and self.guidance > 1 else 1
+        count = max(1, self.samples // halves)
+        steps = self.steps
+        if self.times == "uniform":
+            moments = [i * steps // count for i in range(count)]
+        else:
+            draw = torch.randn(count, generator=derived(run.seed, self.label, "times"))
+            clean = (draw * self.std * steps + self.mean * steps).floor().clamp(0, steps - 1)
+            moments = sorted(int(steps - 1 - t) for t in clean.tolist())
+        plan: list[set[int]] = [set() for _ in range(self.trajectories)]
+        for k, moment in enumerate(moments):
+            free = next((j for d in range(self.trajectories) if moment not in plan[j := (k + d) % self.trajectories]),
+                        None)
+            if free is None:
+                raise InputError(
+                    f"{self.samples} calibration samples cannot come from {self.trajectories} trajectories",
+                    where=f"step {self.label}", why=f"each gives one sample a sampling step ({self.steps} steps)",
+                    try_=f"--set {self.label}.trajectories={self.trajectories * 2}",
+                )
+            plan[free].add(moment)
+        return plan
+
+    def _prompts(self, run: Run, members: list[int]) -> list[str] | None:
+        if not takes_prompt(run.pipeline):
+            return None
+        if len(run.prompts) <= members[-1]:
+            raise InputError(
+                f"{self.trajectories} prompts are needed, {len(run.prompts)} are there", where=f"step {self.label}",
+                why="every trajectory takes its own prompt",
+                try_=f"give more prompts, or --set {self.label}.trajectories={len(run.prompts)}",
+            )
+        return [run.prompts[i] for i in members]
+
+
+class _Keeper:
+    """A hook on the denoiser that keeps scheduled calls, by the timestep they are given."""
+
+    def __init__(self, model: nn.Module, wanted: list[set[int]], timesteps: list[float]) -> None:
+        self.model, self.wanted = model, wanted
+        self.step_of = {t: i for i, t in enumerate(timesteps)}
+        self.rows: list[dict[str, Tensor]] = []
+        self.handle: Any = None
+
+    def __enter__(self) -> None:
+        self.handle = self.model.register_forward_hook(self._keep, with_kwargs=True)
+
+    def __exit__(self, *exc: Any) -> None:
+        self.handle.remove()
+
+    def _keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        given = dict(zip(("sample", "timestep"), args, strict=False)) | kwargs
+        answer = out.sample if hasattr(out, "sample") else out[0]
+        timestep = torch.as_tensor(given["timestep"]).float().reshape(-1)
+        if not torch.isfinite(answer).all():
+            self.handle.remove()
+            where = find_nonfinite(module, (given["sample"], given["timestep"]),
+                                   {k: v for k, v in kwargs.items() if k not in ("sample", "timestep")})
+            raise NumericsError("the float model answers NaN or Inf", where=where, why="seen while calibrating",
+                                try_="load the model in another dtype (bf16 instead of fp16), or check its weights")
+        moment = self.step_of[float(timestep[0])]
+        batch = given["sample"].shape[0]
+        chosen = [j for j in range(batch) if moment in self.wanted[j % len(self.wanted)]]
+        if not chosen:
+            return
+        index = torch.tensor(chosen, device=answer.device)
+        row = {"sample": given["sample"][index], "output": answer[index],
+               "timestep": timestep.to(answer.device).expand(batch)[index]}
+        for key, value in _conditions(given):
+            row[key] = value[index] if value.shape[0] == batch else value.expand(batch, *value.shape[1:])[index]
+        self.rows.append({k: v.detach().cpu() for k, v in row.items()})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All kept calls, in sampling order."""
+        return {key: torch.cat([row[key] for row in self.rows]).contiguous() for key in self.rows[0]}
+
+
+def _conditions(given: dict[str, Any]) -> list[tuple[str, Tensor]]:
+    """Condition tensors of a call, nested ones by dotted name."""
+    found = []
+    for key, value in given.items():
+        if key in ("sample", "timestep"):
+            continue
+        if isinstance(value, Tensor):
+            found.append((key, value))
+        elif isinstance(value, dict):
+            found += [(f"{key}.{inner}", t) for inner, t in value.items() if isinstance(t, Tensor)]
+    return found

@@ -1,0 +1,26 @@
+"""split: quantize the parts of a concatenated input apart (Q-Diffusion, section 3.4 of the paper).
+
+The input of an up block's shortcut convolution joins deep features with a skip connection of another range. Each part
+gets its own activation scale and its own weight scale a row; the product is the sum of the parts' products. The
+boundary comes from the survey, which saw the concatenation.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from bitbrush.engine.run import Run
+from bitbrush.engine.step import Step, UnitResult
+
+
+class Split(Step):
+    """Give layers whose input is a concatenation one segment for each part."""
+
+    def run_unit(self, run: Run, unit: str, generator: torch.Generator) -> UnitResult:
+        """Change the plan of every such layer."""
+        changes = {
+            site.name: run.plan.layers[site.name].model_copy(update={"segments": site.boundary})
+            for site in run.survey.layers()
+            if site.boundary and site.name in run.plan.layers
+        }
+        return UnitResult(plan=changes, notes={"layers": len(changes)})

@@ -1,0 +1,180 @@
+"""Random quantized layers and a pairwise grid of cases, shared by the tests of layers and kernels.
+
+Test files load it by path (tests are imported without packages).
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import random
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitbrush.network.clock import Clock
+from bitbrush.network.layers import QuantConv2d, QuantLayer, QuantLinear
+from bitbrush.numbers.codec import encode, expand_weight_scale, reciprocal
+from bitbrush.numbers.grid import ActivationSpec, Grid, LayerSpec, WeightSpec
+from bitbrush.numbers.ranges import affine_parameters, search
+
+TIMES = (1.0, 250.0, 500.0, 999.0)
+
+FACTORS: dict[str, tuple[Any, ...]] = {
+    "kind": ("linear", "conv"),
+    "weight_bits": (4, 3, 8, 1, 2, 5, 6, 7, "mixed"),
+    "weight_signed": (False, True),
+    "activation_bits": (8, 6, 4),
+    "activation_signed": (False, True),
+    "segments": ((), (40, 24), (33, 1, 30)),
+    "rows": (16, 1, 33),
+    "kernel": ((3, 3), (1, 1), (5, 3)),
+    "stride": ((1, 1), (2, 2), (2, 1)),
+    "padding": ((0, 0), (1, 1), (2, 1)),
+    "dilation": ((1, 1), (2, 1)),
+    "dtype": (torch.float32, torch.float16, torch.bfloat16),
+    "layout": ("contiguous", "channels_last", "strided", "expanded", "unbatched"),
+    "mode": ("static", "timed", "timed_batch", "tensor", "token"),
+    "bias": (True, False),
+}
+ALWAYS: dict[str, Any] = {name: values[0] for name, values in FACTORS.items()}
+
+
+def pairwise(seed: int = 0) -> list[dict[str, Any]]:
+    """Cases in which every pair of values of every two factors occurs at least once (greedy, seeded)."""
+    rng = random.Random(seed)
+    names = list(FACTORS)
+    missing = {
+        (a, i, b, j)
+        for a, b in itertools.combinations(names, 2)
+        for i in range(len(FACTORS[a]))
+        for j in range(len(FACTORS[b]))
+    }
+    out: list[dict[str, Any]] = []
+    while missing:
+        best: tuple[int, dict[str, int]] = (-1, {})
+        seeded = rng.choice(sorted(missing))
+        for _ in range(12):
+            pick = {name: rng.randrange(len(FACTORS[name])) for name in names}
+            pick[seeded[0]], pick[seeded[2]] = seeded[1], seeded[3]
+            new = sum((a, pick[a], b, pick[b]) in missing for a, b in itertools.combinations(names, 2))
+            best = max(best, (new, pick), key=lambda item: item[0])
+        pick = best[1]
+        missing -= {(a, pick[a], b, pick[b]) for a, b in itertools.combinations(names, 2)}
+        out.append({name: FACTORS[name][pick[name]] for name in names})
+    return out
+
+
+def spec_of(case: dict[str, Any]) -> LayerSpec:
+    """The layer spec of a case; 64 channels."""
+    mixed = case["weight_bits"] == "mixed"
+    row_bits = tuple((4, 3, 7, 2)[i % 4] for i in range(case["rows"])) if mixed else ()
+    bits = 4 if mixed else case["weight_bits"]
+    signed = case["weight_signed"] and not mixed
+    mode = case["mode"]
+    activation = ActivationSpec(
+        grid=Grid(bits=case["activation_bits"], signed=case["activation_signed"]),
+        mode="dynamic" if mode in ("tensor", "token") else "static",
+        granularity="token" if mode == "token" else "tensor",
+        timed=mode.startswith("timed"),
+    )
+    weight = WeightSpec(grid=Grid(bits=bits, signed=signed), row_bits=row_bits)
+    return LayerSpec(weight=weight, activation=activation, segments=case["segments"])
+
+
+def make_module(case: dict[str, Any], generator: torch.Generator) -> nn.Module:
+    """The float module of a case, with random weights of its dtype."""
+    rows, bias = case["rows"], case["bias"]
+    if case["kind"] == "linear":
+        module: nn.Module = nn.Linear(64, rows, bias=bias)
+    else:
+        module = nn.Conv2d(
+            64, rows, case["kernel"], stride=case["stride"], padding=case["padding"], dilation=case["dilation"],
+            bias=bias,
+        )
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3 + 0.05)
+    return module.to(case["dtype"]).requires_grad_(False)
+
+
+def quantize_weight(layer: QuantLayer, generator: torch.Generator) -> Tensor:
+    """Give a wrapped layer codes: per row and segment min-max ranges, rounding up or down at random."""
+    spec, weight = layer.spec.weight, layer.float_weight
+    assert spec is not None and weight is not None
+    bits = torch.tensor(spec.row_bits or [spec.grid.bits] * layer.out_channels_)
+    scales, zeros = [], []
+    for part in weight.float().split(list(layer.segments), dim=1):
+        scale, zero = torch.ones(layer.out_channels_), torch.zeros(layer.out_channels_)
+        for b in sorted(set(bits.tolist())):
+            s, z = search(part.flatten(1), Grid(bits=b, signed=spec.grid.signed), method="minmax")
+            scale, zero = torch.where(bits == b, s, scale), torch.where(bits == b, z, zero)
+        scales.append(scale)
+        zeros.append(zero)
+    scale, zero = torch.stack(scales, 1), torch.stack(zeros, 1)
+    if 8 in spec.bit_classes():
+        zero = torch.full_like(zero, 128) if spec.grid.signed else zero
+    big, offset = (expand_weight_scale(t, layer.segments, weight.ndim) for t in (scale, zero))
+    learned = torch.rand(weight.shape, generator=generator) * 0.9 - 0.45  # stands for learned rounding
+    codes = encode(weight.float() + learned * big, reciprocal(big), offset, layer.top())
+    layer.set_weight(codes, scale, zero)
+    layer.face = "sim"
+    return codes.to(torch.uint8)
+
+
+def set_ranges(layer: QuantLayer, generator: torch.Generator) -> None:
+    """Random static tables, one row a time and one column a segment."""
+    quantizer = layer.input
+    if quantizer is None or quantizer.spec.mode == "dynamic":
+        return
+    shape = tuple(quantizer.scale.shape)
+    low = -torch.rand(shape, generator=generator) * 2.5 - 0.1
+    high = torch.rand(shape, generator=generator) * 2.5 + 0.1
+    quantizer.set_scale(*affine_parameters(low, high, quantizer.spec.grid))
+
+
+def build(case: dict[str, Any], seed: int = 0) -> tuple[QuantLayer, QuantLayer, Tensor]:
+    """(layer in sim face, its packed copy, the codes); both share one clock."""
+    case = {**ALWAYS, **case}
+    generator = torch.Generator().manual_seed(seed)
+    module, clock = make_module(case, generator), Clock(TIMES)
+    wrapper = QuantLinear if case["kind"] == "linear" else QuantConv2d
+    layer = wrapper.wrap(module, spec_of(case), clock, len(TIMES))
+    codes = quantize_weight(layer, generator)
+    set_ranges(layer, generator)
+    return layer, packed_copy(layer), codes
+
+
+def packed_copy(layer: QuantLayer) -> QuantLayer:
+    """A packed copy that shares the clock."""
+    packed = copy.deepcopy(layer)
+    packed.pack()
+    if packed.input is not None and layer.input is not None:
+        packed.input._clock = layer.input._clock
+    return packed
+
+
+def make_input(case: dict[str, Any], seed: int = 0, batch: int = 2) -> Tensor:
+    """An input with outliers in the layout of a case."""
+    case = {**ALWAYS, **case}
+    g = torch.Generator().manual_seed(seed + 77)
+    shape = (batch, 7, 64) if case["kind"] == "linear" else (batch, 64, 9, 8)
+    layout = case["layout"]
+    if layout == "unbatched" and case["kind"] == "linear" and not case["mode"].startswith("timed"):
+        shape = shape[1:]
+    x = torch.randn(shape, generator=g)
+    x.view(-1)[:: 97] *= 6
+    x = x.to(case["dtype"])
+    if layout == "channels_last" and x.ndim == 4:
+        return x.contiguous(memory_format=torch.channels_last)
+    if layout == "strided":
+        wide = torch.zeros(*x.shape[:-1], 2 * x.shape[-1], dtype=x.dtype)
+        wide[..., ::2] = x
+        return wide[..., ::2]
+    return x[:1].expand(x.shape) if layout == "expanded" else x
+
+
+def timestep(case: dict[str, Any]) -> Tensor:
+    """The clock's time of a case: two different ones for a batch of mixed times."""
+    return torch.tensor([990.0, 260.0]) if case.get("mode") == "timed_batch" else torch.tensor(480)

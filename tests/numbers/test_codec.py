@@ -1,0 +1,126 @@
+"""`encode` and `decode` against golden values, and the gradients of `fake`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bitbrush.numbers import codec
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "codec.json"
+
+
+def _floats(bits: list[int]) -> torch.Tensor:
+    return torch.from_numpy(np.array(bits, dtype=np.uint32).view(np.float32).copy())
+
+
+def test_golden_codes_and_values() -> None:
+    cases = json.loads(GOLDEN.read_text(encoding="utf-8"))
+    values = 0
+    for case in cases:
+        x, scale, zero = _floats(case["x"]), _floats([case["scale"]]), torch.tensor(float(case["zero_point"]))
+        codes = codec.encode(x, codec.reciprocal(scale), zero, 2 ** case["bits"] - 1)
+        assert codes.dtype == torch.float32 and codes.int().tolist() == case["codes"]
+        assert torch.equal(codec.decode(codes, scale, zero), _floats(case["values"]))
+        values += len(case["x"])
+    assert (len(cases), values) == (180, 4800)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_low_precision_inputs_are_encoded_in_float32(dtype: torch.dtype) -> None:
+    x = (torch.randn(20_000, generator=torch.Generator().manual_seed(3)) * 2).to(dtype)
+    scale, zero = torch.tensor(0.0137), torch.tensor(121.0)
+    want = codec.encode(x.float(), codec.reciprocal(scale), zero, 255)
+    got = codec.encode(x, codec.reciprocal(scale), zero, 255)
+    assert torch.equal(got, want) and got.dtype == torch.float32
+    if dtype == torch.float16:  # the same in half arithmetic is another function: the test can tell them apart
+        assert int((torch.round(x * (1 / scale).half()) + 121 != want).sum()) > 0
+
+
+def test_ties_go_to_even() -> None:
+    x = torch.tensor([0.5, 1.5, 2.5, 3.5, -0.5, -1.5, -2.5])
+    codes = codec.encode(x, torch.tensor(1.0), torch.tensor(8.0), 15)
+    assert codes.tolist() == [8, 10, 10, 12, 8, 6, 6]
+
+
+def test_reciprocal_is_the_ieee_quotient() -> None:
+    scale = torch.rand(10_000, generator=torch.Generator().manual_seed(1)) * 10 + 1e-30
+    assert np.array_equal(codec.reciprocal(scale).numpy(), np.float32(1) / scale.numpy())
+
+
+def test_decode_encode_is_idempotent_and_keeps_zero() -> None:
+    ran = 0
+    for bits in range(1, 9):
+        for zero_value in range(0, 2**bits, max(2**bits // 5, 1)):
+            zero, scale = torch.tensor(float(zero_value)), torch.tensor(0.37)
+            codes = torch.arange(2**bits).float()
+            value = codec.decode(codes, scale, zero)
+            assert torch.equal(codec.encode(value, codec.reciprocal(scale), zero, 2**bits - 1), codes)
+            assert codec.decode(codec.encode(torch.zeros(1), codec.reciprocal(scale), zero, 2**bits - 1),
+                                scale, zero).item() == 0.0
+            ran += 1
+    assert ran == 44
+
+
+def test_rows_of_different_bits_clamp_at_their_own_top() -> None:
+    x = torch.full((3, 4), 100.0)
+    top = torch.tensor([[3.0], [15.0], [255.0]])
+    codes = codec.encode(x, torch.tensor(1.0), torch.zeros(3, 1), top)
+    assert codes[:, 0].tolist() == [3, 15, 100]
+    assert codec.encode(-x, torch.tensor(1.0), torch.zeros(3, 1), top).eq(0).all()
+
+
+def test_encode_offset_agrees_with_floor_and_hard_offsets() -> None:
+    x = torch.randn(5000, generator=torch.Generator().manual_seed(5))
+    inverse, zero = codec.reciprocal(torch.tensor(0.11)), torch.tensor(7.0)
+    down = codec.encode_offset(x, inverse, zero, 15, torch.zeros(()))
+    up = codec.encode_offset(x, inverse, zero, 15, torch.ones(()))
+    near = codec.encode(x, inverse, zero, 15)
+    assert bool(((near == down) | (near == up)).all()) and bool((up - down).abs().le(1).all())
+    soft = codec.encode_offset(x, inverse, zero, 15, torch.full((), 0.25))
+    inside = (down > 0) & (up < 15)
+    assert torch.equal(soft[inside], down[inside] + 0.25)
+
+
+def test_straight_through_gradients() -> None:
+    """To x: 1 inside the range, 0 outside. To the scale: round(x/s) - x/s inside, the end outside (LSQ eq. 3)."""
+    x = torch.tensor([-9.0, -0.62, -0.3, 0.0, 0.26, 0.61, 9.0], requires_grad=True)
+    scale = torch.tensor(0.25, requires_grad=True)
+    zero, top = torch.tensor(4.0), 7
+    y = codec.fake(x, scale, zero, top)
+    plain = codec.decode(codec.encode(x.detach(), codec.reciprocal(scale.detach()), zero, top), scale.detach(), zero)
+    assert torch.equal(y.detach(), plain)
+    y.sum().backward()
+    assert x.grad is not None and x.grad.tolist() == [0, 1, 1, 1, 1, 1, 0]
+    scaled = x.detach() / 0.25
+    inside = torch.round(scaled) - scaled
+    want = torch.where(x.detach() < -5, torch.tensor(-4.0), torch.where(x.detach() > 5, torch.tensor(3.0), inside))
+    assert scale.grad is not None and torch.allclose(scale.grad, want.sum(), atol=1e-6)
+
+
+def test_fake_is_decode_encode_bit_for_bit() -> None:
+    ran = 0
+    for bits in range(1, 9):
+        for signed in (False, True):
+            x = torch.randn(4096, generator=torch.Generator().manual_seed(bits)) * 3
+            zero = torch.tensor(float(2 ** (bits - 1) if signed else 2**bits // 3))
+            scale = torch.tensor(3.0 / 2**bits)
+            want = codec.decode(codec.encode(x, codec.reciprocal(scale), zero, 2**bits - 1), scale, zero)
+            assert torch.equal(codec.fake(x.requires_grad_(), scale, zero, 2**bits - 1).detach(), want)
+            ran += 1
+    assert ran == 16
+
+
+def test_tables_reach_the_right_channels() -> None:
+    table = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    assert codec.expand_weight_scale(table, (2, 1), 2).tolist() == [[1, 1, 2], [3, 3, 4]]
+    assert codec.expand_weight_scale(table, (2, 1), 4).shape == (2, 3, 1, 1)
+    assert codec.expand_weight_scale(table[:, :1], (3,), 4).shape == (2, 1, 1, 1)
+    assert codec.expand_activation_scale(table, (2, 1), 4, 1).shape == (2, 3, 1, 1)
+    assert codec.expand_activation_scale(table, (2, 1), 3, 2).tolist() == [[[1, 1, 2]], [[3, 3, 4]]]
+    assert codec.expand_activation_scale(table[:1], (2, 1), 1, 0).tolist() == [1, 1, 2]
+    assert codec.expand_activation_scale(table[:, :1], (), 3, 2).shape == (2, 1, 1)
