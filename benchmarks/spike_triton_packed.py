@@ -400,7 +400,7 @@ def main() -> int:
             checks.append(check(case, config, device, i))
             if not checks[-1]["ok"]:
                 print("FAILED", json.dumps(checks[-1]))
-        print(f"{len(checks)} checks after {time.time() - began:.0f} s", flush=True)
+        report(checks, rows, device, began)  # so that nothing is lost if the times are cut off
     if gpu and not INTERPRET and not args.no_times:
         every = _variants(args.full)
         for bits in (4, 3, 8):
@@ -408,10 +408,13 @@ def main() -> int:
                 tune = args.full or (bits == 4 and i < 2)  # the others are timed with what was fast there
                 rows.append(measure(size, bits, every if tune else best_config(rows[:2], every), device))
                 print(f"  timed {bits} bit {size}, {time.time() - began:.0f} s", flush=True)
+                report(checks, rows, device, began, quiet=True)
     return report(checks, rows, device, began)
 
 
-def report(checks: list[dict[str, Any]], rows: list[dict[str, Any]], device: str, began: float) -> int:
+def report(
+    checks: list[dict[str, Any]], rows: list[dict[str, Any]], device: str, began: float, quiet: bool = False
+) -> int:
     """Write the JSON and print the table; 0 when every check held."""
     bad = [c for c in checks if not c["ok"]]
     result = {
@@ -425,6 +428,8 @@ def report(checks: list[dict[str, Any]], rows: list[dict[str, Any]], device: str
     folder = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results" / "spike")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "triton_packed.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if quiet:
+        return 0
     head = f"{'M':>6} {'N':>5} {'K':>5} bits {'packed us':>10} {'bf16 us':>8} {'int_mm us':>9} {'bf16/packed':>11}"
     print(f"\n{head} best")
     for r in rows:

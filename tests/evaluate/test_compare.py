@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bitbrush.errors import InputError
-from bitbrush.evaluate import Comparison, compare, psnr
+from bitbrush.evaluate import Comparison, compare, psnr, trajectory
 
 
 def test_an_equal_pipeline_costs_nothing(result: Comparison) -> None:
@@ -26,6 +26,15 @@ def test_a_worse_pipeline_is_measured(result: Comparison) -> None:
     assert len(curve) == len(result.timesteps) == 3 and curve[0] == 0 and 0 < curve[1] < curve[2]
     gain = result.paired("psnr", "same", "worse")
     assert gain.value == pytest.approx(100 - worse["psnr"].value)
+
+
+def test_step_errors_are_relative_distances_of_the_trajectories(ddim, worse, result: Comparison) -> None:
+    ratios = []
+    for seed in (0, 1):
+        theirs, ours = (trajectory(p, prompts=None, n=5, seed=seed, steps=3, batch=2)[1] for p in (ddim, worse))
+        ratios.append((ours - theirs).flatten(2).norm(dim=2) / theirs.flatten(2).norm(dim=2))
+    expected = torch.stack(ratios).mean(dim=(0, 2)).tolist()
+    assert [step.value for step in result.step_errors["worse"]] == pytest.approx(expected, rel=1e-4)
 
 
 def test_values_are_those_of_the_kept_pictures(result: Comparison) -> None:

@@ -120,6 +120,14 @@ def test_search_equals_brute_force() -> None:
     assert ran == 18
 
 
+def test_symmetric_search_keeps_both_ends_alike() -> None:
+    x = _rows(77)
+    scale, _ = search(x, Grid(bits=4), method="minmax", symmetric=True)
+    bound = x.abs().amax(1)
+    sided = ((x < 0).any(1) & (x > 0).any(1)).float() + 1  # [-T, T] where both signs occur, else one side of it
+    assert torch.allclose(scale, bound * sided / 15)
+
+
 def test_percentile_equals_numpy() -> None:
     x = torch.randn(6, 1001, generator=torch.Generator().manual_seed(9))
     x[:, 0] = 50

@@ -381,7 +381,7 @@ def _plan_json(plan: Plan) -> dict[str, Any]:
 def _read_plan(data: dict[str, Any]) -> Plan:
     try:
         pairs = data["layers"].items() if isinstance(data["layers"], dict) else data["layers"]
-        layers = {name: number for name, number in pairs}
+        layers = dict(pairs)
         if len(layers) != len(pairs):
             raise ValueError("a layer is named twice")
         return Plan.from_json({**data, "layers": layers})

@@ -13,6 +13,7 @@ Convolutions are products too: the int8 input is laid out as rows (kh, kw, chann
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -233,11 +234,13 @@ def int8_product(a: Tensor, w: Tensor) -> Tensor:
 
 @torch.compiler.assume_constant_result
 def int_mm_is_exact() -> bool:
-    """Whether ``torch._int_mm`` holds on this machine for the largest values.
+    """Whether ``torch._int_mm`` holds on this machine for the largest values; tried once a process."""
+    return _try_int_mm()
 
-    Processors without dot-product instructions add pairs of products in 16 bits with saturation, which ``127 * 127``
-    reveals.
-    """
+
+@functools.cache
+def _try_int_mm() -> bool:
+    """Processors without dot-product instructions may add pairs of products in 16 bits with saturation."""
     for high, low in ((127, 127), (-128, -128), (127, -128)):
         a = torch.full((17, 64), high, dtype=torch.int8)
         w = torch.full((16, 64), low, dtype=torch.int8)

@@ -3,10 +3,13 @@
 For one packed layer and one probe input, `prove_layer` checks
 
 * codes: what is unpacked from the bytes equals the codes that the simulation used, one by one;
-* tables: scales are float32, positive and finite, stored reciprocals are the reciprocals;
+* bytes: packing those codes again gives the same bytes, so the padding is as the format says, too;
+* tables: scales and zero-points equal the simulation's where they are given; scales are float32, positive and finite,
+  stored reciprocals are the reciprocals;
 * activation codes: `numbers.codec` and the kernel agree on every code of the input, with the row of a timed table
   looked up a second time, independently;
-* accumulators: the int32 sums of an integer kernel equal an int64 reference made from the simulation's codes;
+* accumulators: the int32 sums of an integer kernel equal an int64 reference made from the simulation's codes; a second
+  input is made that drives the heaviest rows to their largest sums, where overflow and saturation would show;
 * outputs: ``|y - y64|`` is below a bound that is computed for each element, not guessed. Float kernels:
   ``(K + 2) u sum |a_k w_k| + half ulp(y)``. Integer kernels sum exactly, so only the epilogue is rounded:
   ``(S + 4) u (sum_s |acc_s scale_s| + |bias|) + half ulp(y)``, thousands of times tighter;
@@ -31,10 +34,11 @@ from bitbrush import kernels
 from bitbrush.errors import InternalError
 from bitbrush.kernels import cpu
 from bitbrush.network.layers import QuantLayer
+from bitbrush.numbers import packing
 from bitbrush.numbers.codec import decode, encode, expand_activation_scale, expand_weight_scale, reciprocal
 
 INTEGER_KERNELS = {"cpu-int8": cpu}
-IDENTITY_BUDGET = 2**28
+IDENTITY_BUDGET = 2**29
 """Multiply-adds above which the identity probe of a layer is skipped, and said so."""
 PROBE = 4.0
 """The power of two that the identity matrix is multiplied with."""
@@ -42,32 +46,37 @@ PROBE = 4.0
 Json = dict[str, Any]
 
 
-def prove_layer(layer_sim_codes: Tensor | None, layer: QuantLayer, x: Tensor) -> Json:
+def prove_layer(
+    layer_sim_codes: Tensor | None, layer: QuantLayer, x: Tensor, tables: tuple[Tensor, Tensor] | None = None
+) -> Json:
     """Prove one packed layer on one probe input; see the module's text for the checks.
 
     Args:
         layer_sim_codes: Codes of the simulation, uint8, in the weight's shape; None where the weight is float.
         layer: The layer in packed face. A timed layer needs its clock set.
         x: A probe input in the dtype the layer will be used with.
+        tables: The simulation's ``weight_scale`` and ``weight_zero_point``, ``[N, S]``; without them the packed
+            layer's own tables are taken on trust.
 
     Returns:
-        JSON-able numbers and ``ok``: codes, tables, activation_codes, and for each kernel what it was tested for, or
-        under ``skipped`` why it cannot run this layer.
+        JSON-able numbers and ``ok``: codes, bytes, tables, activation_codes, and for each kernel what it was tested
+        for, or under ``skipped`` why it cannot run this layer.
     """
     if layer.face != "packed" or layer.codes is not None:
         raise InternalError("only a packed layer can be proven", where=type(layer).__name__)
     with torch.no_grad(), _full_precision(x.device):
-        probe = _Probe(layer_sim_codes, layer, x)
+        probe = _Probe(layer_sim_codes, layer, x, tables)
         result: Json = {
             "codes": _stored(layer_sim_codes, layer),
-            "tables": _tables(layer),
+            "bytes": _bytes(layer_sim_codes, layer, probe),
+            "tables": _tables(layer, tables),
             "activation_codes": _compare(probe.quantized_values(), layer.quantize_input(x)) if probe.input else None,
             "kernels": {},
         }
         for name in kernels.KERNELS:
             reason = kernels.why_not(name, layer, x.device.type)
             result["kernels"][name] = {"skipped": reason} if reason else _kernel(name, probe)
-    parts = [result["codes"], result["tables"], result["activation_codes"], *result["kernels"].values()]
+    parts = [result[key] for key in ("codes", "bytes", "tables", "activation_codes")] + [*result["kernels"].values()]
     result["ok"] = all(part is None or part.get("ok", True) for part in parts)
     return result
 
@@ -84,14 +93,33 @@ def _stored(codes: Tensor | None, layer: QuantLayer) -> Json | None:
     return None if codes is None else _compare(codes.to(torch.uint8), layer.stored_codes())
 
 
-def _tables(layer: QuantLayer) -> Json:
-    """Scales float32, positive, finite; reciprocals as stored equal to reciprocals computed here."""
+def _bytes(codes: Tensor | None, layer: QuantLayer, probe: _Probe) -> Json | None:
+    """The packed bytes against those of packing the simulation's codes now."""
+    spec = layer.spec.weight
+    if codes is None or spec is None:
+        return None
+    wide = codes.cpu().reshape(codes.shape[0], -1, *layer.kernel_hw)
+    rows = packing.weight_rows(wide, layer.segments, probe.table_zero.to(torch.uint8))
+    bits_of = torch.tensor(spec.row_bits or [spec.grid.bits] * rows.shape[0])
+    parts = [
+        _compare(packing.pack(rows[bits_of == bits], bits), getattr(layer, f"codes{bits}"))
+        for bits in spec.bit_classes()
+    ]
+    equal, total = (sum(part[key] for part in parts) for key in ("equal", "total"))
+    return {"equal": equal, "total": total, "ok": all(part["ok"] for part in parts)}
+
+
+def _tables(layer: QuantLayer, expected: tuple[Tensor, Tensor] | None) -> Json:
+    """Scales as expected, float32, positive, finite; stored reciprocals equal to reciprocals computed here."""
     good = True
+    if expected is not None:
+        good = torch.equal(expected[0].cpu(), layer.weight_scale.cpu())
+        good = good and torch.equal(expected[1].cpu().long(), layer.weight_zero_point.cpu().long())
     pairs = [layer.weight_scale] if layer.spec.weight is not None else []
     if layer.input is not None and layer.input.spec.mode == "static":
         pairs.append(layer.input.scale)
         stored = layer.input.inverse_scale
-        good = stored.dtype == torch.float32 and torch.equal(stored.cpu(), reciprocal(layer.input.scale.cpu()))
+        good = good and stored.dtype == torch.float32 and torch.equal(stored.cpu(), reciprocal(layer.input.scale.cpu()))
     for table in pairs:
         good = good and table.dtype == torch.float32 and bool(torch.isfinite(table).all()) and bool((table > 0).all())
     return {"ok": good, "entries": sum(table.numel() for table in pairs)}
@@ -100,7 +128,9 @@ def _tables(layer: QuantLayer) -> Json:
 class _Probe:
     """One layer, one input, and everything exact about their product (float64 and int64 on the CPU)."""
 
-    def __init__(self, codes: Tensor | None, layer: QuantLayer, x: Tensor) -> None:
+    def __init__(
+        self, codes: Tensor | None, layer: QuantLayer, x: Tensor, tables: tuple[Tensor, Tensor] | None = None
+    ) -> None:
         self.layer, self.x = layer, x
         self.conv = isinstance(layer, nn.Conv2d)
         self.input = layer.input is not None and layer.input.spec.position == "input" and layer.input.enabled
@@ -109,9 +139,10 @@ class _Probe:
         if codes is None:
             self.weight = layer.decoded_weight().cpu()
         else:
-            self.codes = codes.cpu()
-            self.scale = expand_weight_scale(layer.weight_scale.cpu(), layer.segments, ndim)
-            self.zero = expand_weight_scale(layer.weight_zero_point.cpu().float(), layer.segments, ndim)
+            given = tables or (layer.weight_scale, layer.weight_zero_point)
+            self.codes, self.table_scale, self.table_zero = codes.cpu(), given[0].cpu().float(), given[1].cpu().float()
+            self.scale = expand_weight_scale(self.table_scale, layer.segments, ndim)
+            self.zero = expand_weight_scale(self.table_zero, layer.segments, ndim)
             self.weight = decode(self.codes, self.scale, self.zero)
         if self.input:
             self.a_scale, self.a_inverse, self.a_zero = self._activation_tables()
@@ -174,7 +205,7 @@ class _Probe:
             act = act.narrow(dim, start, 1) if act.shape[dim] > 1 else act
             if isinstance(self.layer, nn.Conv2d) and act.shape[-2:].numel() > 1:
                 act = act[..., :: int(self.layer.stride[0]), :: int(self.layer.stride[1])]
-            part = acc.double() * act * self.per_channel(self.layer.weight_scale[:, s].cpu().double())
+            part = acc.double() * act * self.per_channel(self.table_scale[:, s].double())
             y, size = y + part, size + part.abs()
             start += self.layer.segments[s]
         if self.bias is not None:
@@ -216,6 +247,8 @@ def _kernel(name: str, probe: _Probe) -> Json:
         y64, bound = probe.exact_integer()
         result["activation_codes"] = _compare(probe.a_codes.to(torch.uint8), module.input_codes(layer, x))
         result["accumulators"] = _accumulators(probe, module.accumulators(layer, x))
+        stress = _Probe(probe.codes, layer, stress_input(probe), (probe.table_scale, probe.table_zero))
+        result["largest_sums"] = _accumulators(stress, module.accumulators(layer, stress.x))
     ratio = bound_ratio(y, y64, bound)
     result["max_error_over_bound"] = ratio if math.isfinite(ratio) else None
     shape_and_type = y.shape == y64.shape and y.dtype == x.dtype
@@ -237,12 +270,27 @@ def _accumulators(probe: _Probe, got: list[Tensor]) -> Json:
     }
 
 
+def stress_input(probe: _Probe) -> Tensor:
+    """An input that clips every code towards the sign of the heaviest rows' weights: the largest sums there are."""
+    layer, x = probe.layer, probe.x
+    signs = torch.sign(probe.codes - probe.zero)
+    heavy = (probe.codes - probe.zero).abs().flatten(1).sum(1).argsort(descending=True)
+    signs = signs[heavy[torch.arange(x.shape[0] if x.ndim > 1 else 1) % len(heavy)]]
+    if isinstance(layer, nn.Conv2d):
+        (kh, kw), (dh, dw) = layer.kernel_hw, layer.dilation
+        picture = signs.new_zeros(*signs.shape[:2], dh * (kh - 1) + 1, dw * (kw - 1) + 1)
+        picture[:, :, ::dh, ::dw] = signs
+        signs = picture
+    else:
+        signs = signs.reshape(*signs.shape[:1], *([1] * (x.ndim - 2)), -1) if x.ndim > 1 else signs[0]
+    return (signs * torch.finfo(torch.float16).max).to(dtype=x.dtype, device=x.device)
+
+
 def half_ulp(y: Tensor, dtype: torch.dtype) -> Tensor:
     """Half the distance between neighbours of ``dtype`` at each ``|y|`` (float64)."""
     info = torch.finfo(dtype)
-    exponent = torch.frexp(y.double().abs()).exponent.double() - 1
-    ulp = torch.exp2(exponent) * info.eps
-    return ulp.clamp_min(info.tiny * info.eps) / 2
+    size = y.double().abs().clamp_min(info.tiny)
+    return torch.exp2(torch.frexp(size).exponent.double() - 1) * info.eps / 2
 
 
 def bound_ratio(y: Tensor, y64: Tensor, bound: Tensor) -> float:
@@ -261,12 +309,13 @@ def bound_ratio(y: Tensor, y64: Tensor, bound: Tensor) -> float:
 def identity_probe(probe: _Probe, name: str) -> Json:
     """Feed a float kernel ``PROBE`` times an identity matrix: the output must be the decoded weight, bit for bit."""
     layer = probe.layer
-    rows, channels, kh, kw = (*probe.weight.shape, 1, 1)[:4]
+    (rows, channels, kh, kw), outputs = (*probe.weight.shape, 1, 1)[:4], 1
     if isinstance(layer, nn.Conv2d):
         plain = layer.groups == 1 and layer.padding_mode == "zeros" and set(layer.stride + layer.dilation) == {1}
         if not plain or isinstance(layer.padding, str):
             return {"skipped": "a convolution with stride, dilation, groups or another padding mode"}
-    if channels * channels * rows * (kh * kw) ** 2 * 4 > IDENTITY_BUDGET:
+        outputs = (kh + 2 * int(layer.padding[0])) * (kw + 2 * int(layer.padding[1]))
+    if channels * channels * kh * kw * rows * outputs > IDENTITY_BUDGET:
         return {"skipped": f"{rows} x {channels} x {kh} x {kw} is too large for the probe"}
     eye = torch.eye(channels, dtype=probe.x.dtype, device=probe.x.device) * PROBE
     want = (probe.weight.to(probe.x.dtype) * PROBE).cpu()
