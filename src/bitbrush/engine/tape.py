@@ -23,7 +23,8 @@ from bitbrush.engine.memo import Memo
 from bitbrush.engine.store import Store
 from bitbrush.errors import InputError, NumericsError
 
-BATCH = 16
+BATCH = {"cpu": 16, "cuda": 128}
+"""Samples a forward when recording, by device type."""
 
 
 class _Stop(Exception):
@@ -81,12 +82,17 @@ class Tape:
     def __len__(self) -> int:
         return sum(count for _, count in self.shards)
 
-    def batches(self, size: int = BATCH, limit: int | None = None) -> Iterator[dict[str, Tensor]]:
+    @property
+    def batch(self) -> int:
+        """Samples a forward; fixed by the device, so that a resumed run forms the same batches."""
+        return BATCH.get(self.device.type, 16)
+
+    def batches(self, size: int | None = None, limit: int | None = None) -> Iterator[dict[str, Tensor]]:
         """Samples in order, ``size`` at a time (batches do not cross shards), at most ``limit`` samples."""
         if not self.shards:
             raise InputError("there are no calibration samples yet", why="no calibrate step came before",
                              try_="put a calibrate step first in the recipe")
-        left = len(self) if limit is None else limit
+        left, size = len(self) if limit is None else limit, size or self.batch
         for path, count in self.shards:
             with safe_open(path, framework="pt") as file:
                 for start in range(0, count, size):
@@ -96,8 +102,9 @@ class Tape:
                     left -= stop - start
                     yield {k: file.get_slice(k)[start:stop] for k in file.keys()}  # noqa: SIM118
 
-    def select(self, indices: list[int], size: int = BATCH) -> Iterator[dict[str, Tensor]]:
+    def select(self, indices: list[int], size: int | None = None) -> Iterator[dict[str, Tensor]]:
         """Given samples (ascending indices), at most ``size`` at a time."""
+        size = size or self.batch
         start = 0
         for path, count in self.shards:
             here = [i - start for i in indices if start <= i < start + count]
@@ -125,7 +132,7 @@ class Tape:
         return (cast(batch["sample"]), batch["timestep"].to(self.device)), kwargs
 
     def run(
-        self, model: nn.Module, *, limit: int | None = None, size: int = BATCH, memo: Memo | None = None,
+        self, model: nn.Module, *, limit: int | None = None, size: int | None = None, memo: Memo | None = None,
         each: Callable[[int, int], None] | None = None,
     ) -> None:
         """Run the network over the samples, for the sake of hooks. ``each(batch number, samples)`` after each batch."""
@@ -143,7 +150,7 @@ class Tape:
 
     def record(
         self, model: nn.Module, site: str, *, limit: int | None = None, memo: Memo | None = None, output: bool = True,
-        inputs: bool = True, size: int = BATCH,
+        inputs: bool = True, size: int | None = None,
     ) -> Recording:
         """Record the inputs and output of the module ``site`` over the samples, in the face the model shows.
 

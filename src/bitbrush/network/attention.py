@@ -39,6 +39,14 @@ class QuantAttention(nn.Module):
             rows = times if spec is not None and spec.timed else 1
             self.add_module(name, ActivationQuantizer(spec, (), clock, rows) if spec is not None else None)
 
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None, temb: Tensor | None = None, **kwargs: Any,
+    ) -> Tensor:
+        """The processor's contract, spelled out: diffusers looks at this signature to decide what to pass."""
+        out: Tensor = super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb, **kwargs)
+        return out
+
     def forward(
         self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None, temb: Tensor | None = None, **kwargs: Any,

@@ -24,7 +24,7 @@ Tensors of a packed layer (these names are the file format, see docs/format.md),
 
 from __future__ import annotations
 
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +87,7 @@ class QuantLayer(nn.Module):
     @property
     def channel_dim(self) -> int:
         """Channel dimension of the input: 1 for pictures, last for tokens."""
-        return 1 if isinstance(self, nn.Conv2d) else -1
+        return -3 if isinstance(self, nn.Conv2d) else -1
 
     @property
     def row_length(self) -> int:
@@ -118,7 +118,8 @@ class QuantLayer(nn.Module):
     def set_weight(self, codes: Tensor, scale: Tensor, zero_point: Tensor) -> None:
         """Store the codes (weight's shape, uint8) and their tables ``[N, S]``."""
         device = self.weight_scale.device
-        self.codes = codes.detach().to(device=device, dtype=torch.uint8).contiguous()
+        codes = codes.detach().to(device=device, dtype=torch.uint8)
+        self.codes = codes.clone(memory_format=torch.contiguous_format)  # 1x1 weights have ambiguous strides
         self.weight_scale = scale.detach().float().to(device).contiguous()
         self.weight_zero_point = zero_point.detach().to(device=device, dtype=torch.uint8).contiguous()
 
@@ -195,12 +196,20 @@ class QuantLayer(nn.Module):
             if spec.row_bits:
                 order = torch.empty(self.out_channels_, dtype=torch.int32, device=device)
                 self.register_buffer("row_order", order)
+        self._drop_codes()
         self.face = "packed"
+
+    def _drop_codes(self) -> None:
+        """Forget the unpacked codes, the (empty) buffer too: offloading hooks cannot move a buffer that is None."""
+        self.__dict__.get("_buffers", {}).pop("codes", None)
+        self._non_persistent_buffers_set.discard("codes")
+        self.__dict__["codes"] = None
 
     def pack(self) -> None:
         """Pack the stored codes and free the float weight. The bytes hold exactly `stored_codes`."""
         spec = self.spec.weight
         if spec is None:
+            self._drop_codes()
             self.face = "packed"
             return
         codes = self.stored_codes().reshape(self.out_channels_, -1, *self.kernel_hw)
@@ -214,7 +223,6 @@ class QuantLayer(nn.Module):
                 setattr(self, f"codes{bits}", packing.pack(rows[order[bits_of[order] == bits]], bits))
         else:
             setattr(self, f"codes{spec.grid.bits}", packing.pack(rows, spec.grid.bits))
-        self.codes = None
         self.float_weight = None
 
     def packed_bytes(self) -> int:
@@ -248,6 +256,12 @@ class QuantLinear(QuantLayer, nn.Linear):
 
 class QuantConv2d(QuantLayer, nn.Conv2d):
     """`torch.nn.Conv2d` with three faces."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """A plain Conv2d when called like one: PEFT builds its adapter convolutions with the base layer's type."""
+        if args and isinstance(args[0], int):
+            return nn.Conv2d(*args, **kwargs)
+        return super().__new__(cls)
 
     def __init__(
         self, like: nn.Conv2d, spec: LayerSpec, clock: Clock | None = None, times: int = 1, bias: bool | None = None

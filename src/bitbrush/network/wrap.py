@@ -48,6 +48,7 @@ def declare(model: nn.Module, plan: Plan) -> Clock:
         layer.face = "packed"
         _replace(model, name, layer)
     _operands(model, plan, clock)
+    set_face(model, "packed")
     return clock
 
 
@@ -107,7 +108,10 @@ def _prepare(model: nn.Module, plan: Plan) -> Clock:
     if isinstance(earlier, Clock):
         earlier.detach()
         del model.bitbrush_clock
-    clock = Clock(plan.timesteps).to(next(model.parameters()).device)
+    clock = Clock(plan.timesteps)
+    device = next(model.parameters()).device
+    if device.type != "meta":  # while diffusers loads, everything but the time grid is on meta
+        clock = clock.to(device)
     if plan.timesteps:
         clock.attach(model)
         model.bitbrush_clock = clock

@@ -77,6 +77,10 @@ class ActivationSpec(BaseModel):
     time_bits: tuple[int, ...] = ()
     lookup: Lookup = "nearest"
 
+    def runnable_granularity(self) -> bool:
+        """Whether this release computes scales of this granularity: tensor always, token only at run time."""
+        return self.granularity == "tensor" or (self.granularity == "token" and self.mode == "dynamic")
+
 
 class LayerSpec(BaseModel):
     """Everything static about how one layer is quantized."""
@@ -107,7 +111,7 @@ class LayerSpec(BaseModel):
             ("weight.grid.kind", self.weight is not None and self.weight.grid.kind != "affine"),
             ("activation.grid.kind", self.activation is not None and self.activation.grid.kind != "affine"),
             ("activation.time_bits", self.activation is not None and bool(self.activation.time_bits)),
-            ("activation.granularity", self.activation is not None and self.activation.granularity == "pixel"),
+            ("activation.granularity", self.activation is not None and not self.activation.runnable_granularity()),
             ("activation.lookup", self.activation is not None and self.activation.lookup == "interpolate"),
         ]
         return [name for name, bad in found if bad]

@@ -29,9 +29,9 @@ def harden(alpha: Tensor) -> Tensor:
     return (alpha >= 0).float()
 
 
-def regulariser(alpha: Tensor, beta: Tensor | float) -> Tensor:
-    """``sum(1 - |2 h - 1| ** beta)``, zero exactly when every ``h`` is 0 or 1."""
-    return (1 - (2 * rectified_sigmoid(alpha) - 1).abs().pow(beta)).sum()
+def regulariser(offset: Tensor, beta: Tensor | float) -> Tensor:
+    """``sum(1 - |2 h - 1| ** beta)`` of offsets ``h``, zero exactly when every ``h`` is 0 or 1."""
+    return (1 - (2 * offset - 1).abs().pow(beta)).sum()
 
 
 def beta_at(iteration: int, iterations: int, *, warmup: float = 0.2, start: float = 20.0, end: float = 2.0) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
@@ -51,6 +52,9 @@ class RoundingSettings(Protocol):
 class RoundingLearner:
     """AdaRound over the weights of several layers: ``floor(w / s) + h(alpha)``.
 
+    The weights of all layers lie in one flat tensor, so an iteration takes the same few operations however many layers
+    a block has.
+
     Args:
         layers: Layers with fitted scales and nearest codes.
         settings: Factor and annealing of the regulariser.
@@ -59,17 +63,20 @@ class RoundingLearner:
     def __init__(self, layers: dict[str, QuantLayer], settings: RoundingSettings) -> None:
         self.layers, self.settings = layers, settings
         self.start = {name: layer.stored_codes().clone() for name, layer in layers.items()}
-        self.tables: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
-        self.alphas: dict[str, nn.Parameter] = {}
-        for name, layer in layers.items():
-            scale, zero = layer.scale_tables()
-            self.tables[name] = (scale, zero, reciprocal(scale))
-            alpha = rounding.initial_alpha(layer.weight.detach(), self.tables[name][2])
-            self.alphas[name] = nn.Parameter(alpha.contiguous())
+        weights = {name: layer.weight.detach().float() for name, layer in layers.items()}
+        self.shapes = {name: weight.shape for name, weight in weights.items()}
+        scales = {name: layer.scale_tables() for name, layer in layers.items()}
+        self.weight = _flat(weights.values())
+        self.scale = _flat(scales[n][0].expand(self.shapes[n]) for n in layers)
+        self.zero = _flat(scales[n][1].expand(self.shapes[n]) for n in layers)
+        self.inverse = reciprocal(self.scale)
+        tops = {name: torch.as_tensor(layer.top(), device=self.weight.device).float() for name, layer in layers.items()}
+        self.top = _flat(tops[n].expand(self.shapes[n]) for n in layers)
+        self.alpha = nn.Parameter(rounding.initial_alpha(self.weight, self.inverse))
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """One alpha a weight."""
-        return self.alphas
+        """One alpha a weight, flat."""
+        return {"alpha": self.alpha}
 
     def relax(self, progress: Tensor) -> Tensor:
         """Soft weights into ``trial_weight``; the regulariser as penalty."""
@@ -77,25 +84,22 @@ class RoundingLearner:
         done = ((progress - cfg.warmup) / max(1 - cfg.warmup, 1e-9)).clamp(0, 1)
         beta = cfg.beta_end + (cfg.beta_start - cfg.beta_end) * (1 - done)
         factor = torch.where(progress >= cfg.warmup, cfg.regularisation, 0.0)
-        penalty = torch.zeros((), device=progress.device)
-        for name, layer in self.layers.items():
-            offset = rounding.rectified_sigmoid(self.alphas[name])
-            layer.trial_weight = self._weight(name, offset)
-            penalty = penalty + (1 - (2 * offset - 1).abs().pow(beta)).sum()
-        return factor * penalty
+        offset = rounding.rectified_sigmoid(self.alpha)
+        soft = decode(self._codes(offset), self.scale, self.zero)
+        for name, part in self._parts(soft).items():
+            self.layers[name].trial_weight = part
+        return factor * rounding.regulariser(offset, beta)
 
     def harden(self) -> dict[str, Any]:
         """Decide; store the codes."""
-        decided = total = changed = 0
+        soft = rounding.rectified_sigmoid(self.alpha.detach())
+        decided = float(((soft < 0.05) | (soft > 0.95)).float().mean())
+        codes = self._parts(self._codes(rounding.harden(self.alpha.detach())).to(torch.uint8))
+        changed = sum(int((codes[name] != self.start[name]).sum()) for name in codes)
         for name, layer in self.layers.items():
-            soft = rounding.rectified_sigmoid(self.alphas[name].detach())
-            decided += int(((soft < 0.05) | (soft > 0.95)).sum())
-            total += soft.numel()
             layer.trial_weight = None
-            codes = self._codes(name, rounding.harden(self.alphas[name].detach())).to(torch.uint8)
-            changed += int((codes != self.start[name]).sum())
-            layer.codes = codes
-        return {"decided": round(decided / max(total, 1), 4), "codes_changed": round(changed / max(total, 1), 4)}
+            layer.codes = codes[name].clone()
+        return {"decided": round(decided, 4), "codes_changed": round(changed / soft.numel(), 4)}
 
     def restore(self) -> None:
         """Nearest codes again."""
@@ -111,14 +115,16 @@ class RoundingLearner:
         """The codes of every layer."""
         return {f"{name}/codes": layer.stored_codes() for name, layer in self.layers.items()}
 
-    def _codes(self, name: str, offset: Tensor) -> Tensor:
-        _, zero, inverse = self.tables[name]
-        layer = self.layers[name]
-        return encode_offset(layer.weight.detach(), inverse, zero, layer.top(), offset)
+    def _codes(self, offset: Tensor) -> Tensor:
+        return encode_offset(self.weight, self.inverse, self.zero, self.top, offset)
 
-    def _weight(self, name: str, offset: Tensor) -> Tensor:
-        scale, zero, _ = self.tables[name]
-        return decode(self._codes(name, offset), scale, zero)
+    def _parts(self, flat: Tensor) -> dict[str, Tensor]:
+        sizes = [shape.numel() for shape in self.shapes.values()]
+        return {n: part.view(self.shapes[n]) for n, part in zip(self.shapes, flat.split(sizes), strict=True)}
+
+
+def _flat(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.cat([t.reshape(-1) for t in tensors])
 
 
 class ScaleLearner:

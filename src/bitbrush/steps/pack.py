@@ -93,12 +93,13 @@ class Pack(Step):
 
     def _pack(self, run: Run, layer: QuantLayer, name: str, probe: dict[str, Tensor]) -> dict[str, Any]:
         codes = None if layer.spec.weight is None else layer.stored_codes().clone()
+        tables = None if codes is None else (layer.weight_scale.clone(), layer.weight_zero_point.clone())
         layer.pack()
         if codes is None:
             return {"ok": True, "note": "weight kept in float"}
         x = probe[f"x/{name}"].to(run.device)
         with torch.no_grad(), run.clock.at(probe["timestep"].to(run.device)):
-            proof = prove_layer(codes, layer, x)
+            proof = prove_layer(codes, layer, x, tables)
         if not proof["ok"]:
             raise NumericsError("packed execution differs from the simulation", where=name, why=str(proof)[:400],
                                 try_="report this; `bitbrush resume` repeats the step")

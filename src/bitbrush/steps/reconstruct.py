@@ -63,6 +63,8 @@ class Reconstruct(Step):
 
     def units(self, run: Run) -> list[str]:
         """Blocks (or layers) that hold something to train, in execution order."""
+        if self.iterations == 0:
+            return []
         layers = run.layers()
         groups = run.survey.blocks if self.by == "block" else {name: (name,) for name in layers}
         return [name for name, members in groups.items() if self._trainable(run, layers, name, members)]
