@@ -133,6 +133,9 @@ def quantized(protocol: Protocol, arm: Arm, work: Path) -> dict[str, Any]:
         "losses": [u for u in result.history["units"] if "loss_start" in u],
     }
     facts.write_text(json.dumps(out))
+    del result, target
+    if protocol.device == "cuda":
+        torch.cuda.empty_cache()  # other runs may share the card
     return out
 
 
@@ -230,7 +233,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     results = []
     for seed in args.seeds:
         arms = {"fp": measured(protocol, "fp", protocol.folder, seed, work)}
-        if not args.no_baselines:
+        if not args.no_baselines and (args.baseline_seeds is None or seed in args.baseline_seeds):
             for name, item in baselines.items():
                 arms[name] = measured(protocol, item.key, work / protocol.model / item.key, seed, work)
         own = measured(protocol, arm.key, work / protocol.model / arm.key, seed, work)
@@ -250,7 +253,8 @@ def record(
         "fp": summary(arms["fp"]), "rtn": summary(arms.get("rtn", {})),
         "rtn_dynamic": summary(arms.get("rtn_dynamic", {})),
         "settings": protocol.settings() | {"quantization_seed": arm.seed, "preset": arm.preset, "recipe": facts["recipe"]},
-        "seconds": facts["seconds"], "draw_seconds": own["draw_seconds"], "peak_memory": facts["peak_memory"],
+        "seconds": facts["seconds"], "draw_seconds": own["draw_seconds"], "per_picture": {k: own[k] for k in ("clip", "psnr") if k in own},
+        "peak_memory": facts["peak_memory"],
         "unet_bytes": facts["unet_bytes"], "share_of_bf16": facts["share_of_bf16"], "proof": facts["proof"],
         "proof_ok": facts["proof_ok"], "losses": facts["losses"],
         "device": torch.cuda.get_device_name() if protocol.device == "cuda" else platform.processor() or "cpu",
@@ -342,6 +346,7 @@ def main() -> None:
     parser.add_argument("--work", default="work-quality", help="where artifacts and pictures are kept between calls")
     parser.add_argument("--out", default=str(RESULTS))
     parser.add_argument("--no-baselines", action="store_true", help="leave rtn and rtn-dynamic out (ablation arms)")
+    parser.add_argument("--baseline-seeds", type=int, nargs="*", help="sampling seeds of the baselines (default: all)")
     parser.add_argument("--smoke", action="store_true", help="a few pictures and iterations on the CPU")
     args = parser.parse_args()
     if args.smoke:

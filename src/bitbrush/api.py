@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import resource
 import shutil
 import tempfile
 import time
@@ -12,17 +11,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from torch import nn
 
 from bitbrush import __version__, assets, inspection, loading
 from bitbrush.engine.disk import Disk
+from bitbrush.engine.estimate import estimate, in_words, peak_memory
 from bitbrush.engine.journal import Journal
 from bitbrush.engine.planning import make_plan
 from bitbrush.engine.progress import Progress, TqdmProgress
 from bitbrush.engine.recipe import Recipe, bundled, load_recipe
 from bitbrush.engine.run import Run
-from bitbrush.errors import InputError, ResourceError
+from bitbrush.errors import ArtifactError, InputError, ResourceError
 from bitbrush.network.pipelines import takes_prompt
 from bitbrush.network.survey import survey
 from bitbrush.numbers.grid import Plan
@@ -82,26 +83,30 @@ def read_recipe(
 
 def inspect(
     model: Any, *, recipe: str | Path = "qdiffusion", weights: int | None = None, activations: int | None = None,
-    preset: str | None = None, settings: dict[str, Any] | None = None,
+    preset: str | None = None, settings: dict[str, Any] | None = None, device: str | None = None,
 ) -> inspection.Inspection:
     """Layers, shapes, shares of weights and compute, what stays float and why, size and time estimates.
 
     Args:
         model: Pipeline, denoiser, or a path or hub id of one.
+        device: What the estimates are for; None: as `quantize` would choose.
     """
     checked = read_recipe(recipe, weights, activations, preset, settings)
-    return _inspect(loading.open_model(model, None if not isinstance(model, str | Path) else "cpu"), checked)
+    opened = loading.open_model(model, "cpu" if isinstance(model, str | Path) else None)
+    return _inspect(opened, checked, _estimated_on(model, opened, device))
 
 
 def dry_run(
     target: Any, recipe: str | Path = "qdiffusion", weights: int | None = None, activations: int | None = None, *,
-    prompts: list[str] | None = None, preset: str | None = None, settings: dict[str, Any] | None = None, **_: Any,
+    prompts: list[str] | None = None, preset: str | None = None, settings: dict[str, Any] | None = None,
+    device: str | None = None, **_: Any,
 ) -> dict[str, Any]:
     """Everything that `quantize` checks before it starts: the expanded recipe and the inspection."""
     checked = read_recipe(recipe, weights, activations, preset, settings)
     opened = loading.open_model(target, "cpu" if isinstance(target, str | Path) else None)
     _prompts(opened, checked, prompts)
-    return {"recipe": checked.to_toml(), "inspection": _inspect(opened, checked).to_json()}
+    inspected = _inspect(opened, checked, _estimated_on(target, opened, device))
+    return {"recipe": checked.to_toml(), "inspection": inspected.to_json()}
 
 
 def quantize(
@@ -131,10 +136,10 @@ def quantize(
     """
     checked = read_recipe(recipe, weights, activations, preset, settings)
     if output is not None:
-        Journal(Path(output), disk or Disk())._refuse_occupied()
+        Journal(Path(output), disk or Disk()).refuse_occupied()
     opened = loading.open_model(target, device)
     asked = {
-        "source": str(target) if isinstance(target, str | Path) else None, "recipe": checked.to_toml(), "seed": seed,
+        "source": _source(target), "recipe": checked.to_toml(), "seed": seed,
         "prompts": prompts, "device": str(_device(opened.model)),
     }
     return _run(opened, checked, asked, output, progress or TqdmProgress(), disk or Disk(), resume=False)
@@ -153,16 +158,22 @@ def resume(
     record = folder / ".run" / "run.json"
     if not record.exists():
         done = (folder / "bitbrush.json").exists()
+        if done:
+            Journal(folder, disk).close()  # a kill may have left scratch files behind
         raise InputError(
             "there is nothing to resume", where=str(folder),
             why="the artifact is complete" if done else "no run was begun in this folder",
             try_=f"bitbrush sample {folder}" if done else f"bitbrush quantize MODEL -o {folder}",
         )
-    asked = json.loads(record.read_text())["asked"]
+    try:
+        asked = json.loads(record.read_bytes())["asked"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError("the run's record is damaged", where=str(record), why=str(error)[:200],
+                            try_="start again in a new folder") from error
     source = target if target is not None else asked["source"]
     if source is None:
-        raise InputError("the run began with a pipeline object", where=str(folder), why="there is no path to load it from",
-                         try_="bitbrush.resume(output, pipeline)")
+        raise InputError("the run began with a pipeline object", where=str(folder),
+                         why="there is no path to load it from", try_="bitbrush.resume(output, pipeline)")
     with tempfile.NamedTemporaryFile("w", suffix=".toml") as file:  # the expanded recipe, read as any other
         file.write(asked["recipe"])
         file.flush()
@@ -197,6 +208,8 @@ def _run(
         with fast_matmul():
             run = Run(recipe, opened.model, opened.pipeline, journal, asked["seed"], prompts, progress, opened.tokens,
                       memory=_memory_budget(opened.model))
+            if not resume:
+                progress.say(in_words(_estimate(run, opened)))
             run.execute()
         result = _result(run, opened, started, Path(output) if output is not None else None)
         if output is not None:
@@ -238,15 +251,30 @@ def _result(run: Run, opened: loading.Opened, started: float, output: Path | Non
     }
     proof = {"format": 1, "ok": all(p.get("ok", False) for p in proofs.values()), "model": verify, "layers": proofs}
     source = opened.source if Path(opened.source).is_dir() else None
-    return Result(opened.pipeline if opened.pipeline is not None else opened.model, run.plan, proof, history, run.recipe,
-                  time.perf_counter() - started, _peak_memory(opened.model), output, source)
+    target = opened.pipeline if opened.pipeline is not None else opened.model
+    return Result(target, run.plan, proof, history, run.recipe, time.perf_counter() - started,
+                  peak_memory(_device(opened.model).type), output, source)
 
 
-def _inspect(opened: loading.Opened, recipe: Recipe) -> inspection.Inspection:
+def _inspect(opened: loading.Opened, recipe: Recipe, device: str) -> inspection.Inspection:
     found = survey(opened.model, tokens=opened.tokens)
-    guided = opened.pipeline is not None and takes_prompt(opened.pipeline)
-    return inspection.build(opened.source, type(opened.model).__name__, found, make_plan(found, recipe), recipe, guided,
-                            _device(opened.model).type)
+    return inspection.build(opened.source, type(opened.model).__name__, found, make_plan(found, recipe), recipe,
+                            _guided(opened), device)
+
+
+def _estimate(run: Run, opened: loading.Opened) -> dict[str, Any]:
+    return estimate(run.survey, run.plan, run.recipe, _guided(opened), str(run.device))
+
+
+def _guided(opened: loading.Opened) -> bool:
+    return opened.pipeline is not None and takes_prompt(opened.pipeline)
+
+
+def _estimated_on(target: Any, opened: loading.Opened, device: str | None) -> str:
+    """The device that a run would take: for paths CUDA where there is one, for objects where they are."""
+    if device is not None or not isinstance(target, str | Path):
+        return device or str(_device(opened.model))
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _prompts(opened: loading.Opened, recipe: Recipe, prompts: list[str] | None) -> list[str]:
@@ -270,15 +298,26 @@ def _prompts(opened: loading.Opened, recipe: Recipe, prompts: list[str] | None) 
 def _fingerprint(
     opened: loading.Opened, recipe: Recipe, asked: dict[str, Any], prompts: list[str]
 ) -> dict[str, str]:
-    weights = hashlib.sha256()
-    for name, tensor in sorted(opened.model.state_dict().items()):
-        weights.update(name.encode())
-        weights.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    parts = opened.pipeline.components if opened.pipeline is not None and recipe.needs_data() else {}
+    others = {name: part for name, part in parts.items() if part is not None and part is not opened.model}
     return {
-        "model": weights.hexdigest(), "recipe": _hash(recipe.to_toml()), "prompts": _hash("\n".join(prompts)),
+        "model": _content(opened.model), "pipeline": _hash("\n".join(f"{k} {_content(v)}" for k, v in others.items())),
+        "recipe": _hash(recipe.to_toml()), "prompts": _hash("\n".join(prompts)),
         "seed": str(asked["seed"]), "device": str(_device(opened.model).type), "bitbrush": __version__,
-        "torch": torch.__version__,
+        "torch": torch.__version__, "diffusers": diffusers.__version__,
     }
+
+
+def _content(part: Any) -> str:
+    """SHA-256 over the config and the tensors of a pipeline's component."""
+    config = getattr(part, "config", {})
+    config = config.to_dict() if hasattr(config, "to_dict") else config
+    facts = {k: v for k, v in dict(config).items() if not k.startswith("_")}  # not where it was loaded from
+    found = hashlib.sha256(f"{type(part).__name__} {json.dumps(facts, sort_keys=True, default=str)}".encode())
+    for name, tensor in sorted(part.state_dict().items()) if isinstance(part, nn.Module) else []:
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def _check_disk(opened: loading.Opened, folder: Path) -> None:
@@ -299,14 +338,15 @@ def _device(model: nn.Module) -> torch.device:
 
 def _memory_budget(model: nn.Module) -> int:
     if _device(model).type == "cuda":
-        return int(torch.cuda.mem_get_info()[0] * 0.25)
+        return min(int(torch.cuda.mem_get_info()[0] * 0.25), 6 << 30)
     return 1 << 30
 
 
-def _peak_memory(model: nn.Module) -> int:
-    if _device(model).type == "cuda":
-        return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _source(target: Any) -> str | None:
+    """A path in full, so that a run can be resumed from another folder; a hub id as it is."""
+    if not isinstance(target, str | Path):
+        return None
+    return str(Path(target).absolute()) if Path(target).exists() else str(target)
 
 
 def _hash(text: str) -> str:

@@ -20,7 +20,7 @@ class Inspection:
             share_of_compute (0 to 1), weight_bits, activation_bits (16 = float), segments, block, note.
         kept_float: Layers that stay float: name, parameters, share, why.
         totals: parameters, float_bytes (bf16), packed_bytes, average_bits (everything kept counts), macs, layers.
-        estimates: seconds, tape_bytes, peak_bytes, forwards.
+        estimates: device, seconds, peak_bytes, tape_bytes, forwards, macs_per_second, advice; see `engine.estimate`.
     """
 
     source: str

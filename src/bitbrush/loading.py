@@ -11,12 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from bitbrush.errors import ArtifactError, InputError
 from bitbrush.network.pipelines import denoiser_name, text_tokens
 from bitbrush.network.survey import FAMILIES
+from bitbrush.network.wrap import layers
 
+UNLOADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError)
+"""What diffusers and transformers raise for a folder that is not whole."""
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 
@@ -49,13 +53,25 @@ def open_model(target: Any, device: str | None = None) -> Opened:
     else:
         name = denoiser_name(target)
         opened = Opened(getattr(target, name), target, f"a {type(target).__name__} object")
-    if getattr(opened.model, "quantization_method", None) is not None:
+    if getattr(opened.model, "quantization_method", None) is not None or layers(opened.model):
         raise InputError("the model is already quantized", where=opened.source,
-                         why="a second rounding would compound the first", try_="start from the float model")
+                         why="a second rounding would compound the first; a run changes the model object it is given, "
+                         "an interrupted run too", try_="load the float model again")
+    _check_whole(opened)
     if device is not None:
         (opened.pipeline or opened.model).to(device)
     opened.model.eval().requires_grad_(False)
     return opened
+
+
+def _check_whole(opened: Opened) -> None:
+    """Diffusers leaves weights that a file lacks without data, and only warns."""
+    parts = opened.pipeline.components if opened.pipeline is not None else {"model": opened.model}
+    for part, module in parts.items():
+        lost = [n for n, p in module.named_parameters() if p.is_meta] if isinstance(module, nn.Module) else []
+        if lost:
+            raise InputError(f"{len(lost)} weights of {part} are missing, first: {lost[0]}", where=opened.source,
+                             why="the weights file does not hold them", try_="download the model again")
 
 
 def _open_path(name: str) -> Opened:
@@ -73,7 +89,7 @@ def _open_path(name: str) -> Opened:
         if path.is_dir():
             _check_components(path)
         pipeline = DiffusionPipeline.from_pretrained(name, use_safetensors=True)
-    except (OSError, ValueError, KeyError) as error:
+    except UNLOADABLE as error:
         raise InputError("the pipeline cannot be loaded", where=name, why=_first_line(error),
                          try_="check that the folder is whole: every component of model_index.json, as safetensors"
                          ) from error
@@ -94,7 +110,7 @@ def _check_components(path: Path) -> None:
                              try_="download the model again")
         if value[0] not in ("diffusers", "transformers"):
             raise InputError(f"component {key} comes from {value[0]!r}", where=str(path / "model_index.json"),
-                             why="only classes of diffusers and transformers are loaded, never code from a model folder",
+                             why="only classes of diffusers and transformers are loaded, no code from a model folder",
                              try_="use a pipeline without custom components")
         _refuse_pickle(path / key)
 
@@ -115,7 +131,8 @@ def _bare(path: Path) -> Opened:
         raise InputError("this is not a diffusers model or pipeline", where=str(path),
                          why="there is neither model_index.json nor config.json", try_="check the path")
     try:
-        name = json.loads(config.read_text(encoding="utf-8")).get("_class_name")
+        data = json.loads(config.read_text(encoding="utf-8"))
+        name = data.get("_class_name") if isinstance(data, dict) else None
     except ValueError as error:
         raise InputError("config.json is not JSON", where=str(config), why=_first_line(error),
                          try_="download the model again") from error
@@ -125,7 +142,7 @@ def _bare(path: Path) -> Opened:
     _refuse_pickle(path)
     try:
         model = getattr(diffusers, name).from_pretrained(path, use_safetensors=True)
-    except (OSError, ValueError, KeyError) as error:
+    except UNLOADABLE as error:
         raise InputError("the model cannot be loaded", where=str(path), why=_first_line(error),
                          try_="check that the folder is whole") from error
     return Opened(model, None, str(path))
@@ -139,12 +156,12 @@ def _single_file(path: Path) -> Opened:
         raise InputError("only .safetensors checkpoints are read", where=str(path),
                          why="other formats are pickles, which can run code when they are loaded",
                          try_="convert the checkpoint to safetensors")
-    with safe_open(path, framework="pt") as file:
-        large = any(key.startswith("conditioner.embedders.1.") for key in file.keys())  # noqa: SIM118
-    kind = StableDiffusionXLPipeline if large else StableDiffusionPipeline
     try:
+        with safe_open(path, framework="pt") as file:
+            large = any(key.startswith("conditioner.embedders.1.") for key in file.keys())  # noqa: SIM118
+        kind = StableDiffusionXLPipeline if large else StableDiffusionPipeline
         pipeline = kind.from_single_file(str(path))
-    except (OSError, ValueError, KeyError) as error:
+    except UNLOADABLE as error:
         raise InputError("the single-file checkpoint cannot be loaded", where=str(path), why=_first_line(error),
                          try_="use a diffusers folder of the same model") from error
     return Opened(pipeline.unet, pipeline, str(path))

@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 
 import bitbrush
 from bitbrush.cli import main
-from bitbrush.cli.app import app, parse_settings
+from bitbrush.cli.app import app, command_line, parse_settings
 from bitbrush.errors import InputError
 
 COMMANDS = {
-    "inspect": ["MODEL", "--recipe", "--weights", "--activations"],
+    "inspect": ["MODEL", "--recipe", "--weights", "--activations", "--preset", "--device"],
     "quantize": [
         "MODEL", "--output", "--recipe", "--weights", "--activations", "--preset", "--prompts", "--seed", "--device",
         "--set", "--dry-run",
@@ -44,9 +44,16 @@ INSPECTION = {
     "network": "UNet2DModel",
     "source": "model",
     "recipe": "rtn",
-    "estimates": {"tape_bytes": 1_000_000, "peak_bytes": 2_000_000_000, "seconds": 75.0},
+    "estimates": {
+        "device": "cpu", "tape_bytes": 1_000_000, "peak_bytes": 2_000_000_000, "seconds": 75.0, "advice": "use a [GPU]",
+    },
 }  # fmt: skip
-PROOF = {"format": 1, "ok": True, "model": {"sqnr_db": 41.5}, "layers": {"a": {"ok": True}, "b": {"ok": True}}}
+PROOF = {
+    "format": 1,
+    "ok": True,
+    "model": {"sqnr_simulated_vs_float_db": 41.5},
+    "layers": {"a": {"ok": True}, "b": {"ok": True}},
+}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -161,7 +168,9 @@ def test_inspect(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     calls = Calls(SimpleNamespace(to_json=lambda: INSPECTION))
     monkeypatch.setattr(bitbrush, "inspect", calls, raising=False)
     assert main(["inspect", "model", "--weights", "4"]) == 0
-    assert calls.options == {"recipe": "qdiffusion", "weights": 4, "activations": None}
+    assert calls.options == {
+        "recipe": "qdiffusion", "weights": 4, "activations": None, "preset": None, "device": None
+    }  # fmt: skip
     out = capsys.readouterr().out
     for text in (
         "up.[red]conv",
@@ -173,6 +182,9 @@ def test_inspect(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
         "not a product",
         "2.0 GB",
         "4.5",
+        "Estimates on cpu",
+        "1:15",
+        "use a [GPU]",
     ):
         assert text in out
     assert main(["inspect", "model", "--json"]) == 0
@@ -230,3 +242,9 @@ def test_settings_refused(pair: str) -> None:
     assert caught.value.where and caught.value.why and caught.value.try_
     with pytest.raises(InputError, match="twice"):
         parse_settings(["a.b=1", "a.b=2"])
+
+
+def test_the_command_stands_in_the_report_as_it_could_be_typed() -> None:
+    options: dict[str, object] = {"--reference": "my model", "--prompts": None, "-n": 8, "-o": Path("r.html")}
+    assert command_line("compare", ["a", "b"], options) == "bitbrush compare a b --reference 'my model' -n 8 -o r.html"
+    assert command_line("demo", [], {"--output": None}) == "bitbrush demo"

@@ -59,6 +59,27 @@ def test_demo_never_writes_over_anything(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_demo_draws_prompts_that_calibration_does_not_use() -> None:
     prompts = assets.prompts("evaluation")
-    assert len(prompts) >= demo.PICTURES
     assert not set(prompts) & set(assets.prompts("calibration"))
-    assert demo.peak_memory() > 10_000_000
+    chosen = demo.chosen_prompts()
+    assert len(set(chosen)) == demo.PICTURES and set(chosen) <= set(prompts)
+    assert set(chosen) & set(assets.prompts("heldout")) and not set(chosen) <= set(assets.prompts("heldout"))
+
+
+def test_demo_presets_are_in_the_recipe_files() -> None:
+    for recipe in demo.ARMS:
+        assert "calibrate.samples = " in demo._preset(recipe)
+    assert "weights.iterations = " in demo._preset("qdiffusion")
+
+
+@pytest.mark.parametrize(
+    ("numbers", "kept"),
+    [
+        ({"gain_db": {"value": 1.0}, "seconds": 360.0, "peak_memory": 3_999_999_999}, [True, True, True]),
+        ({"gain_db": {"value": 0.99}, "seconds": 360.1, "peak_memory": 4_000_000_000}, [False, False, False]),
+        ({"gain_db": {"value": float("nan")}, "seconds": 1.0, "peak_memory": 1}, [True, True, False]),
+    ],
+)
+def test_demo_says_whether_its_promises_were_kept(numbers: dict[str, Any], kept: list[bool]) -> None:
+    found = demo.promises(numbers)
+    assert [promise["kept"] for promise in found] == kept
+    assert [promise["what"] for promise in found] == ["time", "peak memory", "PSNR over plain rounding"]

@@ -12,7 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+import tiny
 from bitbrush import assets
+from bitbrush.artifact.save import save
 from bitbrush.cli import main, pictures
 from bitbrush.errors import ArtifactError, InputError
 
@@ -58,7 +60,9 @@ def test_prompts_and_kind_must_fit(unconditional: Path, tmp_path: Path, capsys: 
     assert main(["sample", str(unconditional), "--prompt", "x", "--steps", "2", "-o", out]) == 3
     assert main(["sample", str(assets.path("emoji-sd-tiny")), "--steps", "2", "-o", out]) == 3
     assert not list(tmp_path.iterdir())
-    assert "Traceback" not in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "Traceback" not in shown and "takes no prompt" in shown and "a prompt is missing" in shown
+    assert '--prompt "red apple"' in shown
 
 
 @pytest.mark.parametrize("name", ["picture", "picture.txt", "picture.tiff"])
@@ -103,6 +107,41 @@ def test_an_unfinished_result(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="not finished") as caught:
         pictures.open_pipeline(str(tmp_path))
     assert caught.value.try_ == f"bitbrush resume {tmp_path}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "code", "words"),
+    [
+        ("missing", 3, "no such result"),
+        ("unfinished", 4, "not finished"),
+        ("bare", 3, "bare model"),
+        ("cut", 4, "missing"),
+    ],
+)
+def test_a_comparison_refuses_before_it_draws(
+    kind: str, code: int, words: str, unconditional: Path, tmp_path: Path, capsys: Any
+) -> None:
+    folder = tmp_path / kind
+    if kind == "unfinished":
+        (folder / ".run").mkdir(parents=True)
+    elif kind == "bare":
+        shutil.copytree(unconditional / "unet", folder)
+    elif kind == "cut":
+        pipe, plan = tiny.quantized_pipeline("unconditional")
+        next(save(pipe, folder, plan).glob("unet/*.safetensors")).unlink()
+    out = tmp_path / "r.html"
+    assert main(["compare", str(folder), "--reference", str(unconditional), "-n", "2", "-o", str(out)]) == code
+    captured = capsys.readouterr()
+    assert words in captured.err and "draw" not in captured.err.partition("error")[0] and not out.exists()
+
+
+def test_what_the_report_says_of_files(unconditional: Path, tmp_path: Path) -> None:
+    found = pictures.about({"FP": unconditional, "other": tmp_path})
+    assert found["sizes"]["FP"] == pictures.denoiser_bytes(unconditional) > 10_000 and "other" not in found["sizes"]
+    assert found["sizes_of"].endswith("stored as float32")
+    assert pictures.denoiser_dtype(assets.path("emoji-sd-tiny")) == "bfloat16"
+    assert pictures.denoiser_dtype(tmp_path) == ""
+    assert pictures.processor() and "threads" in pictures.machine()
 
 
 def test_pictures_are_rounded_to_bytes(tmp_path: Path) -> None:

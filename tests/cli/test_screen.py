@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def test_json_is_strict() -> None:
 
 def test_comparison_table() -> None:
     text = shown(*render.comparison_tables(COMPARISON, "out/[red]report.html"))
-    for part in ("rtn [b]", "PSNR, dB", "SSIM", "23.46 (22.00 to 24.00)", "2.50", "Only 12", "out/[red]report.html"):
+    for part in ("rtn [b]", "PSNR, dB", "SSIM", "23.46", "22.00 to 24.00", "2.50", "Only 12", "out/[red]report.html"):
         assert part in text
     assert "CLIP" not in text
 
@@ -66,7 +67,11 @@ def test_comparison_table() -> None:
 def test_demo_table_ends_with_the_report() -> None:
     numbers = {"gain_db": ESTIMATE, "seconds": 200.0, "peak_memory": 1.5e9, "report": "/x/report.html"}
     text = shown(*render.demo_tables({**COMPARISON, **numbers}))
-    assert "+23.46 dB" in text and "3:20" in text and "1.5 GB" in text
+    assert "+23.46 dB" in text and "3:20" in text and "1.5 GB" in text and "Promised" not in text
+    more = {"parts": {"rtn": 20.0}, "cpu_seconds": 300.0}
+    more["promises"] = [{"what": "time", "bar": "within 6:00", "found": "3:20", "kept": False}]  # type: ignore[assignment]
+    text = shown(*render.demo_tables({**COMPARISON, **numbers, **more}))
+    assert "5:00" in text and "20.0 s" in text and "within 6:00" in text and "NO" in text
     assert text.rstrip().endswith("report: /x/report.html")
 
 
@@ -104,6 +109,28 @@ def test_plain_progress_reports_in_between_with_the_time_left() -> None:
     assert lines[0] == "recon[struct]: 2 to do"
     assert any(line.startswith("recon[struct] 0/2 > iterations 1/3, 0.0 s left loss \\x1b 0.5") for line in lines)
     assert lines[-1].startswith("recon[struct]: 2 in")
+
+
+def test_time_left_is_that_of_the_outermost_level(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    file = io.StringIO()
+    progress = PlainReporter(file, every=0.0)
+    progress.start("blocks", 4)
+    progress.advance()  # the first block, restored: no time yet
+    progress.start("block 2", 10)
+    now[0] = 30.0
+    progress.advance(5)  # half of the second: 1.5 of 4 in 30 s
+    assert file.getvalue().splitlines()[-1] == "blocks 1/4 > block 2 5/10, 50.0 s left"
+
+
+def test_a_level_of_nothing_is_not_mentioned() -> None:
+    for terminal in (True, False):
+        file = io.StringIO()
+        made = reporter(Console(file=file, force_terminal=terminal, width=120))
+        made.start("activations", 0)
+        made.finish()
+        assert "activations:" not in file.getvalue()
 
 
 def test_bars_are_gone_after_an_error() -> None:

@@ -64,8 +64,14 @@ def test_exact_lookup() -> None:
     clock = Clock(TIMES)
     with clock.at(torch.tensor([250, 999, 1])):
         assert clock.rows("exact").tolist() == [1, 3, 0]
-    with clock.at(251), pytest.raises(RuntimeError, match="not on the time grid"):
+    with clock.at(torch.tensor([250, 251])), pytest.raises(InputError, match="timestep 251"):
         clock.rows("exact")
+
+
+def test_an_empty_grid_raises() -> None:
+    clock = Clock()
+    with clock.at(251), pytest.raises(InputError, match="grid is empty"):
+        clock.rows("nearest")
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def test_parameters_are_valid_and_contain_zero() -> None:
     ran = 0
     for grid, method, seed in itertools.product(GRIDS, METHODS, range(2)):
         x = _rows(seed)
-        scale, zero = search(x, grid, method=method, percentile=0.98)
+        scale, zero = search(x, grid, method=method, central_share=0.98)
         assert scale.dtype == torch.float32 and bool((scale > 0).all()) and bool(torch.isfinite(scale).all())
         assert torch.equal(zero, zero.round()) and bool(((zero >= 0) & (zero < grid.levels)).all())
         if grid.signed:
@@ -133,8 +133,8 @@ def test_percentile_equals_numpy() -> None:
     x[:, 0] = 50
     grid, ran = Grid(bits=8), 0
     for p in (0.9, 0.99, 0.999):
-        scale, zero = search(x, grid, method="percentile", percentile=p)
-        low, high = (np.quantile(x.numpy(), q, axis=1) for q in (1 - p, p))
+        scale, zero = search(x, grid, method="percentile", central_share=p)
+        low, high = (np.quantile(x.numpy(), q, axis=1) for q in ((1 - p) / 2, (1 + p) / 2))
         want = affine_parameters(torch.from_numpy(low).float(), torch.from_numpy(high).float(), grid)
         assert torch.allclose(scale, want[0], rtol=1e-5) and torch.equal(zero, want[1])
         assert bool((scale < 50 / 255).all())

@@ -56,9 +56,10 @@ def test_rectified_sigmoid_reaches_its_ends() -> None:
 
 @pytest.mark.parametrize("beta", [2.0, 11.0, 20.0])
 def test_regulariser(beta: float) -> None:
-    ends = torch.tensor([-10.0, 10.0, 10.0])
-    assert rounding.regulariser(ends, beta) == 0
-    assert rounding.regulariser(torch.zeros(7), beta) == pytest.approx(7.0)
+    assert rounding.regulariser(torch.tensor([0.0, 1.0, 1.0]), beta) == 0
+    assert rounding.regulariser(torch.full((7,), 0.5), beta) == pytest.approx(7.0)
+    h = torch.tensor([0.1, 0.3, 0.8])
+    assert rounding.regulariser(h, beta) == pytest.approx(float((1 - (2 * h - 1).abs() ** beta).sum()))
     alpha = torch.tensor([0.4, -0.4], requires_grad=True)
-    rounding.regulariser(alpha, beta).backward()
+    rounding.regulariser(rounding.rectified_sigmoid(alpha), beta).backward()
     assert alpha.grad is not None and alpha.grad[0] < 0 < alpha.grad[1]  # a descent pushes both away from 1/2

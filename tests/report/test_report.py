@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,12 +12,14 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from PIL import Image
 
 from bitbrush.errors import ResourceError
 from bitbrush.evaluate import Comparison, bootstrap_mean, paired_difference
-from bitbrush.report import write_report
-from bitbrush.report.html import render
+from bitbrush.report import plots, write_report
+from bitbrush.report.html import _layer_rows, _layers_in_order, render
 from bitbrush.report.pictures import amplification, difference_png, png
+from bitbrush.report.strip import CAPTION, GAP, LEFT, SIDE, TOP, strip
 from bitbrush.report.text import duration, inert, number, plot_label, size
 from bitbrush.report.verdict import bits_in_words, verdict
 
@@ -75,7 +78,7 @@ def history(layer: str = "mid_block.attentions.0.to_q", recipe: str = "qdiffusio
     return {
         "recipe": recipe, "weight_bits": 4, "activation_bits": 8, "average_bits": 4.6,
         "layers": {layer: specs, "conv_out": {"weight_bits": 16, "activation_bits": 16, "parameters": 10}},
-        "units": [unit, unit | {"loss_end": 0.0}], "ranges": {layer: times},
+        "units": [unit, unit | {"loss_end": 0.0}], "ranges": {layer: times}, "kept_float": {f"{layer}.b": layer},
     }  # fmt: skip
 
 
@@ -83,7 +86,9 @@ def extras(text: str = "plain") -> dict[str, Any]:
     return {
         "model": text, "command": f"bitbrush quantize {text}", "seconds": 212.4, "peak_memory": 2_100_000_000,
         "device": text, "versions": {"torch": text, text: "1"}, "settings": {text: text, "preset": "demo"},
-        "sizes": {"FP": 9_655_744, "rtn": 2_900_000}, "sizes_of": text, "notes": [text],
+        "sizes": {"FP": 9_655_744, "rtn": 2_900_000}, "sizes_of": text, "stored_as": text, "notes": [text],
+        "parts": {text: 20.0}, "cpu_seconds": 400.0,
+        "promises": [{"what": text, "bar": text, "found": text, "kept": True}],
     }  # fmt: skip
 
 
@@ -249,3 +254,73 @@ def test_differences_are_amplified_as_stated() -> None:
     white, grey = png(torch.ones(3, 4, 4)), png(torch.zeros(3, 4, 4))
     assert difference_png(reference, reference, 8) == white
     assert difference_png(reference + 0.125, reference, 8) == grey  # 8 * 0.125 / 2 is half of the range
+
+
+# ---- what a run adds -------------------------------------------------------------------------------------------
+def test_two_results_share_a_title() -> None:
+    made = comparison()
+    made.metrics["other"] = made.metrics["Q-Diffusion"]
+    made.per_picture["other"] = made.per_picture["Q-Diffusion"]
+    page = render(made, {}, {})
+    assert "<h1>Q-Diffusion and other against full precision</h1>" in page
+
+
+def test_promises_times_and_the_best_of_a_row() -> None:
+    promises = [
+        {"what": "time", "bar": "within 6:00", "found": "5:06", "kept": True},
+        {"what": "gain", "bar": "at least 1 dB", "found": "+0.2 dB", "kept": False},
+    ]
+    extras = {"promises": promises, "parts": {"rtn": 20.4, "drawing": 82.0}, "cpu_seconds": 300.0, "seconds": 180.0}
+    page = render(comparison(), {}, extras)
+    for text in (
+        "within 6:00",
+        '<td class="kept">kept</td>',
+        '<td class="missed">missed</td>',
+        "rtn 20 s",
+        "5 min 00 s",
+    ):
+        assert text in page
+    assert page.count('<div class="note best">') == 2, "one a row"
+    plain = render(comparison(), {}, {})
+    assert "Promised" not in plain and "of which" not in plain and "Processor time" not in plain
+
+
+def test_layers_stand_in_the_order_they_run_with_those_that_stay_float() -> None:
+    names = ["conv_out", "conv_in", "mid_block.attentions.0.to_q", "down_blocks.0.resnets.0.conv1"]
+    specs = {"weight_bits": 4, "activation_bits": 8, "parameters": 10, "packed_bytes": 5, "segments": []}
+    units = ["conv_in", "down_blocks.0.resnets.0", "mid_block.attentions.0", "conv_out"]
+    found = {
+        "layers": dict.fromkeys(names[2:], specs),
+        "kept_float": {"conv_out": "the baseline leaves it", "conv_in": "the baseline leaves it"},
+        "units": [{"step": "pack", "unit": unit} for unit in units],
+    }
+    rows = _layer_rows(_layers_in_order(found))
+    assert [row["name"] for row in rows] == [names[1], names[3], names[2], names[0]]
+    assert rows[0]["weights"] == rows[0]["activations"] == "float" and rows[0]["segments"] == "the baseline leaves it"
+    page = render(comparison(), {"rtn": found}, {})
+    assert "2 layers stay float" in page and "the baseline leaves it" in page
+    without = {key: value for key, value in found.items() if key != "units"}
+    assert list(_layers_in_order(without)) == [*names[2:], *names[:2]], "an unknown order is kept"
+
+
+def test_ranges_of_one_input_are_shown_once() -> None:
+    def layer(high: float) -> dict[str, list[float]]:
+        return {"timesteps": [1.0, 500.0], "low": [-1.0, -1.0], "high": [1.0, high]}
+
+    same = {f"down_blocks.{i}.time_emb_proj": layer(9.0 + 0.01 * i) for i in range(8)}
+    others = {f"block.{i}.conv{i % 3}": layer(2.0 + i) for i in range(5)}
+    _, shown = plots.ranges({**same, **others})
+    assert len([name for name in shown if "time_emb_proj" in name]) == 1 and len(shown) == 6
+    assert {name.rpartition(".")[2] for name in shown} == {"time_emb_proj", "conv0", "conv1", "conv2"}
+
+
+def test_a_strip_has_a_row_an_arm_and_a_column_a_prompt(tmp_path: Path) -> None:
+    made = comparison(prompt="a \u202e very long prompt of many, many words that cannot fit above one picture at all")
+    labels = {"FP": ("Full precision", ""), "rtn": ("Plain rounding", "W4A8"), "Q-Diffusion": ("Q-Diffusion", "W4A8")}
+    with Image.open(io.BytesIO(strip(made, labels))) as picture:
+        assert picture.format == "PNG" and picture.mode == "RGB"
+        assert picture.size == (LEFT + 2 * SIDE + GAP + 8, TOP + 3 * (SIDE + CAPTION))
+    narrow = strip(made, {"FP": labels["FP"]}, columns=1)
+    with Image.open(io.BytesIO(narrow)) as picture:
+        assert picture.size == (LEFT + SIDE + 8, TOP + SIDE + CAPTION)
+    assert strip(made, labels) == strip(made, labels)

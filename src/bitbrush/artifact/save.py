@@ -81,16 +81,16 @@ def denoiser(target: Any) -> Any:
 @contextmanager
 def _staging(disk: Disk, stage: Path) -> Iterator[None]:
     """Diffusers and safetensors write by themselves here; their complaints about the disk become ours."""
-    disk._op("before-stage", stage)
     try:
         with failing_as_resource(stage, None):
+            disk._op("before-stage", stage)
             yield
+            disk._op("after-stage", stage)
     except SafetensorError as error:
         for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
             if f"os error {number})" in str(error):
                 raise disk_error(number, stage) from error
         raise
-    disk._op("after-stage", stage)
 
 
 def _strip_machine(disk: Disk, stage: Path) -> None:

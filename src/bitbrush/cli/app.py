@@ -5,6 +5,8 @@ Errors are not caught here: `bitbrush.cli.entry` turns them into a message and a
 
 from __future__ import annotations
 
+import importlib
+import shlex
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,6 +40,7 @@ Weights = Annotated[int | None, typer.Option("--weights", "-w", help="Bits of th
 Activations = Annotated[
     int | None, typer.Option("--activations", "-a", help="Bits of the activations, 1 to 8; 16 = float.")
 ]
+Preset = Annotated[str | None, typer.Option("--preset", help="A preset of the recipe, such as demo.")]
 Prompts = Annotated[
     Path | None, typer.Option("--prompts", help="Text file with one prompt a line; else the bundled ones.")
 ]
@@ -54,14 +57,22 @@ def inspect(
     recipe: Recipe = "qdiffusion",
     weights: Weights = None,
     activations: Activations = None,
+    preset: Preset = None,
+    device: Device = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show layers, shares, what stays float and why, and estimates of size and time. Nothing slow."""
+    """Show layers, shares and estimates; nothing slow.
+
+    Every layer with its share of weights and of compute, what stays float and why, and what size, time and memory a
+    run will take.
+    """
     screen = _heavy(as_json, debug)
     import bitbrush
 
-    report = bitbrush.inspect(model, recipe=recipe, weights=weights, activations=activations).to_json()
+    options: dict[str, Any] = {"recipe": recipe, "weights": weights, "activations": activations}
+    options |= {"preset": preset, "device": device}
+    report = bitbrush.inspect(model, **options).to_json()
     screen.show(report, *([] if as_json else render.inspection_tables(report)))
 
 
@@ -72,7 +83,7 @@ def quantize(
     recipe: Recipe = "qdiffusion",
     weights: Weights = None,
     activations: Activations = None,
-    preset: Annotated[str | None, typer.Option("--preset", help="A preset of the recipe, such as demo.")] = None,
+    preset: Preset = None,
     prompts: Prompts = None,
     seed: Seed = 0,
     device: Device = None,
@@ -81,7 +92,10 @@ def quantize(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Quantize MODEL with a recipe and save the packed pipeline to OUT."""
+    """Quantize MODEL and save the packed result.
+
+    A recipe says how; a run that is stopped goes on with `bitbrush resume OUT`.
+    """
     screen = Screen(as_json, debug)
     if output is None and not dry_run:
         raise InputError(
@@ -119,7 +133,10 @@ def resume(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Go on with an interrupted run, from the last finished unit."""
+    """Go on with an interrupted run.
+
+    It starts from the last finished unit and ends with the same bytes as a run that was not interrupted.
+    """
     screen = _heavy(as_json, debug)
     import bitbrush
 
@@ -144,7 +161,10 @@ def sample(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Draw pictures with a quantized pipeline (no prompt needed for unconditional ones)."""
+    """Draw pictures with a result or a pipeline.
+
+    Text-to-image pipelines need --prompt, unconditional ones take none.
+    """
     screen = _heavy(as_json, debug)
     from bitbrush.cli import pictures
 
@@ -180,12 +200,19 @@ def compare(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Draw the same pictures with every pipeline and write a report: pictures, metrics, bits, ranges."""
+    """Compare results and write a report.
+
+    Every pipeline draws the same prompts from the same noise; the page shows the pictures, what each result cost, and
+    what is inside: bits, losses, ranges.
+    """
     screen = Screen(as_json, debug)
     texts = _read_prompts(screen, prompts)
     screen = _heavy(as_json, debug)
     from bitbrush.cli import pictures
 
+    options: dict[str, object] = {"--reference": reference, "--prompts": prompts, "-n": n, "--seed": seed}
+    options |= {"--steps": steps, "--guidance": guidance, "--batch": batch, "--device": device, "-o": output}
+    command = command_line("compare", outputs, options)
     with screen.progress() as progress:
         comparison = pictures.compare(
             outputs,
@@ -198,6 +225,7 @@ def compare(
             guidance=guidance,
             batch=batch,
             device=device,
+            command=command,
             progress=progress,
         )
     screen.show(
@@ -211,11 +239,14 @@ def recipes(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Name of a recipe or a .toml file.")] = None,
     weights: Weights = None,
     activations: Activations = None,
-    preset: Annotated[str | None, typer.Option("--preset", help="A preset of the recipe.")] = None,
+    preset: Preset = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """List the recipes, or show one expanded: `bitbrush recipes show qdiffusion`."""
+    """List the recipes, or show one.
+
+    `bitbrush recipes show qdiffusion` prints one in full, every default written out.
+    """
     if action not in (None, "show") or (action == "show" and name is None):
         raise InputError(
             f"`recipes {action}` is not a command" if action != "show" else "the name of a recipe is missing",
@@ -236,7 +267,10 @@ def recipes(
 
 @app.command()
 def doctor(as_json: Json = False, debug: Debug = False) -> None:
-    """Show versions, devices, kernels that would run and why not others, free disk and memory."""
+    """Show what this machine can run.
+
+    Versions, devices, the kernels that would run and why not others, free disk and memory.
+    """
     screen = _heavy(as_json, debug)
     from bitbrush.cli.doctor import examine
 
@@ -253,13 +287,24 @@ def demo(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Quantize the bundled model to W4A8, compare it with plain rounding, and write a report."""
+    """The whole path on the bundled model.
+
+    Quantizes it to W4A8 with Q-Diffusion, compares it with plain rounding, and writes a report; about five minutes on
+    two CPU cores.
+    """
     screen = _heavy(as_json, debug)
     from bitbrush.cli.demo import run_demo
 
+    command = command_line("demo", [], {"--output": output, "--seed": seed or None})
     with screen.progress() as progress:
-        outcome = run_demo(output, seed=seed, progress=progress)
+        outcome = run_demo(output, seed=seed, command=command, progress=progress)
     screen.show(outcome, *([] if as_json else render.demo_tables(outcome)))
+
+
+def command_line(name: str, words: list[str], options: dict[str, object]) -> str:
+    """The command with everything that was chosen, defaults written out, as it could be typed again."""
+    pairs = [part for key, value in options.items() if value is not None for part in (key, str(value))]
+    return shlex.join(["bitbrush", name, *words, *pairs])
 
 
 def parse_settings(pairs: list[str]) -> dict[str, Any]:
@@ -295,11 +340,14 @@ def _toml_value(text: str) -> Any:
 
 
 def _heavy(as_json: bool, debug: bool) -> Screen:
-    """The screen of a command that loads models: quietens the libraries that are about to be imported."""
+    """The screen of a command that loads models: imports the large libraries, seconds long, and quietens them."""
     from bitbrush.cli.quiet import quiet_loading
 
-    quiet_loading(debug=debug)
-    return Screen(as_json, debug)
+    screen = Screen(as_json, debug)
+    with screen.waiting("Loading torch and diffusers"):
+        quiet_loading(debug=debug)
+        importlib.import_module("bitbrush.api")
+    return screen
 
 
 def _read_prompts(screen: Screen, path: Path | None) -> list[str] | None:
@@ -321,6 +369,8 @@ def _show_result(screen: Screen, result: Any) -> None:
         "weight_bits": result.history.get("weight_bits"),
         "activation_bits": result.history.get("activation_bits"),
         "average_bits": result.history.get("average_bits"),
+        "parameters": result.history.get("parameters"),
+        "packed_bytes": result.history.get("bytes"),
         "seconds": result.seconds,
         "peak_memory": result.peak_memory,
         "proof": result.proof,

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import tomllib
+from importlib.resources import files
 from typing import Any
 
 
 def listing() -> list[dict[str, Any]]:
     """Name, title and presets of every bundled recipe, read from the files themselves."""
-    from importlib.resources import files
-
-    import bitbrush
-
-    folder = files("bitbrush") / "recipes"
     rows = []
-    for name in bitbrush.recipes():
-        data = tomllib.loads((folder / f"{name}.toml").read_text(encoding="utf-8"))
-        rows.append({"name": name, "title": data.get("title", ""), "presets": sorted(data.get("preset", {}))})
+    for file in sorted((files("bitbrush") / "recipes").iterdir(), key=lambda file: file.name):
+        if file.name.endswith(".toml"):
+            data = tomllib.loads(file.read_text(encoding="utf-8"))
+            name = file.name.removesuffix(".toml")
+            rows.append({"name": name, "title": data.get("title", ""), "presets": sorted(data.get("preset", {}))})
     return rows
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 
 import bitbrush
+from bitbrush.cli.pictures import processor
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "triton", "peft")
 
@@ -50,7 +51,7 @@ def devices() -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = [
         {
             "device": "cpu",
-            "name": platform.processor() or platform.machine(),
+            "name": processor(),
             "note": f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
             "memory_bytes": psutil.virtual_memory().total,
         }

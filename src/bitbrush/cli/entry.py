@@ -77,7 +77,8 @@ def _report(screen: Screen, error: BitbrushError) -> int:
 def _usage(screen: Screen, error: typer.TyperException) -> int:
     """A wrong flag or a missing argument: the parser's words in our shape."""
     text = error.format_message() if hasattr(error, "format_message") else str(error)
-    if not text:  # a bare group: the parser has shown the help
+    if not text or text.startswith("Usage:"):  # no words at all: the help is the answer
+        sys.stdout.write(text + "\n" if text else "")
         return UsageError.exit_code
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "bitbrush"

@@ -5,7 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import io
 import json
+import math
 import platform
+import re
+import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,23 +41,13 @@ def open_pipeline(name: str, device: str | None = None) -> Any:
     if (folder / "bitbrush.json").exists():
         pipeline = bitbrush.load(folder)
     elif (folder / ".run").is_dir():
-        raise ArtifactError(
-            "this result is not finished",
-            where=name,
-            why="its run was interrupted: there is no manifest yet",
-            try_=f"bitbrush resume {name}",
-        )
+        raise _unfinished(name)
     else:
         from bitbrush.loading import open_model
 
         pipeline = open_model(name, device).pipeline
     if not hasattr(pipeline, "set_progress_bar_config"):
-        raise InputError(
-            "a bare model cannot draw",
-            where=name,
-            why="pictures need the whole pipeline: scheduler, decoder, text encoder",
-            try_="put the model into its pipeline's folder and name that",
-        )
+        raise _bare(name)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
@@ -81,7 +75,16 @@ def sample(
     """
     _check_suffix(output)
     pipeline = open_pipeline(name, device)
-    from bitbrush.evaluate.sampling import draw
+    from bitbrush.evaluate.sampling import draw, takes_prompt
+
+    if takes_prompt(pipeline) != bool(prompts):
+        wants = takes_prompt(pipeline)
+        raise InputError(
+            "a prompt is missing" if wants else "this pipeline takes no prompt",
+            where=name,
+            why=f"a {type(pipeline).__name__} draws {'from text' if wants else 'unconditionally'}",
+            try_='--prompt "red apple"' if wants else "leave --prompt out; -n says how many pictures",
+        )
 
     count = n or len(prompts or ()) or 1
     texts = [prompts[i % len(prompts)] for i in range(count)] if prompts else None
@@ -124,6 +127,7 @@ def compare(
     batch: int,
     device: str | None,
     progress: Reporter,
+    command: str = "bitbrush compare",
 ) -> dict[str, Any]:
     """Draw the same pictures with the reference and every output, measure, write the page; the numbers as plain data.
 
@@ -134,11 +138,14 @@ def compare(
     from bitbrush.prompts import check_enough
     from bitbrush.report.html import write_report
 
+    started = time.monotonic()
+    names = unique_names(outputs)
+    for output in outputs:
+        check_result(output)
     original = open_pipeline(reference, device)
     texts = choose_prompts(original, prompts, progress)
     if texts is not None:
         check_enough(texts, n)
-    names = unique_names(outputs)
     comparison = measure(
         original,
         {name: _opener(output, device) for name, output in names.items()},
@@ -153,17 +160,40 @@ def compare(
         progress=progress,
     )
     histories = {name: history for name, output in names.items() if (history := read_history(output)) is not None}
-    extras = {"model": reference, "command": "bitbrush compare", **about({comparison.reference: reference, **names})}
+    extras: dict[str, Any] = {"model": reference, "command": command, "seconds": time.monotonic() - started}
+    extras |= {"device": machine(), **about({comparison.reference: reference, **names})}
     write_report(page, comparison, histories, extras)
     return summary(comparison)
 
 
 def about(folders: Mapping[str, str | Path]) -> dict[str, Any]:
-    """What the report says of an arm's file size and of the versions: ``sizes`` (bytes) and ``versions``."""
+    """What the report says of file sizes and versions: ``sizes`` (bytes), ``sizes_of``, ``stored_as``, ``versions``.
+
+    Args:
+        folders: Arm to folder; the reference comes first.
+    """
     sizes = {name: count for name, folder in folders.items() if (count := denoiser_bytes(Path(folder)))}
+    stored = denoiser_dtype(Path(next(iter(folders.values()))))
+    sizes_of = "the denoiser's weights on disk" + (f"; full precision is stored as {stored}" if stored else "")
     versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")}
     own = {"bitbrush": bitbrush.__version__, "python": platform.python_version()}
-    return {"sizes": sizes, "versions": own | versions}
+    return {"sizes": sizes, "sizes_of": sizes_of, "stored_as": stored, "versions": own | versions}
+
+
+def machine() -> str:
+    """Processor, threads that torch uses, and the GPU where there is one."""
+    import torch
+
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{processor()}, {torch.get_num_threads()} threads{gpu}"
+
+
+def processor() -> str:
+    """The processor's name, as the system knows it."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text(encoding="utf-8", errors="replace") if info.is_file() else ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def denoiser_bytes(folder: Path) -> int:
@@ -171,10 +201,62 @@ def denoiser_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for name in ("unet", "transformer") for file in folder.glob(f"{name}/*.safetensors"))
 
 
+def denoiser_dtype(folder: Path) -> str:
+    """The floating type that most of the denoiser's numbers are stored in; empty where there is no file here."""
+    from safetensors import safe_open
+
+    counts: Counter[str] = Counter()
+    for name in ("unet", "transformer"):
+        for path in folder.glob(f"{name}/*.safetensors"):
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118
+                    part = file.get_slice(key)
+                    counts[part.get_dtype()] += math.prod(part.get_shape())
+    names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    return names.get(counts.most_common(1)[0][0], "") if counts else ""
+
+
 def summary(comparison: Comparison) -> dict[str, Any]:
     """The numbers of a comparison without those of single pictures."""
     data = comparison.to_json()
     return {name: value for name, value in data.items() if name not in ("per_picture", "prompts")}
+
+
+def check_result(name: str) -> None:
+    """What can be said of a folder before minutes of drawing: it is whole by its manifest, and a pipeline.
+
+    Raises:
+        InputError, ArtifactError: It is not there, unfinished, truncated, or a model without its pipeline.
+    """
+    folder = Path(name)
+    if (folder / "bitbrush.json").exists():
+        from bitbrush.artifact import manifest
+
+        manifest.check(folder, fast=True)
+    elif (folder / ".run").is_dir():
+        raise _unfinished(name)
+    elif not folder.exists() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+        raise InputError("no such result", where=name, why="there is no such folder", try_="check the path")
+    if folder.is_dir() and not (folder / "model_index.json").exists():
+        raise _bare(name)
+
+
+def _unfinished(name: str) -> ArtifactError:
+    return ArtifactError(
+        "this result is not finished",
+        where=name,
+        why="its run was interrupted: there is no manifest yet",
+        try_=f"bitbrush resume {name}",
+    )
+
+
+def _bare(name: str) -> InputError:
+    return InputError(
+        "a bare model cannot draw",
+        where=name,
+        why="pictures need the whole pipeline: scheduler, decoder, text encoder",
+        try_="put the model into its pipeline's folder and name that",
+    )
 
 
 def _opener(output: str, device: str | None) -> Any:

@@ -10,7 +10,7 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,13 @@ class Screen:
     def note(self, text: str) -> None:
         """A line beside the result."""
         Console(stderr=True, highlight=False).print(Text(clean(text)), soft_wrap=True)
+
+    @contextmanager
+    def waiting(self, text: str) -> Iterator[None]:
+        """A moving line on standard error while something takes seconds; nothing where that is no terminal."""
+        console = Console(stderr=True, highlight=False)
+        with console.status(Text(clean(text), style="dim")) if console.is_terminal else nullcontext():
+            yield
 
     @contextmanager
     def progress(self) -> Iterator[Reporter]:
@@ -131,7 +138,12 @@ def inspection_tables(report: Mapping[str, Any]) -> list[RenderableType]:
         lines = [(row["name"], f"{row['parameters']:,}", share(row["share"]), row["why"]) for row in kept]
         parts.append(table("What stays float", ("part", "parameters", "share", "why"), lines))
     parts.append(facts("Totals", readable(report["totals"])))
-    parts.append(facts("Estimates", readable(report["estimates"])))
+    estimates = dict(report["estimates"])
+    advice = estimates.pop("advice", None)
+    device = estimates.pop("device", "")
+    parts.append(facts(f"Estimates on {device}, rough" if device else "Estimates, rough", readable(estimates)))
+    if advice:
+        parts.append(Text(clean(advice), style="yellow"))
     return parts
 
 
@@ -139,9 +151,22 @@ def _bits(weights: int | None, activations: int | None) -> str:
     return f"W{weights or 16}A{activations or 16}"
 
 
+NAMES = {
+    "float_bytes": "size in bfloat16",
+    "packed_bytes": "size packed",
+    "average_bits": "bits a weight on average",
+    "macs": "multiply-adds a sample",
+    "seconds": "time",
+    "peak_bytes": "memory",
+    "tape_bytes": "disk for calibration",
+    "forwards": "work, in forwards of one sample",
+    "macs_per_second": "multiply-adds a second",
+}
+
+
 def readable(values: Mapping[str, Any]) -> dict[str, object]:
     """Names and numbers as people read them: ``peak_bytes`` as a size, ``seconds`` as a time."""
-    return {name.removesuffix("_bytes").replace("_", " "): _value(name, value) for name, value in values.items()}
+    return {NAMES.get(name, name.replace("_", " ")): _value(name, value) for name, value in values.items()}
 
 
 def _value(name: str, value: Any) -> object:
@@ -152,6 +177,8 @@ def _value(name: str, value: Any) -> object:
             return size(value)
         if name == "seconds" or name.endswith("_seconds"):
             return clock(value)
+        if name.startswith("macs"):
+            return f"{value / 1e9:.3g} G"
         return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
     return to_json(value) if isinstance(value, Mapping) else str(value)
 
@@ -159,12 +186,21 @@ def _value(name: str, value: Any) -> object:
 def result_tables(summary: Mapping[str, Any]) -> list[RenderableType]:
     """What `bitbrush.quantize` or `resume` did."""
     flat = {name: value for name, value in summary.items() if not isinstance(value, (Mapping, list))}
-    parts: list[RenderableType] = [facts("Done", readable(flat))]
+    packed, parameters = flat.pop("packed_bytes", None), flat.pop("parameters", None)
+    shown = readable(flat)
+    if packed and parameters:
+        shown["denoiser packed"] = f"{size(packed)}, {share(packed / (2 * parameters))} of bfloat16"
     proof = summary["proof"]
-    pairs = {"every layer": "yes" if proof.get("ok") else "NO", "layers": len(proof.get("layers", ()))}
-    model = {name: value for name, value in proof.get("model", {}).items() if not isinstance(value, (Mapping, list))}
-    parts.append(facts("Proof: packed computes what was simulated", pairs | readable(model)))
-    return parts
+    model = proof.get("model", {})
+    pairs: dict[str, object] = {
+        "layers": f"{len(proof.get('layers', ()))}, {'every one proven' if proof.get('ok') else 'NOT every one proven'}"
+    }
+    if "equal" in model:
+        different = f"largest difference {model.get('max_difference', math.nan):.3g}"
+        pairs["whole network"] = "equal bit for bit" if model["equal"] else different
+    if "sqnr_simulated_vs_float_db" in model:
+        pairs["against full precision"] = f"{model['sqnr_simulated_vs_float_db']:.1f} dB (signal to error, one forward)"
+    return [facts("Done", shown), facts("Proof: packed computes what was simulated", pairs)]
 
 
 def dry_run_tables(report: Mapping[str, Any]) -> list[RenderableType]:
@@ -203,7 +239,7 @@ def metric_table(comparison: Mapping[str, Any]) -> RenderableType:
         for arm, found in arms.items()
     ]
     settings = comparison["settings"]
-    title = f"{settings['n']} pictures, {settings['steps']} steps, same noise (95 % intervals over prompts)"
+    title = f"{settings['n']} pictures, {settings['steps']} steps, same noise: mean, and its 95 % interval over prompts"
     return table(title, columns, rows)
 
 
@@ -211,7 +247,7 @@ def _estimate(estimate: Mapping[str, float] | None, digits: int) -> str:
     if estimate is None:
         return "-"
     value, low, high = (f"{estimate[key]:.{digits}f}" for key in ("value", "low", "high"))
-    return f"{value} ({low} to {high})"
+    return f"{value}\n{low} to {high}"
 
 
 def recipe_table(rows: Iterable[Mapping[str, Any]]) -> RenderableType:
@@ -243,12 +279,22 @@ def doctor_tables(report: Mapping[str, Any]) -> list[RenderableType]:
 
 
 def demo_tables(outcome: Mapping[str, Any]) -> list[RenderableType]:
-    """The table of metrics, the gain, time and memory, and last where the report lies."""
+    """The table of metrics, the gain, time and memory against what was promised, and last where the report lies."""
     gain = outcome["gain_db"]
     pairs = {
         "Q-Diffusion over plain rounding": f"{gain['value']:+.2f} dB PSNR ({gain['low']:+.2f} to {gain['high']:+.2f})",
         "time": clock(outcome["seconds"]),
+        **{f"  {part}": clock(seconds) for part, seconds in outcome.get("parts", {}).items()},
+        "processor time": clock(outcome["cpu_seconds"]) if "cpu_seconds" in outcome else None,
         "peak memory": size(outcome["peak_memory"]),
     }
     notes = [Text(clean(note), style="yellow") for note in outcome.get("notes", ())]
-    return [metric_table(outcome), *notes, facts("Outcome", pairs), Text(f"\nreport: {clean(outcome['report'])}")]
+    rows = [(p["what"], p["bar"], p["found"], "yes" if p["kept"] else "NO") for p in outcome.get("promises", ())]
+    promised = [table("Promised on two CPU cores", ("", "promise", "found", "kept"), rows)] if rows else []
+    return [
+        metric_table(outcome),
+        *notes,
+        facts("Outcome", pairs),
+        *promised,
+        Text(f"\nreport: {clean(outcome['report'])}"),
+    ]

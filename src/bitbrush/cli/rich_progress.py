@@ -43,9 +43,9 @@ def reporter(console: Console) -> Reporter:
     return RichReporter(console) if console.is_terminal else PlainReporter(console.file)
 
 
-def estimate(elapsed: float, done: int, total: int) -> float | None:
+def estimate(elapsed: float, done: float, total: int) -> float | None:
     """Seconds left, from the mean pace so far; None before the first unit."""
-    return elapsed / done * (total - done) if done and total >= done else None
+    return elapsed / done * (total - done) if done > 0 and total >= done else None
 
 
 class _Left(ProgressColumn):
@@ -97,7 +97,8 @@ class RichReporter:
         self._live.remove_task(task.id)
         if not self._stack:
             self.close()
-            self._console.print(Text(done, style="dim"))
+            if task.total:
+                self._console.print(Text(done, style="dim"))
 
     def _task(self, live: Progress) -> Task:
         """The innermost bar."""
@@ -133,7 +134,7 @@ class PlainReporter:
 
     def start(self, label: str, total: int) -> None:
         self._stack.append(_Level(clean(label), total, time.monotonic()))
-        if len(self._stack) == 1:
+        if len(self._stack) == 1 and total:
             self._line(f"{clean(label)}: {total} to do")
             self._last = time.monotonic()
 
@@ -145,14 +146,21 @@ class PlainReporter:
         now = time.monotonic()
         if now - self._last >= self.every and level.done < level.total:
             self._last = now
-            left = estimate(now - level.began, level.done, level.total)
             where = " > ".join(f"{each.label} {each.done}/{each.total}" for each in self._stack)
-            self._line(f"{where}, {clock(left or 0.0)} left {clean(note)}".rstrip())
+            self._line(f"{where}, {self._left(now)} {clean(note)}".rstrip())
+
+    def _left(self, now: float) -> str:
+        """The time left of the outermost level, the started unit inside it counted by what is done of it."""
+        outer, inside = self._stack[0], 0.0
+        for level in reversed(self._stack[1:]):
+            inside = (level.done + inside) / level.total if level.total else 1.0
+        left = estimate(now - outer.began, outer.done + min(inside, 1.0), outer.total)
+        return f"{clock(left or 0.0)} left"
 
     def finish(self) -> None:
         if self._stack:
             level = self._stack.pop()
-            if not self._stack:
+            if not self._stack and level.total:
                 self._line(f"{level.label}: {level.done} in {clock(time.monotonic() - level.began)}")
 
     def say(self, text: str) -> None:

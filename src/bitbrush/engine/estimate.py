@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from bitbrush.engine.recipe import Recipe
-from bitbrush.network.survey import Survey
+from bitbrush.engine.tape import BATCH
+from bitbrush.network.survey import Site, Survey
 from bitbrush.numbers import packing
 from bitbrush.numbers.grid import LayerSpec, Plan
+
+START = 5.0  # seconds: loading, hashing, packing, saving
+CALL = 0.03  # seconds that a GPU's host needs to launch one forward of a denoiser
+REPLAY = 0.0008  # seconds of one graph replay of a small block
+SHARE = 0.22  # of a convolution's rate that whole denoisers reach
+LIBRARIES = 700_000_000
+MEMO = {"cpu": 1 << 30, "cuda": 6 << 30}  # bytes of block outputs that are kept of one face
+LONG = 1800.0
+ADVICE = (
+    "That is long for a CPU: use a GPU (--device cuda), the recipe's short form (--preset demo), or fewer iterations "
+    "(--set weights.iterations=200)."
+)
 
 
 def layer_bytes(shape: tuple[int, ...], spec: LayerSpec, bias: bool, times: int = 1) -> int:
@@ -45,36 +61,126 @@ def model_bytes(survey: Survey, plan: Plan) -> dict[str, int]:
 
 
 def estimate(survey: Survey, plan: Plan, recipe: Recipe, guided: bool, device: str = "cpu") -> dict[str, Any]:
-    """Estimated tape bytes, peak memory and seconds of a run."""
+    """Estimated cost of a run: device, seconds, peak_bytes of memory, tape_bytes of disk, forwards, macs_per_second,
+    and advice (a sentence, or None).
+
+    Time is counted in forwards of one sample: the steps know how many they make. An iteration of a reconstruction
+    costs three forwards of its block (forward, and backward to weights and inputs); every sample is also recorded and
+    its loss measured in both faces, about six forwards. On a GPU small networks wait for kernel launches instead.
+    """
+    kind = torch.device(device).type
     macs = sum(site.macs for site in survey.layers())
-    parameters = sum(site.parameters for site in survey.layers())
+    rate = network_rate(survey, device)
     forwards = 0.0
-    tape = 0
+    launches = 0.0  # seconds of a GPU's host, whatever the sizes are
+    samples = tape = 0
     for step in recipe.steps:
         data = step.model_dump()
         if step.do == "calibrate":
-            forwards += data["trajectories"] * data["steps"] * (2 if guided else 1)
+            calls = data["trajectories"] * data["steps"]
+            forwards += calls * (2 if guided else 1)
+            launches += calls / data["batch"] * CALL
             tape = data["samples"]
         elif step.do == "fit" and data["what"] == "activations":
-            forwards += min(data["samples"], tape or data["samples"])
-        elif step.do == "reconstruct":
-            forwards += 3.5 * data["iterations"] * data["batch"] + 2 * min(data["samples"], tape or data["samples"])
-    rate = measured_rate(device)
+            forwards += 1.3 * min(data["samples"], tape or data["samples"])
+        elif step.do == "reconstruct" and data["iterations"]:
+            samples = min(data["samples"], tape or data["samples"])
+            forwards += 3.0 * data["iterations"] * data["batch"] + 6.0 * samples
+            launches += len(survey.blocks) * (data["iterations"] * REPLAY + samples / BATCH["cuda"] * 2 * CALL)
+    seconds = START + max(forwards * macs / rate, launches if kind == "cuda" else 0.0)
     return {
-        "seconds": round(forwards * macs / rate + 1e-7 * parameters + 5, 1),
-        "tape_bytes": tape * 200_000,
-        "peak_bytes": int(8 * parameters + (2 << 30) + 16 * max((s.macs // max(s.parameters, 1) for s in
-                                                               survey.layers()), default=1) * 4096),
+        "device": kind,
+        "seconds": round(seconds, 1),
+        "peak_bytes": _peak(survey, samples, kind),
+        "tape_bytes": 4 * tape * survey.sample_values,
         "forwards": int(forwards),
         "macs_per_second": rate,
+        "advice": ADVICE if kind == "cpu" and seconds > LONG else None,
     }
 
 
-def measured_rate(device: str) -> float:
-    """Multiply-accumulates a second of a medium matrix product on the device, halved for what real layers reach."""
-    n = 1024 if device == "cpu" else 4096
-    a = torch.ones(n, n, device=device)
-    (a @ a).sum().item()
-    start = time.perf_counter()
-    (a @ a).sum().item()
-    return float(n) ** 3 / max(time.perf_counter() - start, 1e-6) / 2
+def network_rate(survey: Survey, device: str) -> float:
+    """Multiply-accumulates a second that this network will reach on the device, from a convolution of it timed here.
+
+    The convolution is the one in the middle of the compute (half of it lies in smaller ones), behind a group norm and
+    an activation. Whole networks reach `SHARE` of its rate: attention, small layers and additions are not in it.
+    """
+    convolutions = sorted((s for s in survey.layers() if s.kind == "conv"), key=lambda s: s.macs)
+    half, total = sum(s.macs for s in convolutions) / 2, 0
+    for site in convolutions:
+        total += site.macs
+        if total >= half:
+            return SHARE * _convolution_rate(site, torch.device(device))
+    return SHARE * 2e10
+
+
+def _convolution_rate(site: Site, device: torch.device) -> float:
+    rows, channels, height, width = site.shape
+    side = max(1, round(_positions(site) ** 0.5))
+    batch = 4 if device.type == "cpu" else 32
+    x = torch.ones(batch, channels, side, side, device=device)
+    weight = torch.ones(rows, channels, height, width, device=device)
+
+    def run() -> None:
+        F.conv2d(F.silu(F.group_norm(x, 1)), weight, padding=(height // 2, width // 2)).sum().item()
+
+    threads = torch.get_num_threads()
+    if device.type != "cpu":
+        return batch * site.macs / _best(run, time.perf_counter)
+    torch.set_num_threads(1)  # processor time of one thread: what another program takes meanwhile does not count
+    try:
+        return threads * batch * site.macs / _best(run, time.thread_time)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _best(run: Callable[[], None], clock: Callable[[], float]) -> float:
+    """Seconds of the fastest of a few runs; the first one warms up."""
+    taken = []
+    with torch.no_grad():
+        for _ in range(5):
+            start = clock()
+            run()
+            taken.append(clock() - start)
+    return max(min(taken), 1e-7)
+
+
+def _peak(survey: Survey, samples: int, kind: str) -> int:
+    """Libraries, model, the block outputs kept in two faces (see `engine.memo`), and the largest block's training."""
+    parameters = sum(site.parameters for site in survey.layers())
+    outputs = {site.name: 4 * site.shape[0] * _positions(site) for site in survey.layers()}
+    kept = sum(outputs[members[-1]] for members in survey.blocks.values())
+    largest = max((sum(outputs[name] for name in members) for members in survey.blocks.values()), default=0)
+    memo = min(samples * kept, MEMO.get(kind, 1 << 30))
+    return int(LIBRARIES + 12 * parameters + 2 * memo + 32 * 3 * largest)
+
+
+def _positions(site: Site) -> int:
+    weights = 1
+    for n in site.shape:
+        weights *= n
+    return site.macs // weights
+
+
+def in_words(found: dict[str, Any]) -> str:
+    """The estimate as one sentence for people, with the advice where there is one."""
+    seconds = found["seconds"]
+    time_ = f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+    time_ = f"{seconds / 3600:.1f} h" if seconds > 5400 else time_
+    text = f"Estimate on {found['device']}: {time_}, {found['peak_bytes'] / 1e9:.1f} GB of memory"
+    text += f", {found['tape_bytes'] / 1e6:.0f} MB of disk for calibration." if found["tape_bytes"] else "."
+    return f"{text} {found['advice']}" if found["advice"] else text
+
+
+def peak_memory(device: str = "cpu") -> int:
+    """Largest memory in use so far, in bytes: of the GPU where ``device`` is one, else resident in this process."""
+    if device == "cuda":
+        return int(torch.cuda.max_memory_allocated())
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest if sys.platform == "darwin" else largest * 1024

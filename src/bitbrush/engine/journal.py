@@ -14,6 +14,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -47,24 +48,28 @@ class Journal:
     def open(self, asked: dict[str, Any], fingerprint: dict[str, str], *, resume: bool) -> None:
         """Create or reopen the run directory, take its lock, and check that nothing it depends on has changed."""
         if not resume:
-            self._refuse_occupied()
+            self.refuse_occupied()
         self.disk.make(self.folder / "units")
-        self.lock()
-        record = self.folder / "run.json"
-        if record.exists():
-            self._check_fingerprint(json.loads(record.read_text()), fingerprint)
-        else:
-            data = {"asked": asked, "fingerprint": fingerprint}
-            self.disk.write(record, json.dumps(data, indent=1, sort_keys=True).encode())
-        self.entries = read_lines(self.folder / "journal.jsonl")
-        self._truncate(len(self.entries))
+        with ExitStack() as undo:
+            self.lock()
+            undo.callback(self.release)
+            if not resume:
+                self.refuse_occupied()  # nobody was faster
+            record = self.folder / "run.json"
+            if record.exists():
+                self._check_fingerprint(json.loads(record.read_text()), fingerprint)
+            else:
+                data = {"asked": asked, "fingerprint": fingerprint}
+                self.disk.write(record, json.dumps(data, indent=1, sort_keys=True).encode())
+            self.entries = read_lines(self.folder / "journal.jsonl")
+            self._truncate(len(self.entries))
+            undo.pop_all()
 
     def lock(self) -> None:
         """Take the run's lock; fails at once when another process holds it."""
         path = self.folder / "lock"
-        if not path.exists():
-            self.disk.write(path, b"")
-        self._lock = open(path, "rb")
+        self.disk.append(path, b"")  # creates it; never replaces a file that somebody else may have locked
+        self._lock = open(path, "rb")  # noqa: SIM115
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -82,10 +87,14 @@ class Journal:
             self._lock = None
 
     def close(self) -> None:
-        """After success: keep the journal as evidence, remove everything else."""
-        for name in ("units", "stage", "scratch", "carry-0.safetensors", "carry-1.safetensors", "run.json"):
-            if (self.folder / name).exists():
-                self.disk.remove(self.folder / name)
+        """After success: keep the journal as evidence, remove everything else. ``run.json`` goes first: without it
+        there is nothing to resume, and what a kill leaves behind is swept up by the next call."""
+        kept = self.folder / "journal.jsonl"
+        if (self.folder / "run.json").exists():
+            self.disk.remove(self.folder / "run.json")
+        for path in sorted(self.folder.iterdir()) if self.folder.exists() else []:
+            if path != kept:
+                self.disk.remove(path)
         self.release()
 
     # ---- units -------------------------------------------------------------------------------------------------
@@ -115,6 +124,7 @@ class Journal:
             "plan": {k: v.model_dump(mode="json") for k, v in result.plan.items()}, "notes": result.notes,
             "seconds": round(seconds, 3),
         }
+        entry["check"] = _check(entry)
         self.disk.append(self.folder / "journal.jsonl", json.dumps(entry, sort_keys=True).encode() + b"\n")
         self.entries.append(entry)
         self.drop_carry()
@@ -160,7 +170,8 @@ class Journal:
                 self.disk.remove(self.folder / f"carry-{i}.safetensors")
 
     # ---- checks ------------------------------------------------------------------------------------------------
-    def _refuse_occupied(self) -> None:
+    def refuse_occupied(self) -> None:
+        """Raise `InputError` unless the output is absent, empty, or what a run left that was killed as it began."""
         if self.output.exists() and not self.output.is_dir():
             raise InputError("the output is a file", where=str(self.output), why="a folder is needed",
                              try_="choose another -o")
@@ -169,7 +180,7 @@ class Journal:
                 "the output folder holds an unfinished run", where=str(self.output), why=".run/run.json is there",
                 try_=f"bitbrush resume {self.output}",
             )
-        if self.output.exists() and any(p.name != ".run" or any(p.iterdir()) for p in self.output.iterdir()):
+        if self.output.exists() and any(p.name != ".run" or not _unbegun(p) for p in self.output.iterdir()):
             raise InputError("the output folder is not empty", where=str(self.output),
                              why="bitbrush never overwrites what it did not make in this run",
                              try_="choose another -o or remove the folder")
@@ -183,6 +194,15 @@ class Journal:
                 "the run cannot be resumed: something it depends on has changed", where=str(self.output), why=facts,
                 try_="start again in a new folder, or restore what changed",
             )
+
+
+def _unbegun(folder: Path) -> bool:
+    """Whether a run directory holds nothing: a run that was killed before it wrote down what was asked."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    return all(
+        p.name in ("lock", ".run.json.part") or (p.name == "units" and not any(p.iterdir())) for p in folder.iterdir()
+    )
 
 
 def _read_carry(path: Path, step: str, unit: str) -> tuple[int, dict[str, Tensor]] | None:
@@ -199,16 +219,24 @@ def _read_carry(path: Path, step: str, unit: str) -> tuple[int, dict[str, Tensor
     return (int(header["iteration"]), tensors) if same else None
 
 
+def _check(entry: dict[str, Any]) -> str:
+    body = {k: v for k, v in entry.items() if k != "check"}
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Entries of a journal file; a torn last line (no newline, or not JSON) is dropped."""
+    """Entries of a journal file, up to the first line that is torn or damaged (its ``check`` does not fit)."""
     if not path.exists():
         return []
     entries = []
     for line in path.read_bytes().split(b"\n")[:-1]:
         try:
-            entries.append(json.loads(line))
+            entry = json.loads(line)
         except ValueError:
             break
+        if not isinstance(entry, dict) or entry.get("check") != _check(entry):
+            break
+        entries.append(entry)
     return entries
 
 

@@ -52,12 +52,19 @@ def _check_patterns(recipe: Recipe, names: list[str]) -> None:
     for pattern, rule in recipe.layers.items():
         for part in pattern.split("|"):
             if not rule.optional and not any(matches(part, name) for name in names):
-                close = difflib.get_close_matches(part.strip(), names, n=1, cutoff=0.3)
                 raise InputError(
                     f"pattern {part.strip()!r} matches no layer of this model", where=f"recipe {recipe.name}: layers",
-                    why=f"nearest layer: {close[0]}" if close else f"the model has {len(names)} sites",
+                    why=_nearest(part.strip(), names),
                     try_="bitbrush inspect MODEL lists the layers; or mark the rule `optional = true`",
                 )
+
+
+def _nearest(pattern: str, names: list[str]) -> str:
+    operand = pattern.rpartition(":")[2]
+    if ":" in pattern and not any(fnmatchcase(known, operand) for known in OPERANDS):
+        return f"attention operands are {', '.join(f':{known}' for known in OPERANDS)}"
+    close = difflib.get_close_matches(pattern, names, n=1, cutoff=0.3)
+    return f"nearest layer: {close[0]}" if close else f"the model has {len(names)} sites"
 
 
 def _spec(name: str, site: Site, recipe: Recipe) -> tuple[LayerSpec, str]:
@@ -90,7 +97,7 @@ def _weight(rule: WeightRule | str | None, recipe: Recipe) -> WeightSpec | None:
     if not isinstance(rule, WeightRule):
         return None
     bits = rule.bits or recipe.weights
-    if bits == FLOAT_BITS:
+    if recipe.weights == FLOAT_BITS:  # also where a rule names bits of its own
         return None
     signed = rule.signed or bits == 8  # 8-bit weights are symmetric: code - zero_point must fit int8
     return WeightSpec(grid=Grid(bits=bits, signed=signed), granularity=rule.granularity)
@@ -100,7 +107,7 @@ def _activation(rule: ActivationRule | str | None, recipe: Recipe) -> Activation
     if not isinstance(rule, ActivationRule):
         return None
     bits = rule.bits or recipe.activations
-    if bits == FLOAT_BITS or recipe.activations == FLOAT_BITS:
+    if recipe.activations == FLOAT_BITS:
         return None
     return ActivationSpec(
         grid=Grid(bits=bits, signed=rule.signed), mode=rule.mode, granularity=rule.granularity,

@@ -19,8 +19,10 @@ Unknown keys are errors that name the nearest valid one. Nothing in a recipe is 
 from __future__ import annotations
 
 import difflib
+import json
 import tomllib
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +34,13 @@ from bitbrush.numbers.grid import Lookup
 
 _STRICT = ConfigDict(frozen=True, extra="forbid", strict=True)
 FLOAT_BITS = 16
+_FORMS: dict[str, tuple[type, str]] = {
+    "base": (str, "expected the name or path of a recipe"),
+    "layers": (dict, "expected a table: [layers]"),
+    "step": (list, "expected tables: [[step]]"),
+    "preset": (dict, "expected tables: [preset.NAME.set] or [preset.NAME.layers]"),
+    "set": (dict, "expected a table: [set]"),
+}
 
 
 class WeightRule(BaseModel):
@@ -133,21 +142,62 @@ def load_recipe(
         _check_bits(key, data.get(key, 8))
     steps = [dict(item) for item in data.pop("step", [])]
     _apply_settings(steps, settings or {}, step_types)
-    data["steps"] = ()
-    data["layers"] = dict(data.get("layers", {}))
-    recipe = _validated(Recipe, data, f"recipe {data.get('name', source)}")
-    return recipe.model_copy(update={"steps": tuple(_step(item, i, step_types) for i, item in enumerate(steps))})
+    recipe: Recipe = _validated(Recipe, {**data, "steps": ()}, f"recipe {data.get('name', source)}")
+    recipe = recipe.model_copy(update={"steps": tuple(_step(item, i, step_types) for i, item in enumerate(steps))})
+    check_order(recipe)
+    return recipe
+
+
+def check_order(recipe: Recipe) -> None:
+    """Raise `InputError` for steps that cannot work in this order, before anything slow starts."""
+    where, labels, done = f"recipe {recipe.name}", set[str](), set[str]()
+    spare = _unneeded(recipe)
+    for step in recipe.steps:
+        if step.label in labels:
+            raise InputError(f"two steps are called {step.label!r}", where=where, why="results are kept by step name",
+                             try_='give each an id of its own: id = "..."')
+        missing = [name for name in step.needs if name not in done | spare]
+        late = [name for name in step.not_after if name in done]
+        if missing or late:
+            what = f"needs a step {missing[0]!r} before it" if missing else f"must come before the step {late[0]!r}"
+            raise InputError(f"step {step.label!r} {what}", where=where,
+                             why=f"before it come: {', '.join(sorted(done)) or 'no steps'}",
+                             try_="compare with `bitbrush recipes show qdiffusion`")
+        labels.add(step.label)
+        done.add(step.kind)
+    if "pack" in done and "calibrate" not in done and any(rule.timed for rule in _activations(recipe)):
+        raise InputError("scales a timestep need a calibrate step", where=where, why="the time grid would be empty",
+                         try_="put a calibrate step first, or leave `timed` out")
+
+
+def _activations(recipe: Recipe) -> list[ActivationRule]:
+    return [r.activation for r in recipe.layers.values() if isinstance(r.activation, ActivationRule)]
+
+
+def _unneeded(recipe: Recipe) -> set[str]:
+    """Kinds of steps that the layers of this recipe can do without."""
+    spare = set()
+    if recipe.weights == FLOAT_BITS or not any(isinstance(r.weight, WeightRule) for r in recipe.layers.values()):
+        spare.add("fit weights")
+    if recipe.activations == FLOAT_BITS or all(rule.mode == "dynamic" for rule in _activations(recipe)):
+        spare.add("fit activations")
+    return spare
 
 
 def bundled() -> list[str]:
     """Names of the recipes in the package."""
-    folder = resources.files("bitbrush.recipes")
+    folder = _folder()
     return sorted(item.name[:-5] for item in folder.iterdir() if item.name.endswith(".toml"))
 
 
 def source_text(name: str) -> str:
     """The TOML text of a bundled recipe, comments included."""
-    return (resources.files("bitbrush.recipes") / f"{name}.toml").read_text(encoding="utf-8")
+    return (_folder() / f"{name}.toml").read_text(encoding="utf-8")
+
+
+def _folder() -> Traversable:
+    """Where the bundled recipes lie. The folder is not imported: ``bitbrush.recipes`` is the public function."""
+    return resources.files("bitbrush") / "recipes"
 
 
 def _read(source: str | Path) -> tuple[dict[str, Any], str]:
@@ -165,10 +215,31 @@ def _read(source: str | Path) -> tuple[dict[str, Any], str]:
     else:
         raise InputError(f"unknown recipe {name!r}", why=_nearest(name, bundled()), try_="bitbrush recipes")
     try:
-        return tomllib.loads(text), where
+        data = tomllib.loads(text)
+        _check_shape(data, where)
+        return data, where
     except tomllib.TOMLDecodeError as error:
         raise InputError("the recipe is not valid TOML", where=where, why=str(error),
                          try_="compare with `bitbrush recipes show qdiffusion`") from error
+
+
+def _check_shape(data: dict[str, Any], where: str) -> None:
+    """Keys at the top of the file, and tables where tables belong; what is in them is checked by the models."""
+    top = [*(key for key in Recipe.model_fields if key not in ("steps", *_FORMS)), *_FORMS]
+    for key, value in data.items():
+        if key not in top:
+            raise InputError(f"unknown key {key!r}", where=f"{where}: {key}", why=_nearest(key, top),
+                             try_="bitbrush recipes show NAME lists the keys")
+        kind, form = _FORMS.get(key, (object, ""))
+        fits = isinstance(value, kind)
+        if key == "step":
+            fits = fits and all(isinstance(item, dict) for item in value)
+        if key == "preset":
+            fits = fits and all(isinstance(t, dict) and all(isinstance(v, dict) for v in t.values())
+                                for t in value.values())
+        if not fits:
+            raise InputError(f"{key!r} cannot be {str(value)[:60]!r}", where=f"{where}: {key}", why=form,
+                             try_="compare with `bitbrush recipes show qdiffusion`")
 
 
 def _inherited(source: str | Path, seen: tuple[str, ...]) -> dict[str, Any]:
@@ -264,8 +335,7 @@ def toml_value(value: Any) -> str:
     if isinstance(value, int | float):
         return repr(value)
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-        return f'"{escaped}"'
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON's escapes are TOML's
     if isinstance(value, list | tuple):
         return "[" + ", ".join(toml_value(v) for v in value) + "]"
     return "{ " + ", ".join(f"{_key(k)} = {toml_value(v)}" for k, v in value.items() if v is not None) + " }"

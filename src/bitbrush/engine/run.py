@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ from bitbrush.engine.memo import Memo
 from bitbrush.engine.planning import make_plan
 from bitbrush.engine.progress import Progress
 from bitbrush.engine.recipe import Recipe
-from bitbrush.engine.step import Step, UnitResult
+from bitbrush.engine.step import Step
 from bitbrush.engine.tape import Tape
 from bitbrush.errors import InterruptedRun, NumericsError
 from bitbrush.network import wrap
@@ -72,7 +71,7 @@ class Run:
         self.plan, self.kept_float = planned.plan, planned.kept_float
         scratch = self.journal.folder / "scratch"
         self.journal.disk.make(scratch)
-        self.tape = Tape(scratch, self.device, self.memory)
+        self.tape = Tape(scratch, self.device, self.memory, next(self.model.parameters()).dtype)
         self.memos: dict[str, Memo] = {}
         self.clock = self._wrap_and_check()
 
@@ -158,7 +157,7 @@ class Run:
 
 
 def find_nonfinite(model: nn.Module, args: Any, kwargs: Any) -> str:
-    """Name of the first module (in execution order, leaves first) whose output is not finite, with the timestep."""
+    """Name of the first module (in execution order, inner ones first) whose output is not finite, with the timestep."""
     found: list[str] = []
 
     def watch(name: str) -> Any:
@@ -169,7 +168,7 @@ def find_nonfinite(model: nn.Module, args: Any, kwargs: Any) -> str:
 
         return hook
 
-    handles = [m.register_forward_hook(watch(n)) for n, m in model.named_modules() if not list(m.children())]
+    handles = [m.register_forward_hook(watch(n)) for n, m in model.named_modules() if n]
     try:
         with torch.no_grad():
             model(*args, **kwargs)
@@ -177,5 +176,5 @@ def find_nonfinite(model: nn.Module, args: Any, kwargs: Any) -> str:
         for handle in handles:
             handle.remove()
     timestep = args[1] if len(args) > 1 else kwargs.get("timestep")
-    when = f", timestep {float(timestep.flatten()[0]):g}" if isinstance(timestep, Tensor) else ""
+    when = f", timestep {float(torch.as_tensor(timestep).flatten()[0]):g}" if timestep is not None else ""
     return (found[0] if found else "output") + when

@@ -43,6 +43,21 @@ class Step(BaseModel):
         """The step's name for people."""
         return self.id or self.do
 
+    @property
+    def kind(self) -> str:
+        """What it does, in the words of `needs` and `not_after`."""
+        return self.do
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Kinds of steps that must have come before it."""
+        return ()
+
+    @property
+    def not_after(self) -> tuple[str, ...]:
+        """Kinds of steps whose outcome it would spoil."""
+        return ()
+
     def units(self, run: Run) -> list[str]:
         """Names of the units, in order. Must be the same on every call of one run."""
         return [self.label]

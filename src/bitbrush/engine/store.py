@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from bitbrush.engine.disk import failing_as_resource
 
 
 class Store:
@@ -49,7 +52,8 @@ class Store:
         if size <= self.budget:
             return torch.empty(shape, dtype=rows.dtype, device=self.device)
         file = tempfile.NamedTemporaryFile(dir=self.folder, prefix="store-")  # noqa: SIM115
-        file.truncate(size)
+        with failing_as_resource(self.folder, size):  # reserved now: a full disk must not kill a later memory access
+            os.posix_fallocate(file.fileno(), 0, size) if hasattr(os, "posix_fallocate") else file.truncate(size)
         self._file = file
         flat = torch.from_file(file.name, shared=True, size=size // rows.element_size(), dtype=rows.dtype)
         return flat.reshape(shape)

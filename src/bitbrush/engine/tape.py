@@ -9,7 +9,7 @@ keeps what goes into and comes out of one module.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,9 +89,7 @@ class Tape:
 
     def batches(self, size: int | None = None, limit: int | None = None) -> Iterator[dict[str, Tensor]]:
         """Samples in order, ``size`` at a time (batches do not cross shards), at most ``limit`` samples."""
-        if not self.shards:
-            raise InputError("there are no calibration samples yet", why="no calibrate step came before",
-                             try_="put a calibrate step first in the recipe")
+        self._check()
         left, size = len(self) if limit is None else limit, size or self.batch
         for path, count in self.shards:
             with safe_open(path, framework="pt") as file:
@@ -104,6 +102,7 @@ class Tape:
 
     def select(self, indices: list[int], size: int | None = None) -> Iterator[dict[str, Tensor]]:
         """Given samples (ascending indices), at most ``size`` at a time."""
+        self._check()
         size = size or self.batch
         start = 0
         for path, count in self.shards:
@@ -114,6 +113,11 @@ class Tape:
                     part = here[low : low + size]
                     rows = [{k: file.get_slice(k)[i : i + 1] for k in file.keys()} for i in part]  # noqa: SIM118
                     yield {k: torch.cat([row[k] for row in rows]) for k in rows[0]}
+
+    def _check(self) -> None:
+        if not self.shards:
+            raise InputError("there are no calibration samples yet", why="no calibrate step came before",
+                             try_="put a calibrate step first in the recipe")
 
     def inputs(self, batch: dict[str, Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """(args, kwargs) of the denoiser's forward for a batch of samples, on the device."""
@@ -133,20 +137,23 @@ class Tape:
 
     def run(
         self, model: nn.Module, *, limit: int | None = None, size: int | None = None, memo: Memo | None = None,
-        each: Callable[[int, int], None] | None = None,
+        each: Callable[[int, int], None] | None = None, site: str = "",
     ) -> None:
-        """Run the network over the samples, for the sake of hooks. ``each(batch number, samples)`` after each batch."""
+        """Run the network over the samples, for the sake of hooks (on the module ``site``, where one is named).
+
+        ``each(batch number, samples)`` is called after each batch.
+        """
         with torch.no_grad():
             for number, batch in enumerate(self.batches(size, limit)):
                 args, kwargs = self.inputs(batch)
-                replay: AbstractContextManager[None] = memo.batch(model, number) if memo else nullcontext()
-                with replay:
-                    try:
-                        model(*args, **kwargs)
-                    except _Stop:
-                        pass
+                count = len(batch["timestep"])
+                replay: AbstractContextManager[None] = nullcontext()
+                if memo is not None:
+                    replay = memo.batch(model, number, count, site)
+                with replay, suppress(_Stop):
+                    model(*args, **kwargs)
                 if each is not None:
-                    each(number, len(batch["timestep"]))
+                    each(number, count)
 
     def record(
         self, model: nn.Module, site: str, *, limit: int | None = None, memo: Memo | None = None, output: bool = True,
@@ -161,7 +168,7 @@ class Tape:
         before = module.register_forward_pre_hook(recorder.before, with_kwargs=True)
         after = module.register_forward_hook(recorder.after)
         try:
-            self.run(model, limit=limit, size=size, memo=memo)
+            self.run(model, limit=limit, size=size, memo=memo, site=site)
         finally:
             before.remove()
             after.remove()

@@ -201,7 +201,8 @@ class _State:
     def _warnings(self) -> list[str]:
         n, notes = self.settings["n"], []
         if n < FEW_PICTURES:
-            notes.append(f"Only {n} prompts: the intervals are too narrow to be trusted below {FEW_PICTURES}.")
+            what = "prompts" if self.prompts is not None else "pictures"
+            notes.append(f"Only {n} {what}: the intervals are too narrow to be trusted below {FEW_PICTURES}.")
         if self.evaluator is not None and self.prompts is not None:
             known = int(self.evaluator.is_caption(self.prompts[:n]).sum())
             if known < n:

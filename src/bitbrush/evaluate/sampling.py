@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from bitbrush.errors import InputError, NumericsError
+from bitbrush.network.pipelines import denoiser_name, quiet, takes_prompt
 
 
 class Progress(Protocol):
@@ -36,21 +37,8 @@ def noise_generator(seed: int, index: int) -> torch.Generator:
 
 def denoiser(pipeline: Any) -> nn.Module:
     """The network that runs at every sampling step: ``pipeline.unet`` or ``pipeline.transformer``."""
-    for name in ("unet", "transformer"):
-        module = getattr(pipeline, name, None)
-        if isinstance(module, nn.Module):
-            return module
-    raise InputError(
-        f"{type(pipeline).__name__} has no denoiser",
-        where="bitbrush.evaluate",
-        why="neither `unet` nor `transformer` is a module of this pipeline",
-        try_="pass a diffusers pipeline such as StableDiffusionPipeline or DDPMPipeline",
-    )
-
-
-def takes_prompt(pipeline: Any) -> bool:
-    """True for text-to-image pipelines, False for unconditional ones."""
-    return "prompt" in inspect.signature(type(pipeline).__call__).parameters
+    module: nn.Module = getattr(pipeline, denoiser_name(pipeline))
+    return module
 
 
 def with_ddim(pipeline: Any) -> Any:
@@ -204,7 +192,7 @@ class _Call:
         self, indices: Sequence[int], batch: int, progress: Progress | None
     ) -> Iterator[tuple[Sequence[int], Tensor]]:
         """Yields (indices, pictures) of one call after another."""
-        with _quiet(self.pipeline):
+        with quiet(self.pipeline):
             for first in range(0, len(indices), batch):
                 members = indices[first : first + batch]
                 pictures = self._draw(members)
@@ -285,21 +273,6 @@ def _recording(module: nn.Module, keep: bool) -> Iterator[list[tuple[float, Tens
     finally:
         if handle is not None:
             handle.remove()
-
-
-@contextmanager
-def _quiet(pipeline: Any) -> Iterator[None]:
-    """Switches the pipeline's own progress bar off, and puts its setting back."""
-    missing = object()
-    before = getattr(pipeline, "_progress_bar_config", missing)
-    pipeline.set_progress_bar_config(**(before if isinstance(before, dict) else {}) | {"disable": True})
-    try:
-        yield
-    finally:
-        if before is missing:
-            del pipeline._progress_bar_config
-        else:
-            pipeline._progress_bar_config = before
 
 
 def _autocast(pipeline: Any, dtype: torch.dtype | None) -> AbstractContextManager[Any]:

@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -33,9 +33,11 @@ from torch import Tensor, nn
 from bitbrush import kernels
 from bitbrush.errors import InternalError
 from bitbrush.kernels import cpu
-from bitbrush.network.layers import QuantLayer
 from bitbrush.numbers import packing
 from bitbrush.numbers.codec import decode, encode, expand_activation_scale, expand_weight_scale, reciprocal
+
+if TYPE_CHECKING:
+    from bitbrush.network.layers import QuantLayer
 
 INTEGER_KERNELS = {"cpu-int8": cpu}
 IDENTITY_BUDGET = 2**29

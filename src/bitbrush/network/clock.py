@@ -76,6 +76,12 @@ class Clock(nn.Module):
                 try_="call the whole denoiser, or wrap the call in `with clock.at(t):`",
             )
         grid, last = self.timesteps, self.timesteps.numel() - 1
+        if last < 0:
+            raise InputError(
+                "the time grid is empty, so timestep-dependent scales cannot be chosen",
+                where="a layer with a table of scales a timestep", why="no step has said which timesteps there are",
+                try_="put a calibrate step first in the recipe",
+            )
         now = self.now.to(grid.device)  # offloading may have moved the model since the call began
         above = torch.searchsorted(grid, now).clamp(max=last)
         if lookup == "ceil":
@@ -84,7 +90,7 @@ class Clock(nn.Module):
         closer = (now - grid[below]).abs() <= (grid[above] - now).abs()
         row = torch.where(closer, below, above)
         if lookup == "exact":
-            torch._assert_async((grid[row] == now).all(), "a timestep is not on the time grid (lookup = exact)")
+            _on_grid(grid[row] == now, now)
         return row
 
     def attach(self, model: nn.Module) -> None:
@@ -109,6 +115,18 @@ class Clock(nn.Module):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+
+
+def _on_grid(found: Tensor, now: Tensor) -> None:
+    """Raise where a time is not on the grid; inside a compiled or captured graph only an assertion is possible."""
+    if torch.compiler.is_compiling() or (found.is_cuda and torch.cuda.is_current_stream_capturing()):
+        torch._assert_async(found.all(), "a timestep is not on the time grid (lookup = exact)")
+    elif not bool(found.all()):
+        raise InputError(
+            "a timestep is not on the time grid", where=f"timestep {float(now.expand_as(found)[~found][0]):g}",
+            why="the layer's spec says lookup = exact",
+            try_="use the sampling steps of the calibration, or lookup = nearest",
+        )
 
 
 def _of(model: nn.Module) -> Clock:

@@ -41,12 +41,16 @@ def text_tokens(pipeline: Any) -> int:
 @contextmanager
 def quiet(pipeline: Any) -> Iterator[None]:
     """Hide the pipeline's own progress bar inside the block."""
-    before = dict(getattr(pipeline, "_progress_bar_config", {}) or {})
-    pipeline.set_progress_bar_config(**{**before, "disable": True})
+    missing = object()
+    before = getattr(pipeline, "_progress_bar_config", missing)
+    pipeline.set_progress_bar_config(**(before if isinstance(before, dict) else {}) | {"disable": True})
     try:
         yield
     finally:
-        pipeline._progress_bar_config = before
+        if before is missing:
+            del pipeline._progress_bar_config
+        else:
+            pipeline._progress_bar_config = before
 
 
 def sample_latents(

@@ -22,6 +22,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from bitbrush.errors import InputError
 
@@ -49,11 +50,15 @@ class Site:
 
 @dataclass(frozen=True)
 class Survey:
-    """Sites and reconstruction blocks in execution order, and what cannot be quantized."""
+    """Sites and reconstruction blocks in execution order, and what cannot be quantized (name to parameters).
+
+    ``sample_values`` counts the numbers of one calibration sample: the denoiser's input, output and conditions.
+    """
 
     sites: tuple[Site, ...]
     blocks: dict[str, tuple[str, ...]]
     other: dict[str, int] = field(default_factory=dict)
+    sample_values: int = 0
 
     def layers(self) -> tuple[Site, ...]:
         """Only Conv2d and Linear sites."""
@@ -80,11 +85,15 @@ def survey(model: nn.Module, *, tokens: int = 77) -> Survey:
             try_="use a pipeline with a UNet; transformers come later",
         )
     watch = _Watch(model)
-    state = {name: t.to("meta") for name, t in [*model.named_parameters(), *model.named_buffers()]}
+    state = {
+        name: t.to("meta", torch.float32 if t.is_floating_point() else None)  # as the inputs, whatever the model is
+        for name, t in [*model.named_parameters(), *model.named_buffers()]
+    }
     args, kwargs = example_inputs(model, batch=1, tokens=tokens, device="meta")
     with watch, torch.no_grad():
-        torch.func.functional_call(model, state, args, kwargs)
-    return watch.result()
+        out = torch.func.functional_call(model, state, args, kwargs).sample
+    values = sum(t.numel() for t in pytree.tree_leaves((args, kwargs, out)) if isinstance(t, Tensor))
+    return watch.result(values)
 
 
 def example_inputs(
@@ -192,7 +201,7 @@ class _Watch:
             self.cats.parts(x),
         )
 
-    def result(self) -> Survey:
+    def result(self, sample_values: int) -> Survey:
         sites = tuple(self.records.values())
         blocks: dict[str, list[str]] = {}
         for site in sites:
@@ -204,7 +213,7 @@ class _Watch:
             own = sum(p.numel() for p in module.parameters(recurse=False))
             if own and name not in counted:
                 other[name] = own
-        return Survey(sites, {k: tuple(v) for k, v in blocks.items()}, other)
+        return Survey(sites, {k: tuple(v) for k, v in blocks.items()}, other, sample_values)
 
 
 def _owners(model: nn.Module) -> dict[str, str]:

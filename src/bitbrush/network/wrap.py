@@ -33,6 +33,10 @@ def declare(model: nn.Module, plan: Plan) -> Clock:
 
     Buffers are created on the device of the module they replace (meta while diffusers loads).
     """
+    timed = next((name for name, s in plan.layers.items() if s.activation is not None and s.activation.timed), None)
+    if timed is not None and not plan.timesteps:
+        raise InputError("a layer has scales a timestep, but the plan has no timesteps", where=timed,
+                         why="the time grid is empty", try_="quantize again with a calibrate step")
     clock = _prepare(model, plan)
     for name, spec in plan.layers.items():
         if is_operand(name):
@@ -119,6 +123,14 @@ def _prepare(model: nn.Module, plan: Plan) -> Clock:
 
 
 def _wrapped(module: nn.Module, name: str, spec: LayerSpec, clock: Clock, times: int) -> QuantLayer:
+    conv = isinstance(module, nn.Conv2d)
+    channels = module.in_channels // module.groups if conv else getattr(module, "in_features", 0)  # type: ignore[operator]
+    if spec.segments and sum(spec.segments) != channels:
+        raise InputError(
+            f"the segments {spec.segments} do not make up the layer's input", where=name,
+            why=f"they sum to {sum(spec.segments)}, the layer has {channels} input channels",
+            try_="take the boundary that `bitbrush inspect` shows",
+        )
     if isinstance(module, nn.Linear):
         return QuantLinear.wrap(module, spec, clock, times)
     if isinstance(module, nn.Conv2d):

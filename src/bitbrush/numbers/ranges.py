@@ -1,6 +1,7 @@
 """Tensors to scales and zero-points: min-max, percentile, and a search over shrunken ranges.
 
-Every range contains 0. A flat tensor (all values equal ``c``) is represented exactly: scale ``|c|`` (1 when ``c`` is 0).
+Every range contains 0. A flat tensor (all values equal ``c``) is represented exactly: scale ``|c|`` (1 where ``c`` is
+0).
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from bitbrush.numbers.grid import Grid
 Method = Literal["minmax", "percentile", "mse"]
 
 _TINY = torch.finfo(torch.float32).tiny
+_LARGEST = torch.finfo(torch.float32).max
+_QUANTILE_VALUES = 1 << 24  # torch.quantile takes no more
 
 
 def affine_parameters(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -31,7 +34,7 @@ def affine_parameters(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Te
         flat, size = bound <= 0, bound
         zero_point = torch.full_like(scale, grid.mid)
     else:
-        scale = (high - low) / (grid.levels - 1)
+        scale = (high - low).clamp_max(_LARGEST) / (grid.levels - 1)  # the difference may pass float32's range
         size = torch.maximum(-low, high)
         flat = size <= 0
         zero_point = torch.round(-low * reciprocal(scale.clamp_min(_TINY))).clamp(0, grid.levels - 1)
@@ -41,7 +44,7 @@ def affine_parameters(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Te
 
 
 def flat_parameters(value: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Scale and zero-point that represent the constant ``value`` exactly: scale ``|value|``, code one step from zero."""
+    """Scale and zero-point that represent the constant ``value`` exactly: scale ``|value|``, one step from zero."""
     magnitude = value.float().abs()
     scale = torch.where(magnitude < _TINY, torch.ones_like(magnitude), magnitude)
     negative = (value < 0).float()
@@ -51,11 +54,12 @@ def flat_parameters(value: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
 
 def search(
     values: Tensor, grid: Grid, *, method: Method = "mse", points: int = 80, step: float = 0.01, power: float = 2.4,
-    percentile: float = 0.999, symmetric: bool = False,
+    central_share: float = 0.999, symmetric: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero-point for each row of ``values`` ``[R, M]``.
 
-    ``minmax``: the exact range. ``percentile``: the central ``percentile`` of the values. ``mse``: of the ranges
+    ``minmax``: the exact range. ``percentile``: the range of the central ``central_share`` of the values, as
+    much left out above as below (of rows longer than 2**24, every k-th value is looked at). ``mse``: of the ranges
     shrunk by ``1 - i * step`` (i = 0 .. points-1), the one with the least mean ``|x - decode(encode(x))| ** power``
     (Q-Diffusion's released search: 80 points, step 0.01, power 2.4). The first candidate is min-max, so a search never
     ends worse than it. ``symmetric`` searches ``[-T, T]``, one-sided where all values of a row have one sign.
@@ -67,8 +71,8 @@ def search(
     low, high = values.amin(dim=1), values.amax(dim=1)
     flat = low == high
     if method == "percentile":
-        low = torch.quantile(values, 1 - percentile, dim=1)
-        high = torch.quantile(values, percentile, dim=1)
+        stride = -(-values.shape[1] // _QUANTILE_VALUES)
+        low, high = (torch.quantile(values[:, ::stride], q, dim=1) for q in _ends(central_share))
     if symmetric:  # [-T, T], one-sided where all values have one sign
         bound = torch.maximum(-low, high)
         low, high = torch.where(low < 0, -bound, 0.0), torch.where(high > 0, bound, 0.0)
@@ -77,6 +81,10 @@ def search(
         scale, zero_point = _shrink(values, low, high, grid, points, step, power)
     flat_scale, flat_zero = flat_parameters(values[:, 0], grid)
     return torch.where(flat, flat_scale, scale), torch.where(flat, flat_zero, zero_point)
+
+
+def _ends(central_share: float) -> tuple[float, float]:
+    return (1 - central_share) / 2, (1 + central_share) / 2
 
 
 def _shrink(

@@ -19,7 +19,7 @@ from bitbrush.evaluate.compare import Comparison
 from bitbrush.evaluate.statistics import Estimate
 from bitbrush.report import pictures, plots
 from bitbrush.report.text import compact, duration, inert, interval, number, size
-from bitbrush.report.verdict import verdict
+from bitbrush.report.verdict import Verdict, verdict
 
 METRICS = (  # key, name, digits, explanation
     ("psnr", "PSNR, dB", 1, "mean over pictures of the distance to full precision; higher is closer"),
@@ -48,10 +48,11 @@ def write_report(
         path: The file to write; its folder is made.
         comparison: From ``compare``, with pictures or without.
         histories: Candidate to its ``history.json``; whatever a history lacks is left out of the page.
-        extras: All optional: ``title``, ``model``, ``command`` (str), ``seconds`` (float), ``peak_memory`` (bytes),
-            ``device``, ``versions`` (name to version), ``settings`` (name to value), ``sizes`` (arm to bytes on disk,
-            reference included), ``sizes_of`` (what these bytes are, default "denoiser weights on disk"), ``notes``
-            (sentences).
+        extras: All optional: ``title``, ``model``, ``command`` (str), ``seconds`` and ``cpu_seconds`` (float),
+            ``parts`` (part of the run to seconds), ``peak_memory`` (bytes), ``device``, ``versions`` (name to version),
+            ``settings`` (name to value), ``sizes`` (arm to bytes on disk, reference included), ``sizes_of`` (what these
+            bytes are, default "denoiser weights on disk"), ``stored_as`` (the reference's type on disk), ``notes``
+            (sentences), ``promises`` (dicts of ``what``, ``bar``, ``found`` and ``kept``).
 
     Returns:
         The path written.
@@ -82,8 +83,10 @@ def _context(comparison: Comparison, histories: dict[str, Any], extras: dict[str
     colours = plots.arm_colours(comparison.candidates, comparison.baseline)
     sizes = extras.get("sizes") or {}
     judged = [arm for arm in comparison.candidates if arm != comparison.baseline] or comparison.candidates
-    verdicts = [verdict(comparison, arm, histories.get(arm, {}), sizes) for arm in judged]
-    title = extras.get("title") or (verdicts[0].headline if verdicts else "Comparison")
+    stored = str(extras.get("stored_as") or "")
+    verdicts = [verdict(comparison, arm, histories.get(arm, {}), sizes, stored) for arm in judged]
+    inside = judged + [arm for arm in comparison.candidates if arm not in judged]
+    title = extras.get("title") or _title(verdicts)
     return {
         "title": title,
         "model": extras.get("model", ""),
@@ -96,11 +99,19 @@ def _context(comparison: Comparison, histories: dict[str, Any], extras: dict[str
         "steps": _steps(comparison, colours),
         "sizes": _sizes(comparison, sizes),
         "sizes_of": extras.get("sizes_of") or "denoiser weights on disk",
-        "histories": [_history(arm, histories[arm]) for arm in comparison.candidates if arm in histories],
+        "histories": [_history(arm, histories[arm]) for arm in inside if arm in histories],
+        "promises": list(extras.get("promises") or []),
         "notes": comparison.notes + list(extras.get("notes") or []),
         "about": _about(comparison, extras),
         "versions": extras.get("versions") or {},
     }
+
+
+def _title(verdicts: list[Verdict]) -> str:
+    if len(verdicts) == 1:
+        return verdicts[0].headline
+    names = [v.arm for v in verdicts]
+    return f"{', '.join(names[:-1])} and {names[-1]} against full precision" if names else "Comparison"
 
 
 def _metrics(comparison: Comparison) -> dict[str, Any]:
@@ -152,8 +163,9 @@ def _sizes(comparison: Comparison, sizes: Mapping[str, float]) -> list[dict[str,
 
 
 def _history(arm: str, history: dict[str, Any]) -> dict[str, Any]:
-    layers, units = history.get("layers") or {}, [u for u in history.get("units") or [] if _has_losses(u)]
+    layers, units = _layers_in_order(history), [u for u in history.get("units") or [] if _has_losses(u)]
     found = history.get("ranges") or {}
+    found = {name: found[name] for name in [*layers, *found] if name in found}
     ranges = {name: r for name, r in found.items() if r.get("timesteps") and r.get("low") and r.get("high")}
     range_plot, shown = plots.ranges(ranges) if ranges else ("", [])
     average = history.get("average_bits")
@@ -162,6 +174,7 @@ def _history(arm: str, history: dict[str, Any]) -> dict[str, Any]:
         "recipe": history.get("recipe", ""),
         "average_bits": None if average is None else f"{average:.2f}",
         "layers": _layer_rows(layers),
+        "kept_float": sum(1 for layer in layers.values() if "why" in layer),
         "bits_plot": plots.layer_bits(layers) if layers else "",
         "range_plot": range_plot,
         "ranges_shown": len(shown),
@@ -172,6 +185,25 @@ def _history(arm: str, history: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _layers_in_order(history: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """All layers as the network runs them, those that stay float among them: units stand in that order, blocks first.
+
+    A history of another order of units keeps the order of its layers.
+    """
+    kept = {name: {"why": why} for name, why in (history.get("kept_float") or {}).items()}
+    layers: dict[str, dict[str, Any]] = {**(history.get("layers") or {}), **kept}
+    places: dict[str, int] = {}
+    for unit in history.get("units") or []:
+        places.setdefault(str(unit.get("unit", "")), len(places))
+
+    def place(name: str) -> int:
+        parts = name.split(".")
+        owners = (".".join(parts[:depth]) for depth in range(len(parts), 0, -1))
+        return next((places[owner] for owner in owners if owner in places), len(places))
+
+    return dict(sorted(layers.items(), key=lambda item: place(item[0])))
+
+
 def _layer_rows(layers: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
     rows = []
     for name, layer in layers.items():
@@ -179,11 +211,11 @@ def _layer_rows(layers: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]
         rows.append(
             {
                 "name": name,
-                "weights": _bits(layer.get("weight_bits")),
-                "activations": _bits(layer.get("activation_bits")),
+                "weights": "float" if "why" in layer else _bits(layer.get("weight_bits")),
+                "activations": "float" if "why" in layer else _bits(layer.get("activation_bits")),
                 "parameters": f"{layer['parameters']:,}" if "parameters" in layer else "",
                 "bytes": size(layer["packed_bytes"]) if "packed_bytes" in layer else "",
-                "segments": " + ".join(str(s) for s in segments) if len(segments) > 1 else "",
+                "segments": " + ".join(str(s) for s in segments) if len(segments) > 1 else str(layer.get("why", "")),
             }
         )
     return rows
@@ -213,6 +245,10 @@ def _about(comparison: Comparison, extras: Mapping[str, Any]) -> list[tuple[str,
     rows: list[tuple[Any, Any]] = [("Model", extras.get("model")), ("Command", extras.get("command"))]
     if "seconds" in extras:
         rows.append(("Time of the run", duration(extras["seconds"])))
+    parts = (extras.get("parts") or {}).items()
+    rows.append(("of which", ", ".join(f"{part} {duration(seconds)}" for part, seconds in parts)))
+    if "cpu_seconds" in extras:
+        rows.append(("Processor time", f"{duration(extras['cpu_seconds'])} (user and system)"))
     if "peak_memory" in extras:
         rows.append(("Peak memory", size(extras["peak_memory"])))
     rows += [("Machine", extras.get("device"))]

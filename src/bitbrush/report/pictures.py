@@ -6,8 +6,10 @@ import base64
 import io
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -32,14 +34,19 @@ def grid(comparison: Comparison, prompts: list[str], total: int) -> dict[str, An
     decibels = {arm: psnr(pictures, reference).tolist() for arm, pictures in arms.items()}
     rows = []
     for i in range(shown):
-        cells = [{"src": png(reference[i]), "note": "", "kind": "reference", "arm": comparison.reference}]
+        best = max((values[i] for values in decibels.values()), default=0.0)
+        cells = [_cell(png(reference[i]), "reference", comparison.reference)]
         for arm, pictures in arms.items():
-            note = f"{number(decibels[arm][i], 1)} dB"
-            cells.append({"src": png(pictures[i]), "note": note, "kind": "candidate", "arm": arm})
-            difference = difference_png(pictures[i], reference[i], factor)
-            cells.append({"src": difference, "note": "", "kind": "difference", "arm": arm})
+            found = decibels[arm][i]
+            first = len(arms) > 1 and found == best
+            cells.append(_cell(png(pictures[i]), "candidate", arm, f"{number(found, 1)} dB", best=first))
+            cells.append(_cell(difference_png(pictures[i], reference[i], factor), "difference", arm))
         rows.append({"prompt": prompts[i] if i < len(prompts) else f"picture {i + 1}", "cells": cells})
     return {"rows": rows, "arms": list(arms), "factor": factor, "shown": shown, "total": total}
+
+
+def _cell(src: str, kind: str, arm: str, note: str = "", *, best: bool = False) -> dict[str, Any]:
+    return {"src": src, "kind": kind, "arm": arm, "note": note, "best": best}
 
 
 def amplification(differences: list[Tensor]) -> int:
@@ -56,13 +63,19 @@ def difference_png(picture: Tensor, reference: Tensor, factor: int) -> str:
     return png((shade * 2 - 1).expand(3, -1, -1))
 
 
+def pixels(picture: Tensor) -> NDArray[np.uint8]:
+    """[3, H, W] in [-1, 1] as bytes [H, W, 3]."""
+    rounded = ((picture.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0)
+    found: NDArray[np.uint8] = rounded.contiguous().numpy()
+    return found
+
+
 def png(picture: Tensor) -> str:
     """[3, H, W] in [-1, 1] as a PNG data URI, at most 320 pixels a side."""
     scale = MAX_SIDE / max(picture.shape[-2:])
     if scale < 1:
         side = [max(1, round(s * scale)) for s in picture.shape[-2:]]
         picture = F.interpolate(picture[None].float(), size=side, mode="area")[0]
-    pixels = ((picture.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).contiguous()
     buffer = io.BytesIO()
-    Image.fromarray(pixels.numpy()).save(buffer, "PNG", optimize=True)
+    Image.fromarray(pixels(picture)).save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

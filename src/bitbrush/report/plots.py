@@ -78,13 +78,12 @@ def layer_bits(layers: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def ranges(layers: Mapping[str, Mapping[str, Sequence[float]]]) -> tuple[str, list[str]]:
-    """Activation range per timestep of at most six layers, those whose range changes most.
+    """Activation range per timestep of at most six layers, those whose range changes most, no two of them alike.
 
     Returns:
         The data URI, and the names of the layers shown.
     """
-    chosen = sorted(layers, key=lambda name: -_spread(layers[name]))[:MAX_RANGES]
-    chosen = [name for name in layers if name in chosen]
+    chosen = _different(layers)
     rows = -(-len(chosen) // 3)
     figure, axes = _figure(len(chosen), 2.15 * rows + 0.2, columns=min(3, len(chosen)))
     for name, part in zip(chosen, axes, strict=True):
@@ -150,6 +149,28 @@ def _uri(figure: Figure) -> str:
     svg = re.sub(r"<!--.*?-->\s*|<!DOCTYPE.*?>\s*|<metadata>.*?</metadata>\s*", "", buffer.getvalue(), flags=re.DOTALL)
     svg = re.sub(r"(font(?:-family)?: ?[^;\"]*?)'DejaVu Sans'[^;\"]*", rf"\1{_FONT}", svg)
     return "data:image/svg+xml;base64," + base64.b64encode(svg.encode("utf-8")).decode("ascii")
+
+
+def _different(layers: Mapping[str, Mapping[str, Sequence[float]]]) -> list[str]:
+    """The layers to show: those of the largest spread, one of each kind first (``conv_shortcut``, ``to_q``, ...), and
+    one of those with the same input (as all projections of the time embedding have)."""
+    ranked: list[str] = []
+    for name in sorted(layers, key=lambda name: -_spread(layers[name])):
+        if not any(_alike(layers[name], layers[other]) for other in ranked):
+            ranked.append(name)
+    kinds: dict[str, str] = {}
+    for name in ranked:
+        kinds.setdefault(name.rpartition(".")[2], name)
+    first = list(kinds.values())
+    chosen = (first + [name for name in ranked if name not in first])[:MAX_RANGES]
+    return [name for name in layers if name in chosen]
+
+
+def _alike(one: Mapping[str, Sequence[float]], other: Mapping[str, Sequence[float]]) -> bool:
+    """Whether two ranges could be taken for each other in a plot."""
+    ours, theirs = [*one["low"], *one["high"]], [*other["low"], *other["high"]]
+    largest = max(map(abs, ours), default=0.0)
+    return len(ours) == len(theirs) and all(abs(a - b) <= 0.02 * largest for a, b in zip(ours, theirs, strict=True))
 
 
 def _spread(layer: Mapping[str, Sequence[float]]) -> float:

@@ -29,10 +29,12 @@ class Verdict:
     cards: list[Card] = field(default_factory=list)
 
 
-def verdict(comparison: Comparison, arm: str, history: Mapping[str, Any], sizes: Mapping[str, float]) -> Verdict:
-    """Sums up one candidate. Says nothing about what was not measured."""
+def verdict(
+    comparison: Comparison, arm: str, history: Mapping[str, Any], sizes: Mapping[str, float], stored_as: str = ""
+) -> Verdict:
+    """Sums up one candidate. Says nothing about what was not measured. ``stored_as``: the reference's type on disk."""
     result = Verdict(arm, "")
-    saved = _size(result, comparison, arm, sizes)
+    saved = _size(result, comparison, arm, sizes, stored_as)
     cost = _psnr(result, comparison, arm)
     _clip(result, comparison, arm)
     _retrieval(result, comparison, arm)
@@ -54,14 +56,15 @@ def bits_in_words(history: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _size(result: Verdict, comparison: Comparison, arm: str, sizes: Mapping[str, float]) -> str:
+def _size(result: Verdict, comparison: Comparison, arm: str, sizes: Mapping[str, float], stored_as: str) -> str:
     full, packed = sizes.get(comparison.reference), sizes.get(arm)
     if not full or not packed:
         return ""
     ratio = full / packed
-    result.cards.append(Card("Size", f"{ratio:.1f}× smaller", f"{size(full)} to {size(packed)}"))
+    kind = f" ({stored_as})" if stored_as else ""
+    result.cards.append(Card("Size", f"{ratio:.1f}× smaller", f"{size(full)}{kind} to {size(packed)}"))
     share = f"{packed / full:.0%}".replace("%", " %")
-    result.sentences.append(f"It takes {size(packed)} instead of {size(full)}, {share} of full precision.")
+    result.sentences.append(f"It takes {size(packed)} instead of {size(full)}{kind}, {share} of full precision.")
     return f"{ratio:.1f}× smaller"
 
 

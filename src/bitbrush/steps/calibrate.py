@@ -8,6 +8,7 @@ condition.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, Literal
 
 import torch
@@ -44,14 +45,20 @@ class Calibrate(Step):
     std: float = Field(default=0.4, gt=0)
     batch: int = Field(default=16, ge=1)
 
+    @property
+    def not_after(self) -> tuple[str, ...]:
+        """A new time grid discards what was fitted."""
+        return ("fit weights", "fit activations", "pack")
+
     def needs_prompts(self) -> int:
         """One prompt a trajectory."""
         return self.trajectories
 
     def units(self, run: Run) -> list[str]:
-        """Batches of trajectories."""
-        last = self.trajectories
-        return [f"trajectories {a}-{min(a + self.batch, last) - 1}" for a in range(0, last, self.batch)]
+        """Batches of trajectories, those from which something is kept."""
+        plan, last = self.schedule(run), self.trajectories
+        batches = [(a, min(a + self.batch, last) - 1) for a in range(0, last, self.batch)]
+        return [f"trajectories {a}-{b}" for a, b in batches if any(plan[a : b + 1])]
 
     def run_unit(self, run: Run, unit: str, generator: torch.Generator) -> UnitResult:
         """Sample one batch of trajectories and keep the scheduled moments."""
@@ -60,7 +67,7 @@ class Calibrate(Step):
         wanted = [self.schedule(run)[i] for i in members]
         prompts = self._prompts(run, members)
         seeds = [derived(run.seed, self.label, f"noise {i}") for i in members]
-        keeper = _Keeper(run.model, wanted, self.timesteps(run))
+        keeper = _Keeper(run.model, wanted, self.timesteps(run), self._halves(run))
         with keeper, wrap.show(run.model, "float"):
             sample_latents(run.pipeline, prompts, seeds, steps=self.steps, guidance=self.guidance)
         tensors = keeper.tensors()
@@ -75,15 +82,14 @@ class Calibrate(Step):
             run.set_timesteps(self.timesteps(run))
 
     def timesteps(self, run: Run) -> list[float]:
-        """The scheduler's timesteps in sampling order."""
+        """The scheduler's timesteps in sampling order; one that it visits twice (PNDM, Heun) counts once."""
         run.pipeline.scheduler.set_timesteps(self.steps)
-        return [float(t) for t in run.pipeline.scheduler.timesteps]
+        return list(dict.fromkeys(float(t) for t in run.pipeline.scheduler.timesteps))
 
     def schedule(self, run: Run) -> list[set[int]]:
         """For each trajectory, the sampling steps (0 = noisiest) kept from it."""
-        halves = 2 if takes_prompt(run.pipeline) and self.guidance > 1 else 1
-        count = max(1, self.samples // halves)
-        steps = self.steps
+        count = max(1, self.samples // self._halves(run))
+        steps = len(self.timesteps(run))
         if self.times == "uniform":
             moments = [i * steps // count for i in range(count)]
         else:
@@ -103,6 +109,10 @@ class Calibrate(Step):
             plan[free].add(moment)
         return plan
 
+    def _halves(self, run: Run) -> int:
+        """Samples of one moment of one trajectory: two under classifier-free guidance."""
+        return 2 if takes_prompt(run.pipeline) and self.guidance > 1 else 1
+
     def _prompts(self, run: Run, members: list[int]) -> list[str] | None:
         if not takes_prompt(run.pipeline):
             return None
@@ -118,8 +128,9 @@ class Calibrate(Step):
 class _Keeper:
     """A hook on the denoiser that keeps scheduled calls, by the timestep they are given."""
 
-    def __init__(self, model: nn.Module, wanted: list[set[int]], timesteps: list[float]) -> None:
-        self.model, self.wanted = model, wanted
+    def __init__(self, model: nn.Module, wanted: list[set[int]], timesteps: list[float], halves: int) -> None:
+        self.model, self.wanted, self.halves = model, wanted, halves
+        self.kept: Counter[tuple[int, int]] = Counter()  # (trajectory, moment): schedulers may come to one twice
         self.step_of = {t: i for i, t in enumerate(timesteps)}
         self.rows: list[dict[str, Tensor]] = []
         self.handle: Any = None
@@ -142,7 +153,12 @@ class _Keeper:
                                 try_="load the model in another dtype (bf16 instead of fp16), or check its weights")
         moment = self.step_of[float(timestep[0])]
         batch = given["sample"].shape[0]
-        chosen = [j for j in range(batch) if moment in self.wanted[j % len(self.wanted)]]
+        chosen = []
+        for j in range(batch):
+            member = j % len(self.wanted)
+            if moment in self.wanted[member] and self.kept[member, moment] < self.halves:
+                self.kept[member, moment] += 1
+                chosen.append(j)
         if not chosen:
             return
         index = torch.tensor(chosen, device=answer.device)

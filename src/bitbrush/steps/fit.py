@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bitbrush.engine.run import Run
 from bitbrush.engine.step import Step, UnitResult
+from bitbrush.errors import InternalError
 from bitbrush.network import wrap
 from bitbrush.network.activation import ActivationQuantizer
 from bitbrush.network.layers import QuantLayer
@@ -30,7 +31,7 @@ class Fit(Step):
         method: ``minmax``, ``percentile`` or ``mse`` (least ``|error| ** power`` over shrunken ranges).
         points, step, power: Of the mse search.
         symmetric: Search ranges ``[-T, T]``, one-sided where the values have one sign (PTQ4DM).
-        percentile: Central share of the values, for ``percentile``.
+        central_share: Share of the values inside the range, for ``percentile``.
         samples: Calibration samples looked at (activations).
         values: Values kept a sample and quantizer.
         ema: Weight of the past when ranges of batches are averaged (0: one range over all).
@@ -42,14 +43,32 @@ class Fit(Step):
     step: float = Field(default=0.01, gt=0)
     power: float = Field(default=2.4, gt=0)
     symmetric: bool = False
-    percentile: float = Field(default=0.999, gt=0, le=1)
+    central_share: float = Field(default=0.999, gt=0, le=1)
     samples: int = Field(default=256, ge=1)
     values: int = Field(default=256, ge=2)
     ema: float = Field(default=0.0, ge=0, lt=1)
 
+    @property
+    def kind(self) -> str:
+        """``fit weights`` or ``fit activations``."""
+        return f"fit {self.what}"
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Activations are fitted on samples, behind quantized weights."""
+        return ("calibrate", "fit weights") if self.what == "activations" else ()
+
+    @property
+    def not_after(self) -> tuple[str, ...]:
+        """What is trained from these ranges would be lost."""
+        return ("reconstruct rounding" if self.what == "weights" else "reconstruct activation_scale", "pack")
+
     def units(self, run: Run) -> list[str]:
-        """Weights block by block; activations all at once."""
-        return list(run.survey.blocks) if self.what == "weights" else ["all activations"]
+        """Weights block by block, where a block has quantized ones; activations all at once."""
+        if self.what == "activations":
+            return ["all activations"]
+        quantized = {name for name, spec in run.plan.layers.items() if spec.weight is not None}
+        return [block for block, members in run.survey.blocks.items() if not quantized.isdisjoint(members)]
 
     def run_unit(self, run: Run, unit: str, generator: torch.Generator) -> UnitResult:
         """Fit one block's weights, or all activations."""
@@ -88,7 +107,7 @@ class Fit(Step):
 
     def _search(self, values: Tensor, grid: Any) -> tuple[Tensor, Tensor]:
         return ranges.search(values, grid, method=self.method, points=self.points, step=self.step, power=self.power,
-                             percentile=self.percentile, symmetric=self.symmetric)
+                             central_share=self.central_share, symmetric=self.symmetric)
 
     def _activations(self, run: Run, generator: torch.Generator) -> UnitResult:
         found = {name: m for name, m in run.model.named_modules() if isinstance(m, ActivationQuantizer)}
@@ -130,16 +149,18 @@ class Fit(Step):
 
     def _rows(self, values: Tensor, quantizer: ActivationQuantizer) -> tuple[Tensor, Tensor]:
         grid = quantizer.spec.grid
-        flat = values.flatten(1)
-        scale, zero = self._search(flat, grid)
-        if self.ema > 0:
-            parts = [self._search(part.flatten(1), grid) for part in values.split(64, dim=1)]
-            scale = parts[0][0]
-            for s, _ in parts[1:]:
-                scale = self.ema * scale + (1 - self.ema) * s
-            low, high = flat.amin(1), flat.amax(1)
-            zero = torch.where(low < 0, torch.where(high > 0, grid.mid, grid.levels - 1), 0).float()
-        return scale, zero
+        if self.ema == 0:
+            return self._search(values.flatten(1), grid)
+        ends = None  # of the range, averaged over batches
+        for part in values.split(64, dim=1):
+            scale, zero = self._search(part.flatten(1), grid)
+            here = torch.stack([-zero * scale, (grid.levels - 1 - zero) * scale])
+            ends = here if ends is None else self.ema * ends + (1 - self.ema) * here
+        if ends is None:
+            raise InternalError("no values to fit a range to")
+        if grid.signed:
+            return (ends[1] - ends[0]) / (grid.levels - 1), torch.full_like(ends[0], grid.mid)
+        return ranges.affine_parameters(ends[0], ends[1], grid)
 
 
 class _Watcher:

@@ -35,9 +35,20 @@ class Pack(Step):
     samples: int = Field(default=2, ge=1)
     crop: int = Field(default=12, ge=1)
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Ranges of everything that is quantized."""
+        return ("fit weights", "fit activations")
+
+    @property
+    def not_after(self) -> tuple[str, ...]:
+        """Packing is done once."""
+        return ("pack",)
+
     def units(self, run: Run) -> list[str]:
-        """The probe, then the blocks."""
-        return [PROBE, *run.survey.blocks]
+        """The probe, then the blocks that hold something quantized."""
+        layers = run.plan.layers.keys()
+        return [PROBE, *(name for name, members in run.survey.blocks.items() if not layers.isdisjoint(members))]
 
     def run_unit(self, run: Run, unit: str, generator: torch.Generator) -> UnitResult:
         """Probe, or pack one block and prove it."""
@@ -56,12 +67,11 @@ class Pack(Step):
         """Pack the block's layers if this process has not yet done so."""
         if unit == PROBE:
             wrap.set_face(run.model, "sim")
-            return
         layers = run.layers()
-        for name in run.survey.blocks[unit]:
+        for name in run.survey.blocks.get(unit, ()):
             if name in layers and layers[name].face != "packed":
                 layers[name].pack()
-        if unit == list(run.survey.blocks)[-1]:
+        if unit == self.units(run)[-1]:
             wrap.set_face(run.model, "packed")
 
     def _probe(self, run: Run, generator: torch.Generator) -> UnitResult:

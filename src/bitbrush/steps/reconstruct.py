@@ -10,7 +10,8 @@ kept when training did not beat it.
 
 from __future__ import annotations
 
-from typing import Literal
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -44,6 +45,7 @@ class Reconstruct(Step):
         beta_start, beta_end: Its exponent, annealed linearly.
         samples: Calibration samples used.
         checkpoint: Iterations between two saved states inside a unit.
+        autocast: On CUDA, run the block in bf16 autocast while training (recordings and codes stay float32).
     """
 
     train: Literal["rounding", "activation_scale"]
@@ -60,6 +62,22 @@ class Reconstruct(Step):
     beta_end: float = 2.0
     samples: int = Field(default=1024, ge=1)
     checkpoint: int = Field(default=2000, ge=1)
+    autocast: bool = True
+
+    @property
+    def kind(self) -> str:
+        """``reconstruct rounding`` or ``reconstruct activation_scale``."""
+        return f"reconstruct {self.train}"
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Samples, and ranges to start from."""
+        return ("calibrate", "fit weights" if self.train == "rounding" else "fit activations")
+
+    @property
+    def not_after(self) -> tuple[str, ...]:
+        """Packed weights cannot be trained."""
+        return ("pack",)
 
     def units(self, run: Run) -> list[str]:
         """Blocks (or layers) that hold something to train, in execution order."""
@@ -131,7 +149,7 @@ class Reconstruct(Step):
         probe = torch.arange(0, count, max(1, count // EVALUATE))
 
         def loss_at(rows: Tensor) -> Tensor:
-            with run.clock.at(recording.timesteps.index_select(0, rows)):
+            with run.clock.at(recording.timesteps.index_select(0, rows)), half_precision(run.device, self.autocast):
                 answer = recording.call(module, rows)
             return block_loss(answer, target.output.take(rows), self.power)
 
@@ -152,8 +170,16 @@ class Reconstruct(Step):
         kept = "trained" if end < start else "start"  # NaN compares false: the start is kept
         if kept == "start":
             learner.restore()
+            end = start
         learner.release()
         return {"loss_start": _short(start), "loss_end": _short(end), "kept": kept, **facts}
+
+
+def half_precision(device: torch.device, wanted: bool) -> AbstractContextManager[Any]:
+    """bf16 autocast on CUDA; without its weight cache, which a CUDA graph cannot replay."""
+    if wanted and device.type == "cuda":
+        return torch.autocast("cuda", torch.bfloat16, cache_enabled=False)
+    return nullcontext()
 
 
 def block_loss(answer: Tensor, target: Tensor, power: float) -> Tensor:

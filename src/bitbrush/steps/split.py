@@ -14,13 +14,24 @@ from bitbrush.engine.step import Step, UnitResult
 
 
 class Split(Step):
-    """Give layers whose input is a concatenation one segment for each part."""
+    """Give layers whose input is a concatenation one segment for each part.
+
+    Args:
+        enabled: ``false`` leaves every layer whole, for comparison.
+    """
+
+    enabled: bool = True
+
+    @property
+    def not_after(self) -> tuple[str, ...]:
+        """Ranges belong to the segments."""
+        return ("fit weights", "fit activations", "pack")
 
     def run_unit(self, run: Run, unit: str, generator: torch.Generator) -> UnitResult:
         """Change the plan of every such layer."""
         changes = {
             site.name: run.plan.layers[site.name].model_copy(update={"segments": site.boundary})
             for site in run.survey.layers()
-            if site.boundary and site.name in run.plan.layers
+            if self.enabled and site.boundary and site.name in run.plan.layers
         }
         return UnitResult(plan=changes, notes={"layers": len(changes)})

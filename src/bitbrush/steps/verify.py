@@ -22,11 +22,16 @@ class Verify(Step):
 
     tolerance: float = Field(default=1e-3, ge=0)
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The probe that packing leaves."""
+        return ("pack",)
+
     def run_unit(self, run: Run, unit: str, generator: torch.Generator) -> UnitResult:
         """Compare one packed forward with the probe's simulated output."""
-        pack = next(step for step in run.recipe.steps if isinstance(step, Pack))
-        probe = run.journal.find(pack.label, PROBE)
-        if probe is None:
+        pack = next((step for step in run.recipe.steps if isinstance(step, Pack)), None)
+        probe = run.journal.find(pack.label, PROBE) if pack is not None else None
+        if pack is None or probe is None:
             raise NumericsError("there is no probe to verify against", where="step verify",
                                 why="the pack step's probe is missing", try_="put `pack` before `verify`")
         args, kwargs = probe_inputs(run, pack.samples, derived(run.seed, pack.label, PROBE))

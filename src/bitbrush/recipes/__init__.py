@@ -1,1 +1,0 @@
-"""One TOML file a method; `bitbrush recipes show NAME` prints it expanded."""

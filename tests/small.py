@@ -1,0 +1,101 @@
+"""Runs of recipes on the tiny pipelines, everything at its smallest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+
+import tiny
+from bitbrush.api import read_recipe
+from bitbrush.engine.disk import Disk
+from bitbrush.engine.journal import Journal
+from bitbrush.engine.progress import Silent
+from bitbrush.engine.recipe import Recipe
+from bitbrush.engine.run import Run
+from bitbrush.errors import BitbrushError
+
+PROMPTS = ["red apple", "blue car", "green tree", "a cat", "the sun", "old house", "big fish", "tall man"]
+
+HEAD = """
+name = "small"
+weights = 4
+activations = 8
+[layers]
+"*" = { weight = {}, activation = {} }
+"conv_in | conv_out" = { weight = { bits = 8 } }
+"""
+CALIBRATE = '[[step]]\ndo = "calibrate"\nsamples = 12\ntrajectories = 4\nsteps = 3\nbatch = 2\n'
+SPLIT = '[[step]]\ndo = "split"\n'
+FIT = '[[step]]\ndo = "fit"\nid = "weights-fit"\nwhat = "weights"\npoints = 8\nstep = 0.08\n'
+ROUND = '[[step]]\ndo = "reconstruct"\nid = "weights"\ntrain = "rounding"\niterations = 4\nbatch = 4\nlr = 0.02\n'
+RANGES = '[[step]]\ndo = "fit"\nid = "activations-fit"\nwhat = "activations"\nmethod = "minmax"\nvalues = 32\n'
+SCALES = (
+    '[[step]]\ndo = "reconstruct"\nid = "activations"\ntrain = "activation_scale"\niterations = 4\nbatch = 4\n'
+    'inputs = "float"\nlr = 0.001\n'
+)
+PACK = '[[step]]\ndo = "pack"\n[[step]]\ndo = "verify"\n'
+WHOLE = HEAD + CALIBRATE + SPLIT + FIT + ROUND + RANGES + SCALES + PACK
+
+
+def recipe(folder: Path, text: str = WHOLE, **choices: Any) -> Recipe:
+    """A recipe from TOML text, checked."""
+    path = folder / "small.toml"
+    path.write_text(text)
+    return read_recipe(path, **choices)
+
+
+def begin(
+    folder: Path,
+    pipe: Any,
+    asked: Recipe,
+    *,
+    resume: bool = False,
+    disk: Disk | None = None,
+    seed: int = 0,
+    memory: int = 1 << 30,
+) -> Run:
+    """An opened run of ``asked`` on a pipeline, journal in ``folder/out``."""
+    journal = Journal(folder / "out", disk or Disk())
+    journal.open({}, {"model": "tiny"}, resume=resume)
+    return Run(asked, pipe.unet, pipe, journal, seed, list(PROMPTS), Silent(), tiny.TOKENS, memory=memory)
+
+
+def execute(folder: Path, pipe: Any, text: str = WHOLE, *, seed: int = 0, **choices: Any) -> Run:
+    """A finished run (not yet saved), its lock given back."""
+    run = begin(folder, pipe, recipe(folder, text, **choices), seed=seed)
+    try:
+        run.execute()
+    finally:
+        run.journal.release()
+    return run
+
+
+def least_unet(seed: int = 0) -> UNet2DModel:
+    """A UNet of a dozen layers, two of them shortcut convolutions of an up block."""
+    torch.manual_seed(seed)
+    return UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(4,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        norm_num_groups=2,
+        add_attention=False,
+    ).eval()
+
+
+def least_pipeline(seed: int = 0) -> DDIMPipeline:
+    """The smallest pipeline that can be quantized, for tests that repeat a run hundreds of times."""
+    pipe = DDIMPipeline(unet=least_unet(seed), scheduler=DDIMScheduler(num_train_timesteps=1000))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def complete(error: BitbrushError) -> bool:
+    """Whether an error says all of what, where, why and what to try."""
+    return all((error.what, error.where, error.why, error.try_))

@@ -1,0 +1,163 @@
+"""Ranges: never worse than min-max, one-sided where values are, averaged soundly, and the same by seed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import tiny
+from bitbrush.network.activation import ActivationQuantizer
+from bitbrush.numbers import ranges
+from bitbrush.numbers.codec import decode, encode, expand_weight_scale, reciprocal
+from bitbrush.numbers.grid import ActivationSpec, Grid
+from bitbrush.steps.fit import Fit
+from small import CALIBRATE, FIT, HEAD, RANGES, SPLIT, execute, least_pipeline
+
+TEXT = HEAD + CALIBRATE + SPLIT + FIT
+
+
+def ranges_of(rows: Tensor, fit: Fit, grid: Grid) -> tuple[Tensor, Tensor]:
+    return fit._rows(rows[None], ActivationQuantizer(ActivationSpec(grid=grid)))
+
+
+def test_mse_is_never_worse_than_minmax(tmp_path: Path) -> None:
+    ran, better = 0, 0
+    errors: dict[str, dict[str, float]] = {}
+    for method in ("mse", "minmax"):
+        (tmp_path / method).mkdir()
+        text = TEXT.replace('id = "weights-fit"', f'id = "w"\nmethod = "{method}"')
+        run = execute(tmp_path / method, tiny.pipeline("text"), text, weights=3)
+        errors[method] = {}
+        for name, layer in run.layers().items():
+            s, z = layer.scale_tables()
+            delta = layer.weight.detach() - decode(layer.stored_codes(), s, z)
+            errors[method][name] = float(delta.abs().double().pow(2.4).mean())
+    for name, error in errors["mse"].items():
+        assert error <= errors["minmax"][name] * (1 + 1e-6), name
+        better += error < 0.999 * errors["minmax"][name]
+        ran += 1
+    assert ran > 50 and better > 40
+
+
+def test_codes_are_the_nearest_and_weights_stay(tmp_path: Path) -> None:
+    reference = {n: p.clone() for n, p in tiny.pipeline("text").unet.named_parameters()}
+    run, ran = execute(tmp_path, tiny.pipeline("text"), TEXT), 0
+    for name, layer in run.layers().items():
+        assert torch.equal(layer.weight, reference[f"{name}.weight"])
+        s, z = (
+            expand_weight_scale(t.float(), layer.segments, layer.weight.ndim)
+            for t in (layer.weight_scale, layer.weight_zero_point)
+        )
+        assert torch.equal(layer.stored_codes(), encode(layer.weight, reciprocal(s), z, layer.top()).to(torch.uint8))
+        inside = (layer.stored_codes() > 0) & (layer.stored_codes() < layer.top())
+        delta = (layer.weight - decode(layer.stored_codes(), s, z)).abs()
+        assert bool((delta <= 0.50001 * s)[inside].all())
+        assert len(layer.weight_scale.unique()) > 1 and int(layer.stored_codes().max()) <= layer.top()
+        ran += 1
+    assert ran > 50
+
+
+def test_scales_a_tensor(tmp_path: Path) -> None:
+    text = TEXT.replace("weight = {}", 'weight = { granularity = "tensor" }', 1)
+    run = execute(tmp_path, least_pipeline(), text)
+    several = [layer for n, layer in run.layers().items() if n not in ("conv_in", "conv_out")]
+    assert several and all((layer.weight_scale == layer.weight_scale[:1]).all() for layer in several)
+
+
+def test_activation_ranges_hold_what_was_seen(tmp_path: Path) -> None:
+    """Min-max: the scale covers the extremes that the history reports, with quantized weights in front."""
+    run, ran = execute(tmp_path, tiny.pipeline("text"), TEXT + RANGES), 0
+    seen = {k: v for e in run.done for k, v in e.get("ranges", {}).items()}
+    for name, layer in run.layers().items():
+        assert layer.input is not None
+        scale, zero = layer.input.scale[0], layer.input.zero_point[0].float()
+        low, high = float((-zero * scale).min()), float(((255 - zero) * scale).max())
+        found = seen[f"{name}.input"]
+        slack = 0.51 * float(scale.max())
+        assert low - slack <= min(found["low"]) and max(found["high"]) <= high + slack, name
+        assert found["timesteps"] == sorted(found["timesteps"]) and len(found["timesteps"]) == 3
+        ran += 1
+    assert ran == len(seen) > 50
+
+
+@pytest.mark.parametrize("method", ["minmax", "percentile", "mse"])
+def test_same_seed_same_scales(method: str, tmp_path: Path) -> None:
+    tables = []
+    for i, seed in enumerate((0, 0, 1)):
+        (tmp_path / str(i)).mkdir()
+        run = execute(tmp_path / str(i), least_pipeline(), TEXT + RANGES.replace("minmax", method), seed=seed)
+        tables.append(
+            torch.cat([layer.input.scale.flatten() for layer in run.layers().values() if layer.input is not None])
+        )
+    assert torch.equal(tables[0], tables[1]) and not torch.equal(tables[0], tables[2])
+
+
+# ---- PTQ4DM ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+@pytest.mark.parametrize("sign", ["both", "positive", "negative"])
+def test_symmetric_ranges_are_one_sided_where_values_are(sign: str, ema: float) -> None:
+    ran = 0
+    for bits in (8, 6, 4):
+        grid = Grid(bits=bits)
+        x = torch.randn(200, 40, generator=torch.Generator().manual_seed(bits))
+        x = {"both": x, "positive": x.abs(), "negative": -x.abs()}[sign]
+        fit = Fit(do="fit", what="activations", symmetric=True, points=100, ema=ema)
+        scale, zero = ranges_of(x, fit, grid)
+        want = {"both": grid.mid, "positive": 0, "negative": grid.levels - 1}[sign]
+        assert abs(float(zero) - want) <= (sign == "both")  # 2**(bits-1) - 1/2, rounded either way
+        best = float(ranges.error(x.reshape(1, -1), scale, zero, grid, 2.4))
+        plain = ranges.search(x.reshape(1, -1), grid, method="minmax", symmetric=True)
+        if ema == 0:  # a search never ends worse than min-max; an average may
+            assert best <= float(ranges.error(x.reshape(1, -1), *plain, grid, 2.4)) * (1 + 1e-6)
+        assert float(scale) <= float(plain[0]) * (1 + 1e-6)
+        ran += 1
+    assert ran == 3
+
+
+def test_averaged_ranges_of_skewed_values() -> None:
+    """Not symmetric: the zero-point follows the range; batches of one sign do not narrow those of two."""
+    skewed = torch.rand(300, 50, generator=torch.Generator().manual_seed(0)) * 4 - 1  # in [-1, 3]
+    fit = Fit(do="fit", what="activations", method="minmax", ema=0.9)
+    scale, zero = ranges_of(skewed, fit, Grid(bits=8))
+    assert float(-zero * scale) == pytest.approx(-1, abs=0.05) and float((255 - zero) * scale) == pytest.approx(
+        3, abs=0.05
+    )
+    mixed = torch.cat([torch.rand(64, 50), torch.rand(64, 50) * 2 - 1, torch.rand(64, 50)])
+    scale, zero = ranges_of(mixed, fit.model_copy(update={"symmetric": True}), Grid(bits=8))
+    assert float((255 - zero) * scale) == pytest.approx(1, abs=0.05) and float(zero) > 0
+    signed, mid = ranges_of(skewed, fit, Grid(bits=8, signed=True))
+    assert float(mid) == 128 and float(signed * 127) == pytest.approx(3, abs=0.06)
+
+
+# ---- ranges ------------------------------------------------------------------------------------------------------
+def test_the_central_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.linspace(-1, 1, 10_001)[None]
+    for share in (0.5, 0.9, 0.998, 1.0):
+        scale, zero = ranges.search(x, Grid(bits=8), method="percentile", central_share=share)
+        assert float(scale * 255) == pytest.approx(2 * share, rel=0.01) and abs(float(zero) - 127.5) <= 1
+    whole = ranges.search(x, Grid(bits=8), method="percentile", central_share=0.9)
+    monkeypatch.setattr(ranges, "_QUANTILE_VALUES", 1000)  # longer rows than torch.quantile takes
+    few = [ranges.search(x, Grid(bits=8), method="percentile", central_share=0.9) for _ in range(2)]
+    assert torch.equal(few[0][0], few[1][0]) and float(few[0][0]) == pytest.approx(float(whole[0]), rel=0.01)
+
+
+def test_rows_longer_than_torch_quantile_takes() -> None:
+    x = torch.zeros(1, (1 << 24) + 3)
+    x[0, ::2] = 1
+    scale, _ = ranges.search(x, Grid(bits=1), method="percentile", central_share=0.99)
+    assert float(scale) == 1.0
+
+
+def test_ranges_as_wide_as_float32() -> None:
+    largest, ran = torch.finfo(torch.float32).max, 0
+    for bits in range(1, 9):
+        for signed in (False, True):
+            scale, zero = ranges.affine_parameters(
+                torch.tensor([-largest]), torch.tensor([largest]), Grid(bits=bits, signed=signed)
+            )
+            assert torch.isfinite(scale).all() and (scale > 0).all() and torch.isfinite(zero).all()
+            ran += 1
+    assert ran == 16
