@@ -3,9 +3,9 @@
     python benchmarks/quality.py MODEL RECIPE BITS [--arm NAME] [--zoo FOLDER] [--seeds 0 1 2] [--work FOLDER]
 
 MODEL is ``emoji-sd-tiny`` (embedded), or a folder name under ``--zoo`` (``emoji-sd``, ``cifar10-ddpm``). BITS is
-``w4a8``; 16 means float. Full precision, ``rtn`` and ``rtn-dynamic`` at the same bits are drawn in the same work folder
-from the same noise and stand in every result. Everything finished stays in ``--work`` (artifacts, pictures' metrics), so
-a run may span several short ones: call it again with the same arguments.
+``w4a8``; 16 means float. Full precision, ``rtn`` and ``rtn-dynamic`` at the same bits are drawn in the same work
+folder from the same noise and stand in every result. Everything finished stays in ``--work`` (artifacts, pictures'
+metrics), so a run may span several short ones: call it again with the same arguments.
 
 Emoji models: the pipeline's own scheduler, 25 steps, guidance 4, the 512 evaluation prompts. CIFAR-10: DDIM, 50 steps,
 eta 0, 5,000 pictures, FID in the classifier's features. float32 weights under bf16 autocast on a GPU, float32 on a CPU.
@@ -61,8 +61,12 @@ class Protocol:
 
     def settings(self) -> dict[str, Any]:
         sampler = "own scheduler" if self.prompts else "DDIM, eta 0, clipped"
-        return {"sampler": sampler, "steps": self.steps, "guidance": self.guidance if self.prompts else None,
-                "precision": "fp32 weights, bf16 autocast" if self.autocast else "fp32"}
+        return {
+            "sampler": sampler,
+            "steps": self.steps,
+            "guidance": self.guidance if self.prompts else None,
+            "precision": "fp32 weights, bf16 autocast" if self.autocast else "fp32",
+        }
 
     def pipeline(self, folder: Path) -> Any:
         """A float pipeline or an artifact, under the protocol's sampler, on the device."""
@@ -74,8 +78,16 @@ class Protocol:
         return pipe.to(self.device)
 
     def draw(self, pipeline: Any, seed: int) -> Tensor:
-        return draw(pipeline, prompts=self.prompts, n=self.n, seed=seed, steps=self.steps, guidance=self.guidance,
-                    batch=self.batch, autocast=self.autocast)
+        return draw(
+            pipeline,
+            prompts=self.prompts,
+            n=self.n,
+            seed=seed,
+            steps=self.steps,
+            guidance=self.guidance,
+            batch=self.batch,
+            autocast=self.autocast,
+        )
 
 
 @dataclasses.dataclass
@@ -123,13 +135,27 @@ def quantized(protocol: Protocol, arm: Arm, work: Path) -> dict[str, Any]:
         settings = dict(arm.settings)
         if not protocol.prompts and arm.recipe != "rtn-dynamic":
             settings = {"calibrate.steps": protocol.steps, **settings}
-        result = bitbrush.quantize(target, arm.recipe, arm.weights, arm.activations, seed=arm.seed, output=folder,
-                                   preset=arm.preset, settings=settings, progress=Silent())
+        result = bitbrush.quantize(
+            target,
+            arm.recipe,
+            arm.weights,
+            arm.activations,
+            seed=arm.seed,
+            output=folder,
+            preset=arm.preset,
+            settings=settings,
+            progress=Silent(),
+        )
     size = sum(f.stat().st_size for f in (folder / "unet").glob("*.safetensors"))
     out = {
-        "seconds": time.perf_counter() - start, "peak_memory": result.peak_memory, "unet_bytes": size,
-        "average_bits": result.history["average_bits"], "proof_ok": result.proof["ok"], "proof": result.proof["model"],
-        "share_of_bf16": size / (2 * result.history["parameters"]), "recipe": result.recipe.to_dict(),
+        "seconds": time.perf_counter() - start,
+        "peak_memory": result.peak_memory,
+        "unet_bytes": size,
+        "average_bits": result.history["average_bits"],
+        "proof_ok": result.proof["ok"],
+        "proof": result.proof["model"],
+        "share_of_bf16": size / (2 * result.history["parameters"]),
+        "recipe": result.recipe.to_dict(),
         "losses": [u for u in result.history["units"] if "loss_start" in u],
     }
     facts.write_text(json.dumps(out))
@@ -146,8 +172,9 @@ def measured(protocol: Protocol, key: str, folder: Path, seed: int, work: Path) 
         return dict(json.loads(file.read_text()))
     reference = None if key == "fp" else full_precision(protocol, seed, work)
     start = time.perf_counter()
-    pictures = full_precision(protocol, seed, work) if reference is None else protocol.draw(
-        protocol.pipeline(folder), seed)
+    pictures = (
+        full_precision(protocol, seed, work) if reference is None else protocol.draw(protocol.pipeline(folder), seed)
+    )
     seconds = time.perf_counter() - start
     out = per_picture(protocol, pictures, reference) | {"draw_seconds": seconds}
     file.write_text(json.dumps(out))
@@ -168,8 +195,9 @@ def per_picture(protocol: Protocol, pictures: Tensor, reference: Tensor | None) 
     out: dict[str, Any] = {}
     if reference is not None:
         out["psnr"] = psnr(pictures, reference).tolist()
-        out["ssim"] = torch.cat([ssim(a, b) for a, b in zip(pictures.split(256), reference.split(256), strict=True)]
-                                ).tolist()
+        out["ssim"] = torch.cat(
+            [ssim(a, b) for a, b in zip(pictures.split(256), reference.split(256), strict=True)]
+        ).tolist()
     if protocol.prompts:
         prompts = protocol.prompts[: protocol.n]
         clip = EmojiClip.load(device=protocol.device)
@@ -211,8 +239,7 @@ def differences(candidate: dict[str, Any], arms: dict[str, dict[str, Any]]) -> d
         out["clip_minus_fp"] = estimate(statistics.paired_difference(candidate["clip"], arms["fp"]["clip"]))
     for name in ("rtn", "rtn_dynamic"):
         if "psnr" in candidate and name in arms:
-            out[f"psnr_minus_{name}"] = estimate(
-                statistics.paired_difference(candidate["psnr"], arms[name]["psnr"]))
+            out[f"psnr_minus_{name}"] = estimate(statistics.paired_difference(candidate["psnr"], arms[name]["psnr"]))
     return out
 
 
@@ -242,24 +269,47 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def record(
-    args: argparse.Namespace, protocol: Protocol, arm: Arm, facts: dict[str, Any], arms: dict[str, dict[str, Any]],
-    own: dict[str, Any], seed: int,
+    args: argparse.Namespace,
+    protocol: Protocol,
+    arm: Arm,
+    facts: dict[str, Any],
+    arms: dict[str, dict[str, Any]],
+    own: dict[str, Any],
+    seed: int,
 ) -> dict[str, Any]:
     """One result in the agreed form, written to its file."""
     out = {
-        "model": args.model, "recipe": arm.recipe, "arm": arm.name, "weight_bits": arm.weights,
-        "activation_bits": arm.activations, "average_bits": facts["average_bits"], "seed": seed, "n": protocol.n,
-        "metrics": summary(own), "paired": differences(own, arms),
-        "fp": summary(arms["fp"]), "rtn": summary(arms.get("rtn", {})),
+        "model": args.model,
+        "recipe": arm.recipe,
+        "arm": arm.name,
+        "weight_bits": arm.weights,
+        "activation_bits": arm.activations,
+        "average_bits": facts["average_bits"],
+        "seed": seed,
+        "n": protocol.n,
+        "metrics": summary(own),
+        "paired": differences(own, arms),
+        "fp": summary(arms["fp"]),
+        "rtn": summary(arms.get("rtn", {})),
         "rtn_dynamic": summary(arms.get("rtn_dynamic", {})),
-        "settings": protocol.settings() | {"quantization_seed": arm.seed, "preset": arm.preset, "recipe": facts["recipe"]},
-        "seconds": facts["seconds"], "draw_seconds": own["draw_seconds"], "per_picture": {k: own[k] for k in ("clip", "psnr") if k in own},
+        "settings": protocol.settings()
+        | {"quantization_seed": arm.seed, "preset": arm.preset, "recipe": facts["recipe"]},
+        "seconds": facts["seconds"],
+        "draw_seconds": own["draw_seconds"],
+        "per_picture": {k: own[k] for k in ("clip", "psnr") if k in own},
         "peak_memory": facts["peak_memory"],
-        "unet_bytes": facts["unet_bytes"], "share_of_bf16": facts["share_of_bf16"], "proof": facts["proof"],
-        "proof_ok": facts["proof_ok"], "losses": facts["losses"],
+        "unet_bytes": facts["unet_bytes"],
+        "share_of_bf16": facts["share_of_bf16"],
+        "proof": facts["proof"],
+        "proof_ok": facts["proof_ok"],
+        "losses": facts["losses"],
         "device": torch.cuda.get_device_name() if protocol.device == "cuda" else platform.processor() or "cpu",
-        "versions": {"bitbrush": bitbrush.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__,
-                     "python": platform.python_version()},
+        "versions": {
+            "bitbrush": bitbrush.__version__,
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "python": platform.python_version(),
+        },
         "command": "python benchmarks/quality.py " + command(args),
     }
     folder = Path(args.out)
@@ -315,7 +365,12 @@ def table(results: list[dict[str, Any]]) -> str:
     names = ["clip", "psnr", "psnr_worst5", "ssim", "r1_heldout", "r1_seen", "fid"]
     lines = [f"{'':<28}" + "".join(f"{n:>12}" for n in names)]
     for r in results:
-        rows = {"FP": r["fp"], "rtn": r["rtn"], "rtn-dynamic": r["rtn_dynamic"], f"{r['recipe']} {r['arm']}": r["metrics"]}
+        rows = {
+            "FP": r["fp"],
+            "rtn": r["rtn"],
+            "rtn-dynamic": r["rtn_dynamic"],
+            f"{r['recipe']} {r['arm']}": r["metrics"],
+        }
         for name, metrics in rows.items():
             cells = [f"{metrics[n]['value']:>12.4f}" if n in metrics else f"{'':>12}" for n in names]
             lines.append(f"{name + ' s' + str(r['seed']):<28}" + "".join(cells))
@@ -324,7 +379,8 @@ def table(results: list[dict[str, Any]]) -> str:
         lines.append(
             f"  W{r['weight_bits']}A{r['activation_bits']}, {r['average_bits']:.3f} bits on average, "
             f"{r['share_of_bf16']:.4f} of bf16, quantize {r['seconds']:.1f} s, draw {r['draw_seconds']:.1f} s, "
-            f"peak {r['peak_memory'] / 1e9:.2f} GB, packed == simulated: {r['proof_ok']}")
+            f"peak {r['peak_memory'] / 1e9:.2f} GB, packed == simulated: {r['proof_ok']}"
+        )
     return "\n".join(lines)
 
 

@@ -49,7 +49,8 @@ class Inspection:
         t = self.totals
         lines.append(
             f"{t['layers']} layers, {t['parameters']:,} parameters, {t['macs'] / 1e9:.2f} GMAC a sample; bf16 "
-            f"{t['float_bytes'] / 1e6:.2f} MB -> packed {t['packed_bytes'] / 1e6:.2f} MB, {t['average_bits']:.2f} bits on average"
+            f"{t['float_bytes'] / 1e6:.2f} MB -> packed {t['packed_bytes'] / 1e6:.2f} MB, {t['average_bits']:.2f} bits "
+            "on average"
         )
         for item in self.kept_float:
             lines.append(f"stays float: {item['name']} ({item['share']:.2%} of the weights): {item['why']}")
@@ -69,25 +70,53 @@ def build(
         spec = planned.plan.layers.get(site.name)
         weight, activation = (spec.weight, spec.activation) if spec else (None, None)
         segments = site.boundary if splits and spec else ()
-        rows.append({
-            "name": site.name, "kind": site.kind, "shape": list(site.shape), "parameters": site.parameters,
-            "macs": site.macs, "share_of_weights": site.parameters / all_weights, "share_of_compute": site.macs / all_macs,
-            "weight_bits": weight.grid.bits if weight else 16, "activation_bits": activation.grid.bits if activation else 16,
-            "segments": list(segments), "block": site.block,
-            "note": f"split {' + '.join(map(str, segments))}" if segments else planned.kept_float.get(site.name, ""),
-        })
+        rows.append(
+            {
+                "name": site.name,
+                "kind": site.kind,
+                "shape": list(site.shape),
+                "parameters": site.parameters,
+                "macs": site.macs,
+                "share_of_weights": site.parameters / all_weights,
+                "share_of_compute": site.macs / all_macs,
+                "weight_bits": weight.grid.bits if weight else 16,
+                "activation_bits": activation.grid.bits if activation else 16,
+                "segments": list(segments),
+                "block": site.block,
+                "note": f"split {' + '.join(map(str, segments))}"
+                if segments
+                else planned.kept_float.get(site.name, ""),
+            }
+        )
     kept = [
-        {"name": s.name, "parameters": s.parameters, "share": s.parameters / all_weights, "why": planned.kept_float[s.name]}
-        for s in sites if s.name in planned.kept_float
+        {
+            "name": s.name,
+            "parameters": s.parameters,
+            "share": s.parameters / all_weights,
+            "why": planned.kept_float[s.name],
+        }
+        for s in sites
+        if s.name in planned.kept_float
     ]
     norms = sum(survey.other.values())
     if norms:
-        kept.append({"name": f"{len(survey.other)} normalisation and embedding modules", "parameters": norms,
-                     "share": norms / all_weights, "why": "only Conv2d and Linear weights are quantized"})
+        kept.append(
+            {
+                "name": f"{len(survey.other)} normalisation and embedding modules",
+                "parameters": norms,
+                "share": norms / all_weights,
+                "why": "only Conv2d and Linear weights are quantized",
+            }
+        )
     sizes = model_bytes(survey, planned.plan)
     totals = {
-        "parameters": sizes["parameters"], "float_bytes": sizes["bf16_bytes"], "packed_bytes": sizes["packed_bytes"],
-        "average_bits": round(8 * sizes["packed_bytes"] / sizes["parameters"], 3), "macs": all_macs, "layers": len(sites),
+        "parameters": sizes["parameters"],
+        "float_bytes": sizes["bf16_bytes"],
+        "packed_bytes": sizes["packed_bytes"],
+        "average_bits": round(8 * sizes["packed_bytes"] / sizes["parameters"], 3),
+        "macs": all_macs,
+        "layers": len(sites),
     }
-    return Inspection(source, network, recipe.name, rows, kept, totals,
-                      estimate(survey, planned.plan, recipe, guided, device))
+    return Inspection(
+        source, network, recipe.name, rows, kept, totals, estimate(survey, planned.plan, recipe, guided, device)
+    )

@@ -55,7 +55,7 @@ def test_json_round_trip(result: Comparison) -> None:
 
 
 def test_few_pictures_are_noted(result: Comparison) -> None:
-    assert any("Only 5 prompts" in note for note in result.notes)
+    assert any("Only 5 pictures" in note for note in result.notes)
 
 
 def test_deterministic(ddim, worse, result: Comparison) -> None:

@@ -6,7 +6,8 @@
     OUT/.run/units/*.safetensors
     OUT/.run/carry-{0,1}.safetensors   state inside a long unit, written alternately
 
-A torn last line is dropped. A unit whose file no longer matches its hash is done again, with all units after it.
+A torn or damaged line is dropped, with all lines after it. A unit whose file no longer matches its hash is done again,
+with all units after it.
 """
 
 from __future__ import annotations

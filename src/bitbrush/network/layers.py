@@ -231,7 +231,7 @@ class QuantLayer(nn.Module):
         return sum(t.numel() * t.element_size() for t in tensors)
 
 
-class QuantLinear(QuantLayer, nn.Linear):
+class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[misc, override]
     """`torch.nn.Linear` with three faces."""
 
     def __init__(
@@ -254,7 +254,7 @@ class QuantLinear(QuantLayer, nn.Linear):
         return F.linear(x, weight, self.bias)
 
 
-class QuantConv2d(QuantLayer, nn.Conv2d):
+class QuantConv2d(QuantLayer, nn.Conv2d):  # type: ignore[override]
     """`torch.nn.Conv2d` with three faces."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:

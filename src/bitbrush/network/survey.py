@@ -195,7 +195,7 @@ class _Watch:
         weight: Tensor = module.weight  # type: ignore[assignment]
         positions = out.numel() // (out.shape[0] * weight.shape[0])
         kind = "conv" if isinstance(module, nn.Conv2d) else "linear"
-        bias = module.bias.numel() if module.bias is not None else 0  # type: ignore[union-attr, operator]
+        bias = module.bias.numel() if module.bias is not None else 0  # type: ignore[operator]
         return Site(
             name, kind, tuple(weight.shape), weight.numel() + int(bias), weight.numel() * int(positions), block, order,
             self.cats.parts(x),

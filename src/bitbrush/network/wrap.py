@@ -42,8 +42,7 @@ def declare(model: nn.Module, plan: Plan) -> Clock:
         if is_operand(name):
             continue
         module = model.get_submodule(name)
-        weight = module.weight
-        device = weight.device if spec.weight is not None else None  # type: ignore[union-attr]
+        device = next(module.parameters()).device
         layer = _wrapped(module, name, spec, clock, len(plan.timesteps) or 1)
         if spec.weight is not None:
             layer.float_weight = None

@@ -121,7 +121,7 @@ class _Loop:
         self.adam.zero_grad(set_to_none=True)
         penalty = self.learner.relax(self.progress)  # first: it puts the relaxed form into the modules
         loss = self.loss_at(self.rows) + penalty
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self.adam.step()
 
     def _warm(self) -> None:
