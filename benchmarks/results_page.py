@@ -158,8 +158,8 @@ def spike() -> list[str]:
         "## A Triton int8 product on the packed layout (spike)",
         "",
         f"{found['device']}: {found['accumulators_equal']:,} of {found['accumulators']:,} int32 accumulators equal the "
-        f"int64 reference; largest output error {found['max_error_over_bound']:.2f} of the computed bound. Unoptimised, "
-        "it runs at about 0.7 of the speed of a bf16 matrix product; speed is another issue's work.",
+        f"int64 reference; largest output error {found['max_error_over_bound']:.2f} of the computed bound. "
+        "Unoptimised, it runs at about 0.7 of the speed of a bf16 matrix product; speed is another issue's work.",
         "",
         "    PYTHONPATH=src python benchmarks/spike_triton_packed.py",
         "",
