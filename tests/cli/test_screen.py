@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,23 @@ def test_a_level_of_nothing_is_not_mentioned() -> None:
         made.start("activations", 0)
         made.finish()
         assert "activations:" not in file.getvalue()
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_bars_fit_their_line(width: int) -> None:
+    file = io.StringIO()
+    made = RichReporter(Console(file=file, force_terminal=True, width=width))
+    made.start("weights", 4)
+    for name in ("down_blocks.0.attentions.0.transformer_blocks.0", "x"):
+        made.start(name, 100)
+        made.advance(50)
+        made.finish()
+        made.advance(note=name)
+    made.close()
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", file.getvalue())
+    assert "…" in shown
+    assert " left" in shown and not re.search(r"^\s*left", shown, re.MULTILINE)
+    assert all(len(line) <= width for part in shown.split("\n") for line in part.split("\r"))
 
 
 def test_bars_are_gone_after_an_error() -> None:

@@ -21,6 +21,7 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 from bitbrush.cli.text import clean, clock
@@ -59,6 +60,11 @@ class _Left(ProgressColumn):
         return Text("" if left is None else f"{clock(left)} left", style="cyan")
 
 
+def _short(label: str, limit: int = 26) -> str:
+    """A layer's name cut in the middle: where it begins and what it is."""
+    return label if len(label) <= limit else f"{label[: limit // 2 - 2]}…{label[-(limit // 2 + 1) :]}"
+
+
 class RichReporter:
     """A live bar a level; an outer bar leaves one line behind when it is done."""
 
@@ -69,18 +75,28 @@ class RichReporter:
 
     def start(self, label: str, total: int) -> None:
         if self._live is None:
-            self._live = Progress(
-                TextColumn("{task.description}", markup=False),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                _Left(),
-                TextColumn("{task.fields[note]}", markup=False, style="dim"),
-                console=self._console,
-                transient=True,
-            )
+            self._live = Progress(*self._columns(), console=self._console, transient=True)
             self._live.start()
-        self._stack.append(self._live.add_task("  " * len(self._stack) + clean(label), total=total, note="", at=0.0))
+        shown = "  " * len(self._stack) + _short(clean(label))
+        self._stack.append(self._live.add_task(shown, total=total, note="", at=0.0))
+
+    def _columns(self) -> list[ProgressColumn]:
+        """Numbers and times are never broken or cut; names are, and the note is left out of a narrow terminal."""
+        wide = self._console.width >= 110
+        whole = Column(no_wrap=True, min_width=11)
+        columns: list[ProgressColumn] = [
+            TextColumn(
+                "{task.description}", markup=False, table_column=Column(no_wrap=True, max_width=48 if wide else 30)
+            ),
+            BarColumn(bar_width=24 if wide else 12),
+            MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=7)),
+            TimeElapsedColumn(table_column=Column(no_wrap=True, min_width=7)),
+            _Left(table_column=whole),
+        ]
+        if wide:
+            note = Column(no_wrap=True, ratio=1)
+            columns.append(TextColumn("{task.fields[note]}", markup=False, style="dim", table_column=note))
+        return columns
 
     def advance(self, n: int = 1, note: str = "") -> None:
         if self._live is not None and self._stack:
