@@ -21,8 +21,9 @@ def round_trip(x: Tensor, scale: Tensor, inverse: Tensor, zero: Tensor, top: int
     Both forms do the same float32 operations in the same order, so they give the same bits (tests on a GPU compare).
     """
     one = scale.numel() == 1 and x.is_cuda and x.is_contiguous() and not torch.compiler.is_compiling()
-    if one and has_triton():
-        flat = _fused()(x.reshape(-1), scale.reshape(()), inverse.reshape(()), zero.reshape(()), top)
+    fused = _fused() if one and has_triton() else None
+    if fused is not None:
+        flat = fused(x.reshape(-1), scale.reshape(()), inverse.reshape(()), zero.reshape(()), top)
         return flat.view(x.shape)
     return _plain_round_trip(x, scale, inverse, zero, top)
 
@@ -32,8 +33,15 @@ def _plain_round_trip(x: Tensor, scale: Tensor, inverse: Tensor, zero: Tensor, t
 
 
 @functools.cache
-def _fused() -> Callable[..., Tensor]:
-    return torch.compile(_plain_round_trip, dynamic=True)
+def _fused() -> Callable[..., Tensor] | None:
+    """The compiled form, or None where it cannot be built (Triton needs a C compiler at run time)."""
+    compiled = torch.compile(_plain_round_trip, dynamic=True)
+    one = torch.ones((), device="cuda")
+    try:
+        compiled(torch.ones(64, device="cuda"), one, one, one, 255)
+    except (RuntimeError, OSError):
+        return None
+    return compiled
 
 
 class ActivationQuantizer(nn.Module):
