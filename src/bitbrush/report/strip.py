@@ -64,9 +64,9 @@ def _row(
 
 
 def _prompt(draw: ImageDraw.ImageDraw, left: int, prompt: str) -> None:
-    lines = textwrap.wrap(inert(prompt), 22, max_lines=2, placeholder=" ...")
+    lines = textwrap.wrap(inert(prompt), 17, max_lines=2, placeholder=" ...")
     for number, line in enumerate(reversed(lines)):
-        draw.text((left + SIDE / 2, TOP - 16 - 18 * number), line, INK, _font(14), "mm")
+        draw.text((left + SIDE / 2, TOP - 16 - 18 * number), line, INK, _font(13), "mm")
 
 
 def _font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
