@@ -1,0 +1,171 @@
+"""The bars: what each method was asked to reach, as data that `results_page.py` prints beside what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+Results = list[dict[str, Any]]
+Measured = tuple[float | None, bool]
+Key = tuple[str, str, int, int]
+"""(model, recipe, weight bits, activation bits)."""
+
+
+@dataclass(frozen=True)
+class Bar:
+    """Text, number format, and ``measure(rows of this key, all results) -> (value, met)``."""
+
+    text: str
+    form: str
+    measure: Callable[[Results, Results], Measured]
+
+
+@dataclass(frozen=True)
+class Note:
+    """What stands above a table of ablations, and the arm that the others are compared to."""
+
+    base: str
+    text: str
+
+
+def mean(rows: Results, *keys: str) -> float | None:
+    """Mean over the seeds of a nested value, None where no row has it."""
+    values = []
+    for row in rows:
+        found: Any = row
+        for key in keys:
+            found = found.get(key) if isinstance(found, dict) else None
+        if found is not None:
+            values.append(found)
+    return sum(values) / len(values) if values else None
+
+
+def at_least(bound: float, *keys: str) -> Callable[[Results, Results], Measured]:
+    """The mean of a value must reach a bound."""
+
+    def measure(rows: Results, _all: Results) -> Measured:
+        value = mean(rows, *keys)
+        return value, value is not None and value >= bound
+
+    return measure
+
+
+def at_most(bound: float, *keys: str, factor: float = 1.0) -> Callable[[Results, Results], Measured]:
+    """The first row's value (times ``factor``) must not pass a bound."""
+
+    def measure(rows: Results, _all: Results) -> Measured:
+        value = mean(rows[:1], *keys)
+        return (None, False) if value is None else (value * factor, value * factor <= bound)
+
+    return measure
+
+
+def metric(name: str, bound: float) -> Callable[[Results, Results], Measured]:
+    """The mean of a metric must reach a bound."""
+    return at_least(bound, "metrics", name, "value")
+
+
+def paired(name: str, bound: float) -> Callable[[Results, Results], Measured]:
+    """The mean of a paired difference must reach a bound."""
+    return at_least(bound, "paired", name, "value")
+
+
+def fid(bound: float, *, over_fp: bool = False) -> Callable[[Results, Results], Measured]:
+    """The mean FID (less full precision's) must not pass a bound."""
+
+    def measure(rows: Results, _all: Results) -> Measured:
+        value, base = mean(rows, "metrics", "fid", "value"), mean(rows, "fp", "fid", "value")
+        if value is None or base is None:
+            return None, False
+        value = value - base if over_fp else value
+        return value, value <= bound
+
+    return measure
+
+
+def above(name: str, recipe: str) -> Callable[[Results, Results], Measured]:
+    """The mean of a metric must be above that of another recipe at the same model and bits, over the common seeds."""
+
+    def measure(rows: Results, every: Results) -> Measured:
+        like = {r["seed"]: r for r in every if r["recipe"] == recipe and r["arm"] == "bar" and _same(r, rows[0])}
+        deltas = [
+            r["metrics"][name]["value"] - like[r["seed"]]["metrics"][name]["value"] for r in rows if r["seed"] in like
+        ]
+        value = sum(deltas) / len(deltas) if deltas else None
+        return value, value is not None and value > 0
+
+    return measure
+
+
+def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return all(a[k] == b[k] for k in ("model", "weight_bits", "activation_bits"))
+
+
+def time_bar(seconds: int) -> Bar:
+    """Start to artifact on one GPU."""
+    return Bar(f"start to artifact <= {seconds} s on one H100", "{:.0f} s", at_most(seconds, "seconds"))
+
+
+MEMORY = Bar(
+    "peak GPU memory of finetuning <= 2.5 x one full-precision training step", "{:.2f} x", at_most(2.5, "memory_ratio")
+)
+
+
+def packed(share: float) -> list[Bar]:
+    """File and memory against bf16."""
+    return [
+        Bar(f"packed UNet file <= {share:.2f} of bf16", "{:.4f}", at_most(share, "share_of_bf16")),
+        Bar(f"loaded UNet's weights <= {share:.2f} of bf16", "{:.4f}", at_most(share, "average_bits", factor=1 / 16)),
+    ]
+
+
+def _qdiffusion(clip: float, share: float) -> list[Bar]:
+    return [
+        Bar("PSNR >= rtn-dynamic + 3.5 dB", "{:+.2f} dB", paired("psnr_minus_rtn_dynamic", 3.5)),
+        Bar(f"CLIP >= FP - {clip}, paired", "{:+.4f}", paired("clip_minus_fp", -clip)),
+        *packed(share),
+    ]
+
+
+def _bits(most: float) -> Bar:
+    return Bar(f"average bits, everything counted, <= {most}", "{:.3f}", at_most(most, "average_bits"))
+
+
+BARS: dict[Key, list[Bar]] = {
+    ("emoji-sd-tiny", "qdiffusion", 4, 8): _qdiffusion(0.015, 0.32),
+    ("emoji-sd", "qdiffusion", 4, 8): [*_qdiffusion(0.008, 0.30), time_bar(300)],
+    ("cifar10-ddpm", "qdiffusion", 4, 8): [Bar("FID <= FP + 0.7", "{:+.2f}", fid(0.7, over_fp=True))],
+    ("emoji-sd", "quest", 4, 4): [
+        Bar("CLIP >= 0.76", "{:.4f}", metric("clip", 0.76)),
+        Bar("R@1 held-out >= 0.80", "{:.3f}", metric("r1_heldout", 0.80)),
+        Bar("R@1 seen >= 0.60", "{:.3f}", metric("r1_seen", 0.60)),
+        time_bar(300), MEMORY,
+    ],
+    ("emoji-sd", "quest", 4, 8): [
+        Bar("PSNR above qdiffusion W4A8", "{:+.2f} dB", above("psnr", "qdiffusion")),
+        Bar("CLIP >= FP - 0.008, paired", "{:+.4f}", paired("clip_minus_fp", -0.008)),
+        time_bar(300), MEMORY,
+    ],
+    ("emoji-sd", "mpqdm", 3, 4): [
+        Bar("CLIP >= 0.70", "{:.4f}", metric("clip", 0.70)), _bits(3.35), time_bar(480), MEMORY,
+    ],
+    ("emoji-sd", "mpqdm", 2, 4): [
+        Bar("CLIP >= 0.60", "{:.4f}", metric("clip", 0.60)),
+        Bar("CLIP above efficientdm W2A4", "{:+.4f}", above("clip", "efficientdm")),
+        _bits(2.4), time_bar(480), MEMORY,
+    ],
+    ("emoji-sd", "efficientdm", 2, 4): [time_bar(480), MEMORY],
+    ("cifar10-ddpm", "quest", 4, 4): [Bar("FID <= 6.5", "{:.2f}", fid(6.5))],
+    ("cifar10-ddpm", "mpqdm", 3, 4): [Bar("FID <= 8", "{:.2f}", fid(8.0))],
+    ("cifar10-ddpm", "mpqdm", 2, 4): [Bar("FID <= 11", "{:.2f}", fid(11.0))],
+}
+
+NOTES: dict[Key, Note] = {
+    ("emoji-sd-tiny", "qdiffusion", 4, 8): Note(
+        "block",
+        "`block` is the recipe with 400 rounding and 100 scale iterations; the other arms change one thing. "
+        "Quantization seed = sampling seed. `attention` quantizes q, k, v and softmax to 8 bits, `normal` draws "
+        "calibration times as PTQ4DM does. Intervals: 95 %, paired bootstrap.",
+    ),
+}
