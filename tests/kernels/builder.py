@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import random
 from typing import Any
 
@@ -15,15 +16,16 @@ from torch import Tensor, nn
 
 from bitbrush.network.clock import Clock
 from bitbrush.network.layers import QuantConv2d, QuantLayer, QuantLinear
-from bitbrush.numbers.codec import encode, expand_weight_scale, reciprocal
+from bitbrush.numbers.codec import expand_weight_scale
 from bitbrush.numbers.grid import ActivationSpec, Grid, LayerSpec, WeightSpec
 from bitbrush.numbers.ranges import affine_parameters, search
+from bitbrush.numbers.straight_through import encode_weight
 
 TIMES = (1.0, 250.0, 500.0, 999.0)
 
 FACTORS: dict[str, tuple[Any, ...]] = {
     "kind": ("linear", "conv"),
-    "weight_bits": (4, 3, 8, 1, 2, 5, 6, 7, "mixed"),
+    "weight_bits": (4, 3, 8, 1, 2, 5, 6, 7, "mixed", "sign", "mixed sign"),
     "weight_signed": (False, True),
     "activation_bits": (8, 6, 4),
     "activation_signed": (False, True),
@@ -35,7 +37,8 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "dilation": ((1, 1), (2, 1)),
     "dtype": (torch.float32, torch.float16, torch.bfloat16),
     "layout": ("contiguous", "channels_last", "strided", "expanded", "unbatched"),
-    "mode": ("static", "timed", "timed_batch", "tensor", "token"),
+    "mode": ("static", "timed", "timed_batch", "tensor", "token", "channel", "timed channel"),
+    "input_scale": (False, True),
     "bias": (True, False),
 }
 ALWAYS: dict[str, Any] = {name: values[0] for name, values in FACTORS.items()}
@@ -68,19 +71,24 @@ def pairwise(seed: int = 0) -> list[dict[str, Any]]:
 
 def spec_of(case: dict[str, Any]) -> LayerSpec:
     """The layer spec of a case; 64 channels."""
-    mixed = case["weight_bits"] == "mixed"
-    row_bits = tuple((4, 3, 7, 2)[i % 4] for i in range(case["rows"])) if mixed else ()
-    bits = 4 if mixed else case["weight_bits"]
+    mixed, sign = "mixed" in str(case["weight_bits"]), "sign" in str(case["weight_bits"])
+    cycle = (2, 1, 3) if sign else (4, 3, 7, 2)
+    row_bits = tuple(cycle[i % len(cycle)] for i in range(case["rows"])) if mixed else ()
+    bits = 4 if mixed else 1 if sign else case["weight_bits"]
     signed = case["weight_signed"] and not mixed
     mode = case["mode"]
     activation = ActivationSpec(
         grid=Grid(bits=case["activation_bits"], signed=case["activation_signed"]),
         mode="dynamic" if mode in ("tensor", "token") else "static",
-        granularity="token" if mode == "token" else "tensor",
+        granularity="token" if mode == "token" else "channel" if "channel" in mode else "tensor",
         timed=mode.startswith("timed"),
     )
-    weight = WeightSpec(grid=Grid(bits=bits, signed=signed), row_bits=row_bits)
-    return LayerSpec(weight=weight, activation=activation, segments=case["segments"])
+    weight = WeightSpec(
+        grid=Grid(bits=bits, signed=signed), row_bits=row_bits, binary="symmetric" if sign else "affine"
+    )
+    return LayerSpec(
+        weight=weight, activation=activation, segments=case["segments"], input_scale=case["input_scale"]
+    )
 
 
 def make_module(case: dict[str, Any], generator: torch.Generator) -> nn.Module:
@@ -100,15 +108,24 @@ def make_module(case: dict[str, Any], generator: torch.Generator) -> nn.Module:
 
 
 def quantize_weight(layer: QuantLayer, generator: torch.Generator) -> Tensor:
-    """Give a wrapped layer codes: per row and segment min-max ranges, rounding up or down at random."""
-    spec, weight = layer.spec.weight, layer.float_weight
-    assert spec is not None and weight is not None
+    """Give a wrapped layer codes: per row and segment min-max ranges, rounding up or down at random.
+
+    Symmetric 1-bit rows get their mean magnitude; an input scale is drawn from [0.2, 5].
+    """
+    spec = layer.spec.weight
+    assert spec is not None
+    if layer.input_scale is not None:
+        spread = torch.rand(layer.input_scale.shape, generator=generator) * 2 - 1
+        layer.set_input_scale(torch.exp(spread * math.log(5)))
+    weight = layer.scaled_weight()
     bits = torch.tensor(spec.row_bits or [spec.grid.bits] * layer.out_channels_)
     scales, zeros = [], []
     for part in weight.float().split(list(layer.segments), dim=1):
         scale, zero = torch.ones(layer.out_channels_), torch.zeros(layer.out_channels_)
         for b in sorted(set(bits.tolist())):
             s, z = search(part.flatten(1), Grid(bits=b, signed=spec.grid.signed), method="minmax")
+            if spec.halved(b):
+                s, z = part.flatten(1).abs().mean(dim=1), torch.ones_like(z)
             scale, zero = torch.where(bits == b, s, scale), torch.where(bits == b, z, zero)
         scales.append(scale)
         zeros.append(zero)
@@ -117,7 +134,7 @@ def quantize_weight(layer: QuantLayer, generator: torch.Generator) -> Tensor:
         zero = torch.full_like(zero, 128) if spec.grid.signed else zero
     big, offset = (expand_weight_scale(t, layer.segments, weight.ndim) for t in (scale, zero))
     learned = torch.rand(weight.shape, generator=generator) * 0.9 - 0.45  # stands for learned rounding
-    codes = encode(weight.float() + learned * big, reciprocal(big), offset, layer.top())
+    codes = encode_weight(weight + learned * big, big, offset, layer.top(), binary=layer.binary_rows())
     layer.set_weight(codes, scale, zero)
     layer.face = "sim"
     return codes.to(torch.uint8)

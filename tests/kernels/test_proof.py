@@ -25,6 +25,8 @@ SQUARE = {"kind": "conv", "kernel": (3, 3), "padding": (1, 1), "segments": (33, 
 LINEAR = {"kind": "linear"}
 THREE = {"kind": "linear", "weight_bits": 3, "segments": (40, 24)}
 MIXED = {"kind": "linear", "weight_bits": "mixed", "rows": 33}
+SIGNS = {"kind": "linear", "weight_bits": "mixed sign", "rows": 33, "segments": (40, 24)}
+SCALED = {"kind": "conv", "input_scale": True, "kernel": (3, 3), "padding": (1, 1), "segments": (40, 24)}
 EIGHT = {"kind": "linear", "weight_bits": 8, "weight_signed": True}
 
 
@@ -324,6 +326,53 @@ def _(layer: QuantLayer) -> None:
     layer.weight_zero_point[2, 1] ^= 1
 
 
+@fault("padding of symmetric 1-bit rows counted", SIGNS)
+def _(patch: pytest.MonkeyPatch) -> None:
+    real = packing.padded
+    patch.setattr(cpu, "int8_weights", lambda layer: _all_channels(layer, real(layer.segments)))
+
+
+def _all_channels(layer: QuantLayer, wide: tuple[int, ...]) -> list[Tensor]:
+    """The int8 weights as the bytes have them, padding included."""
+    parts = [packing.unpack_class(getattr(layer, f"codes{b}"), b, layer.row_length, layer.spec.weight)
+             for b in layer.spec.weight.bit_classes()]
+    rows = torch.empty_like(torch.cat(parts)).index_copy_(0, layer.row_order.long(), torch.cat(parts))
+    pairs = zip(rows.to(torch.int16).split(list(wide), 1), layer.weight_zero_point.T, strict=True)
+    return [(block - zero[:, None]).to(torch.int8) for block, zero in pairs]
+
+
+@fault("codes of symmetric 1-bit rows not doubled", SIGNS)
+def _(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(packing, "unpack_class", lambda data, bits, length, spec: packing.unpack(data, bits, length))
+
+
+@fault("symmetric 1-bit rows packed without halving", SIGNS, "while_packing")
+def _(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(packing, "pack_class", lambda codes, bits, spec: packing.pack(codes & ((1 << bits) - 1), bits))
+
+
+@fault("input scale forgotten by the kernel", SCALED)
+def _(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(layers.QuantLayer, "prepare", lambda self, x: x)
+
+
+@fault("input scale applied in half precision", {**SCALED, "dtype": torch.float16})
+def _(patch: pytest.MonkeyPatch) -> None:
+    real = layers.QuantLayer.prepare
+    patch.setattr(layers.QuantLayer, "prepare", lambda self, x: real(self, x).half().float())
+
+
+@fault("input scale applied twice", SCALED)
+def _(patch: pytest.MonkeyPatch) -> None:
+    real = layers.QuantLayer.prepare
+    patch.setattr(layers.QuantLayer, "prepare", lambda self, x: real(self, real(self, x)))
+
+
+@fault("input scale is not positive", SCALED, "damage")
+def _(layer: QuantLayer) -> None:
+    layer.input_scale[5] *= -1
+
+
 def detectors(builder: ModuleType, one: Fault, patch: pytest.MonkeyPatch) -> list[str]:
     """Which checks fail on a fault: parts of the proof, and the equality of sim and packed."""
     x = builder.make_input(one.case, 5)
@@ -368,4 +417,4 @@ def test_all_seeded_faults_are_caught(builder: ModuleType) -> None:
             one.found = detectors(builder, one, patch)
         assert one.found, f"not caught: {one.name}"
         caught += 1
-    assert caught == len(FAULTS) == 32
+    assert caught == len(FAULTS) == 39

@@ -338,7 +338,7 @@ def _refuse_fuse_qkv(*args: Any, **kwargs: Any) -> None:
 
 
 def _float_layer(layer: QuantLayer, dtype: torch.dtype) -> nn.Module:
-    weight = layer.decoded_weight().to(dtype)
+    weight = layer.restored_weight().to(dtype)
     plain: nn.Module
     if isinstance(layer, QuantLinear):
         plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")

@@ -43,6 +43,8 @@ def why_not(layer: QuantLayer, device_type: str) -> str | None:
         return "weight only: the input stays float"
     if activation.position == "output":
         return "the output is quantized, not the input"
+    if activation.granularity == "channel":
+        return "a scale a channel cannot leave the integer sum: simulated only"
     if 8 in weight.bit_classes() and not weight.grid.signed:
         return "8-bit weights with free zero-points do not fit int8"
     reason = _conv_reason(layer, activation.mode == "dynamic" and activation.granularity == "token")
@@ -97,7 +99,7 @@ def run(layer: QuantLayer, x: Tensor) -> Tensor:
     quantizer = layer.input
     if quantizer is None or not quantizer.enabled or (torch.is_grad_enabled() and x.requires_grad):
         return reference.run(layer, x)
-    codes, scale, zero = quantizer.encode(x, layer.channel_dim % x.ndim)
+    codes, scale, zero = quantizer.encode(layer.prepare(x), layer.channel_dim % x.ndim)
     sums = _accumulate(layer, codes, zero)
     scales = _by_segment(layer, _rows_last(layer, scale))
     y: Tensor | None = None
@@ -120,7 +122,7 @@ def input_codes(layer: QuantLayer, x: Tensor) -> Tensor:
     """The activation codes that the products are made from, uint8, shape of ``x``."""
     if layer.input is None:
         raise ValueError("the input of this layer is not quantized")
-    codes = layer.input.encode(x, layer.channel_dim % x.ndim)[0]
+    codes = layer.input.encode(layer.prepare(x), layer.channel_dim % x.ndim)[0]
     return (to_int8(codes).to(torch.int16) + OFFSET).to(torch.uint8)
 
 
@@ -131,7 +133,7 @@ def accumulators(layer: QuantLayer, x: Tensor) -> list[Tensor]:
     """
     if layer.input is None:
         raise ValueError("the input of this layer is not quantized")
-    codes, _, zero = layer.input.encode(x, layer.channel_dim % x.ndim)
+    codes, _, zero = layer.input.encode(layer.prepare(x), layer.channel_dim % x.ndim)
     return _accumulate(layer, codes, zero)
 
 
@@ -161,7 +163,9 @@ def int8_weights(layer: QuantLayer) -> list[Tensor]:
     spec = layer.spec.weight
     if spec is None:
         raise ValueError("the weight of this layer is not quantized")
-    parts = [packing.unpack(getattr(layer, f"codes{b}"), b, layer.row_length) for b in spec.bit_classes()]
+    parts = [
+        packing.unpack_class(getattr(layer, f"codes{b}"), b, layer.row_length, spec) for b in spec.bit_classes()
+    ]
     rows = torch.cat(parts) if len(parts) > 1 else parts[0]
     if spec.row_bits:
         rows = torch.empty_like(rows).index_copy_(0, layer.row_order.long(), rows)  # type: ignore[operator]
@@ -169,7 +173,9 @@ def int8_weights(layer: QuantLayer) -> list[Tensor]:
     out, start = [], 0
     for s, wide in enumerate(packing.padded(layer.segments)):
         block = rows[:, start : start + kh * kw * wide].to(torch.int16)
-        out.append((block - layer.weight_zero_point[:, s : s + 1]).to(torch.int8))
+        values = (block - layer.weight_zero_point[:, s : s + 1]).to(torch.int8)
+        values.view(-1, kh * kw, wide)[:, :, layer.segments[s] :] = 0  # padding of symmetric 1-bit rows reads as -1
+        out.append(values)
         start += kh * kw * wide
     return out
 

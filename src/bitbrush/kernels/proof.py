@@ -104,7 +104,7 @@ def _bytes(codes: Tensor | None, layer: QuantLayer, probe: _Probe) -> Json | Non
     rows = packing.weight_rows(wide, layer.segments, probe.table_zero.to(torch.uint8))
     bits_of = torch.tensor(spec.row_bits or [spec.grid.bits] * rows.shape[0])
     parts = [
-        _compare(packing.pack(rows[bits_of == bits], bits), getattr(layer, f"codes{bits}"))
+        _compare(packing.pack_class(rows[bits_of == bits], bits, spec), getattr(layer, f"codes{bits}"))
         for bits in spec.bit_classes()
     ]
     equal, total = (sum(part[key] for part in parts) for key in ("equal", "total"))
@@ -122,6 +122,8 @@ def _tables(layer: QuantLayer, expected: tuple[Tensor, Tensor] | None) -> Json:
         pairs.append(layer.input.scale)
         stored = layer.input.inverse_scale
         good = good and stored.dtype == torch.float32 and torch.equal(stored.cpu(), reciprocal(layer.input.scale.cpu()))
+    if layer.input_scale is not None:
+        pairs.append(layer.input_scale)
     for table in pairs:
         good = good and table.dtype == torch.float32 and bool(torch.isfinite(table).all()) and bool((table > 0).all())
     return {"ok": good, "entries": sum(table.numel() for table in pairs)}
@@ -137,6 +139,8 @@ class _Probe:
         self.conv = isinstance(layer, nn.Conv2d)
         self.input = layer.input is not None and layer.input.spec.position == "input" and layer.input.enabled
         self.bias = None if layer.bias is None else layer.bias.detach().cpu().double()
+        self.factors = self._factors()
+        self.prepared = x.cpu() if self.factors is None else x.cpu().float() * self.factors
         ndim = 4 if self.conv else 2
         if codes is None:
             self.weight = layer.decoded_weight().cpu()
@@ -148,7 +152,12 @@ class _Probe:
             self.weight = decode(self.codes, self.scale, self.zero)
         if self.input:
             self.a_scale, self.a_inverse, self.a_zero = self._activation_tables()
-            self.a_codes = encode(x.cpu(), self.a_inverse, self.a_zero, (1 << _activation_bits(layer)) - 1)
+            self.a_codes = encode(self.prepared, self.a_inverse, self.a_zero, (1 << _activation_bits(layer)) - 1)
+
+    def _factors(self) -> Tensor | None:
+        """The layer's input scale shaped to broadcast against the input, on the CPU."""
+        table = self.layer.input_scale
+        return None if table is None else table.cpu()[:, None, None] if self.conv else table.cpu()
 
     def _activation_tables(self) -> tuple[Tensor, Tensor, Tensor]:
         quantizer, x = self.layer.input, self.x
@@ -156,7 +165,7 @@ class _Probe:
             raise InternalError("the layer's input is not quantized")
         channel = self.layer.channel_dim % x.ndim
         if quantizer.spec.mode == "dynamic":
-            a, b, c = quantizer.parameters_for(x, channel)
+            a, b, c = quantizer.parameters_for(self.prepared.to(x.device), channel)
             return a.cpu(), b.cpu(), c.cpu()
         rows = [0]
         if quantizer.spec.timed:
@@ -188,7 +197,7 @@ class _Probe:
 
     def exact_float(self) -> tuple[Tensor, Tensor]:
         """(y64, bound before the last rounding) of a float kernel with these operands in the input's dtype."""
-        a = self.quantized_values() if self.input else self.x.cpu()
+        a = self.quantized_values() if self.input else self.prepared.to(self.x.dtype)
         w = self.weight.to(self.x.dtype)
         y, size = self.product(a, w), self.product(a.abs(), w.abs())
         partial = half_ulp(y, self.x.dtype) if self.x.dtype != torch.float32 else torch.zeros_like(y)
@@ -285,7 +294,11 @@ def stress_input(probe: _Probe) -> Tensor:
         signs = picture
     else:
         signs = signs.reshape(*signs.shape[:1], *([1] * (x.ndim - 2)), -1) if x.ndim > 1 else signs[0]
-    return (signs * torch.finfo(torch.float16).max).to(dtype=x.dtype, device=x.device)
+    values = signs * torch.finfo(torch.float16).max
+    if probe.factors is not None:  # small factors must not keep the input from the ends of its range
+        largest = torch.finfo(x.dtype).max
+        values = (values / probe.factors).clamp(-largest, largest)
+    return values.to(dtype=x.dtype, device=x.device)
 
 
 def half_ulp(y: Tensor, dtype: torch.dtype) -> Tensor:
@@ -309,7 +322,10 @@ def bound_ratio(y: Tensor, y64: Tensor, bound: Tensor) -> float:
 
 
 def identity_probe(probe: _Probe, name: str) -> Json:
-    """Feed a float kernel ``PROBE`` times an identity matrix: the output must be the decoded weight, bit for bit."""
+    """Feed a float kernel ``PROBE`` times an identity matrix: the output must be the decoded weight, bit for bit.
+
+    An input scale is replaced by powers of two near it for the probe: it counts, and products stay exact.
+    """
     layer = probe.layer
     (rows, channels, kh, kw), outputs = (*probe.weight.shape, 1, 1)[:4], 1
     if isinstance(layer, nn.Conv2d):
@@ -320,12 +336,15 @@ def identity_probe(probe: _Probe, name: str) -> Json:
     if channels * channels * kh * kw * rows * outputs > IDENTITY_BUDGET:
         return {"skipped": f"{rows} x {channels} x {kh} x {kw} is too large for the probe"}
     eye = torch.eye(channels, dtype=probe.x.dtype, device=probe.x.device) * PROBE
+    factors = None if layer.input_scale is None else exact_factors(layer.input_scale)
     want = (probe.weight.to(probe.x.dtype) * PROBE).cpu()
+    if factors is not None:
+        want = (want.float() * factors.cpu().reshape(1, -1, *([1] * (want.ndim - 2)))).to(want.dtype)
     if isinstance(layer, nn.Conv2d):
         picture = eye.new_zeros(channels, channels, 2 * kh - 1, 2 * kw - 1)
         picture[:, :, kh - 1, kw - 1] = eye
         eye = picture
-    with _quantizer(layer, enabled=False), _without_bias(layer):
+    with _quantizer(layer, enabled=False), _without_bias(layer), _input_scale(layer, factors):
         got = kernels.KERNELS[name](layer, eye).cpu()
     if isinstance(layer, nn.Conv2d):
         (top, left), (h, w) = (int(layer.padding[0]), int(layer.padding[1])), (kh, kw)
@@ -353,6 +372,21 @@ def _without_bias(layer: QuantLayer) -> Iterator[None]:
         yield
     finally:
         layer.bias = bias
+
+
+def exact_factors(input_scale: Tensor) -> Tensor:
+    """Powers of two near the factors of an input scale, between 1/64 and 64."""
+    return torch.exp2(torch.log2(input_scale).round().clamp(-6, 6))
+
+
+@contextmanager
+def _input_scale(layer: QuantLayer, factors: Tensor | None) -> Iterator[None]:
+    before = layer.input_scale
+    layer.input_scale = factors
+    try:
+        yield
+    finally:
+        layer.input_scale = before
 
 
 def _unit(device: torch.device) -> float:

@@ -2,59 +2,56 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.utils._triton import has_triton
 
 from bitbrush.network.clock import Clock
-from bitbrush.numbers.codec import decode, encode, expand_activation_scale, fake, reciprocal
+from bitbrush.numbers.codec import decode, encode, expand_activation_scale, reciprocal
 from bitbrush.numbers.grid import ActivationSpec
 from bitbrush.numbers.ranges import affine_parameters
+from bitbrush.numbers.straight_through import Fused, fake_quantize
 
 
 def round_trip(x: Tensor, scale: Tensor, inverse: Tensor, zero: Tensor, top: int) -> Tensor:
-    """``decode(encode(x))`` in the dtype of ``x``; on CUDA in one fused kernel where one scale serves the whole tensor.
+    """``decode(encode(x))`` in the dtype of ``x``; on CUDA in one kernel where one scale serves a tensor or a sample.
 
     Both forms do the same float32 operations in the same order, so they give the same bits (tests on a GPU compare).
     """
-    one = scale.numel() == 1 and x.is_cuda and x.is_contiguous() and not torch.compiler.is_compiling()
-    fused = _fused() if one and has_triton() else None
-    if fused is not None:
-        flat = fused(x.reshape(-1), scale.reshape(()), inverse.reshape(()), zero.reshape(()), top)
-        return flat.view(x.shape)
-    return _plain_round_trip(x, scale, inverse, zero, top)
-
-
-def _plain_round_trip(x: Tensor, scale: Tensor, inverse: Tensor, zero: Tensor, top: int) -> Tensor:
+    fused = fused_form(x)
+    if fused is not None and fused.fits(x, scale, zero):
+        return fused.forward(x, scale, inverse, zero, top)
     return decode(encode(x, inverse, zero, top), scale, zero).to(x.dtype)
 
 
-@functools.cache
-def _fused() -> Callable[..., Tensor] | None:
-    """The compiled form, or None where it cannot be built (Triton needs a C compiler at run time)."""
-    compiled = torch.compile(_plain_round_trip, dynamic=True)
-    one = torch.ones((), device="cuda")
-    try:
-        compiled(torch.ones(64, device="cuda"), one, one, one, 255)
-    except (RuntimeError, OSError):
+def fused_form(x: Tensor) -> Fused | None:
+    """The fused kernels for tensors on the device of ``x``; None on the CPU, without Triton, and while compiling."""
+    if not x.is_cuda or torch.compiler.is_compiling():
         return None
-    return compiled
+    from bitbrush.kernels import triton_fake
+
+    return triton_fake.build()
 
 
 class ActivationQuantizer(nn.Module):
     """Quantizes an activation as its spec says.
 
     Static scales are buffers ``scale``, ``inverse_scale`` (float32) and ``zero_point`` (uint8), all ``[T, S]`` with T
-    rows over time (1 unless timed) and S channel segments. Dynamic scales are computed from the tensor at hand.
+    rows over time (1 unless timed) and S channel segments; with granularity ``channel`` every channel is a segment.
+    Dynamic scales are computed from the tensor at hand.
+
+    While a step trains them, ``trial_scale`` and ``trial_zero_point`` (float, both ``[T, S]``, either may be None)
+    stand in for the tables; the trial zero-point is rounded (straight-through) and clamped to the codes before use.
+    ``trial_rows`` takes the place of all of that: it gives the rows in force, ``[B or 1, S]`` each, of scale, its
+    reciprocal and integer zero-point, so that a step may look the rows of many quantizers up at once.
 
     Args:
         spec: Grid and partition.
         segments: Channel counts of the segments; empty means one segment.
         clock: Where timed tables look their row up; required when ``spec.timed``.
         rows: T, number of rows of the table.
+        channels: Channels of the activation; needed for granularity ``channel`` only.
     """
 
     scale: Tensor
@@ -63,13 +60,17 @@ class ActivationQuantizer(nn.Module):
 
     def __init__(
         self, spec: ActivationSpec, segments: tuple[int, ...] = (), clock: Clock | None = None, rows: int = 1,
-        device: torch.device | str | None = None,
+        device: torch.device | str | None = None, channels: int = 0,
     ) -> None:
         super().__init__()
+        if spec.granularity == "channel":
+            segments = (1,) * channels
         self.spec, self.segments = spec, segments
         self._clock = (clock,)  # in a tuple: shared by all layers, owned by the model
         self.enabled = True
         self.trial_scale: Tensor | None = None  # set while a step trains the scale
+        self.trial_zero_point: Tensor | None = None  # float; set while a step trains the zero-point
+        self.trial_rows: Callable[[], tuple[Tensor, Tensor, Tensor]] | None = None
         if spec.mode == "static":
             shape = (rows, max(len(segments), 1))
             self.register_buffer("scale", torch.ones(shape, device=device))
@@ -89,10 +90,14 @@ class ActivationQuantizer(nn.Module):
         if zero_point is not None:
             self.zero_point = zero_point.detach().to(device=device, dtype=torch.uint8).contiguous()
 
+    @property
+    def clock(self) -> Clock | None:
+        """Where the time of the current call stands; None where the table has one row for all times."""
+        return self._clock[0] if self.spec.timed else None
+
     def rows(self) -> Tensor | None:
         """Row of the table for each sample, or None when the table has one row for all times."""
-        clock = self._clock[0]
-        return clock.rows(self.spec.lookup) if self.spec.timed and clock is not None else None
+        return None if self.clock is None else self.clock.rows(self.spec.lookup)
 
     def parameters_for(self, x: Tensor, channel_dim: int) -> tuple[Tensor, Tensor, Tensor]:
         """(scale, inverse_scale, zero_point), float32, shaped to broadcast against ``x``."""
@@ -115,22 +120,31 @@ class ActivationQuantizer(nn.Module):
         """``decode(encode(x))`` in the dtype of ``x``."""
         if not self.enabled:
             return x
-        if self.trial_scale is not None:
-            return self._trial(x, channel_dim).to(x.dtype)
+        if self.trial_rows is not None:
+            scale, inverse, zero = (
+                expand_activation_scale(t, self.segments, x.ndim, channel_dim) for t in self.trial_rows()
+            )
+            return fake_quantize(x, scale, zero, self.top, fused_form(x), inverse)
+        if self.trial_scale is not None or self.trial_zero_point is not None:
+            scale, zero = self._trial(x, channel_dim)
+            return fake_quantize(x, scale, zero, self.top, fused_form(x))
         scale, inverse, zero = self.parameters_for(x, channel_dim)
         if torch.is_grad_enabled() and x.requires_grad:
-            return fake(x, scale, zero, self.top).to(x.dtype)
+            return fake_quantize(x, scale, zero, self.top, fused_form(x))
         return round_trip(x, scale, inverse, zero, self.top)
 
-    def _trial(self, x: Tensor, channel_dim: int) -> Tensor:
-        scale, zero = self.trial_scale, self.zero_point.float()
+    def _trial(self, x: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
+        """(scale, zero_point) in training, shaped to broadcast against ``x``."""
+        scale = self.scale if self.trial_scale is None else self.trial_scale
+        zero = self.zero_point.float()
+        if self.trial_zero_point is not None:
+            free = self.trial_zero_point
+            zero = (free + (torch.round(free) - free).detach()).clamp(0, self.top)
         row = self.rows()
-        if scale is None:
-            return x
         if row is not None:
             scale, zero = scale.index_select(0, row), zero.index_select(0, row)
-        s = expand_activation_scale(scale, self.segments, x.ndim, channel_dim)
-        return fake(x, s, expand_activation_scale(zero, self.segments, x.ndim, channel_dim), self.top)
+        s, z = (expand_activation_scale(t, self.segments, x.ndim, channel_dim) for t in (scale, zero))
+        return s, z
 
     def _dynamic(self, x: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
         dims = [channel_dim] if self.spec.granularity == "token" else list(range(x.ndim))

@@ -2,22 +2,38 @@
 
 `QuantAttention` is a diffusers attention processor. In float face it calls the processor it replaced; otherwise it
 computes attention explicitly, with a quantizer on each operand that the plan names.
+
+The explicit form makes tensors with a number for each pair of positions. So it runs in parts, over samples and, where
+one sample is too large, over heads; in training each part is computed again in backward instead of being kept. Scales
+are looked up once, while the clock stands, so a part that is computed again finds the same ones. Where the softmax is
+not quantized, training takes the fused kernels of ``scaled_dot_product_attention``; `softmax_in_training` makes it take
+them although it is.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from bitbrush.errors import InputError
-from bitbrush.network.activation import ActivationQuantizer
+from bitbrush.network.activation import ActivationQuantizer, fused_form, round_trip
 from bitbrush.network.clock import Clock
 from bitbrush.network.layers import Face
+from bitbrush.numbers.codec import expand_activation_scale, reciprocal
 from bitbrush.numbers.grid import LayerSpec
+from bitbrush.numbers.straight_through import fake_quantize
 
 OPERANDS = ("q", "k", "v", "softmax")
+PART = 64 << 20
+"""Bytes that the float32 scores of one part may take; a handful of tensors of that size exist at a time."""
+
+SoftmaxForm = Literal["exact", "float"]
 
 
 class QuantAttention(nn.Module):
@@ -34,6 +50,7 @@ class QuantAttention(nn.Module):
         super().__init__()
         self.original = original
         self.face: Face = "float"
+        self.training_softmax: SoftmaxForm = "exact"
         for name in OPERANDS:
             spec = specs[name].activation if name in specs else None
             rows = times if spec is not None and spec.timed else 1
@@ -76,23 +93,150 @@ class QuantAttention(nn.Module):
             context = x
         elif attn.norm_cross:
             context = attn.norm_encoder_hidden_states(context)
-        batch = x.shape[0]
         q, k, v = (_heads(t, attn.heads) for t in (attn.to_q(x), attn.to_k(context), attn.to_v(context)))
         if attn.norm_q is not None:
             q = attn.norm_q(q)
         if attn.norm_k is not None:
             k = attn.norm_k(k)
-        scores = self._quantized("q", q) @ self._quantized("k", k).transpose(-1, -2) * (q.shape[-1] ** -0.5)
         if mask is not None:
-            mask = attn.prepare_attention_mask(mask, context.shape[1], batch)
-            scores = scores + mask.view(batch, attn.heads, -1, mask.shape[-1])
-        weights = torch.softmax(scores.float(), dim=-1).to(v.dtype)
-        out = self._quantized("softmax", weights) @ self._quantized("v", v)
-        return out.transpose(1, 2).flatten(2)
+            mask = attn.prepare_attention_mask(mask, context.shape[1], len(x))
+            mask = mask.view(len(x), attn.heads, -1, mask.shape[-1])
+        return self._product(q, k, v, mask).transpose(1, 2).flatten(2)
 
-    def _quantized(self, name: str, x: Tensor) -> Tensor:
-        quantizer = getattr(self, name)
-        return x if quantizer is None else quantizer(x, x.ndim - 1)
+    def _product(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention of ``[B, heads, T, d]``; the mask ``[B, heads, T or 1, T']`` is added to the scores."""
+        quantizers: list[ActivationQuantizer | None] = [getattr(self, name) for name in OPERANDS]
+        if any(m is not None and (m._forward_pre_hooks or m._forward_hooks) for m in quantizers):
+            return _explicit(q, k, v, mask, *quantizers)  # somebody watches what they are given: in one piece
+        roundings = [self._rounding(name, t) for name, t in zip(OPERANDS, (q, k, v, q), strict=True)]
+        of_q, of_k, of_v, of_softmax = roundings
+        tables = [t for r in roundings if r is not None and r.tables is not None for t in r.tables]
+        wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *tables))
+        approximate = torch.is_grad_enabled() and self.training_softmax == "float"
+        if self.face == "sim" and (approximate or (wanted and of_softmax is None)):
+            q, k, v = _rounded(of_q, q), _rounded(of_k, k), _rounded(of_v, v)
+            return F.scaled_dot_product_attention(q, k, v, None if mask is None else mask.to(q.dtype))
+        sizes = _sizes(q, k, of_softmax is not None and _spans_batch(of_softmax))
+        counts = -(-q.shape[0] // sizes[0]), -(-q.shape[1] // sizes[1])
+        cuts = [_cut(t, sizes, counts) for t in (q, k, v, mask)] + [_cut_rounding(r, sizes, counts) for r in roundings]
+        parts = []
+        for operands in zip(*cuts, strict=True):
+            if wanted and not torch.compiler.is_compiling():
+                parts.append(checkpoint(_explicit, *operands, use_reentrant=False, preserve_rng_state=False,
+                                        determinism_check="none"))
+            else:
+                parts.append(_explicit(*operands))
+        return _joined(parts, counts[1])
+
+    def _rounding(self, name: str, like: Tensor) -> _Rounding | None:
+        """How an operand is rounded in this forward. The softmax is not there yet: ``like`` has its dimensions."""
+        quantizer: ActivationQuantizer | None = getattr(self, name)
+        if quantizer is None or not quantizer.enabled:
+            return None
+        dim = like.ndim - 1
+        if name == "softmax" and quantizer.spec.mode == "dynamic":
+            return _Rounding(quantizer, None)
+        if quantizer.trial_rows is not None:
+            tables = (expand_activation_scale(t, quantizer.segments, like.ndim, dim) for t in quantizer.trial_rows())
+            return _Rounding(quantizer, tuple(tables), trial=True)
+        if quantizer.trial_scale is not None or quantizer.trial_zero_point is not None:
+            scale, zero = quantizer._trial(like, dim)
+            return _Rounding(quantizer, (scale, reciprocal(scale.detach()), zero), trial=True)
+        return _Rounding(quantizer, quantizer.parameters_for(like, dim))
+
+
+class _Rounding(NamedTuple):
+    """How one operand is rounded in one forward.
+
+    ``tables`` are (scale, reciprocal, zero_point), shaped ``[B or 1, ..]``; None for a softmax whose scales are
+    found at run time. ``trial``: they are being trained.
+    """
+
+    quantizer: ActivationQuantizer
+    tables: tuple[Tensor, ...] | None
+    trial: bool = False
+
+
+def _spans_batch(rounding: _Rounding) -> bool:
+    """Whether the scale depends on all samples at once, and is not known yet."""
+    return rounding.tables is None and rounding.quantizer.spec.granularity == "tensor"
+
+
+def _rounded(rounding: _Rounding | ActivationQuantizer | None, x: Tensor) -> Tensor:
+    if rounding is None:
+        return x
+    if isinstance(rounding, ActivationQuantizer):
+        out: Tensor = rounding(x, x.ndim - 1)
+        return out
+    top = rounding.quantizer.top
+    tables = rounding.tables
+    scale, inverse, zero = rounding.quantizer.parameters_for(x, x.ndim - 1) if tables is None else tables
+    if rounding.trial or (torch.is_grad_enabled() and x.requires_grad):
+        return fake_quantize(x, scale, zero, top, fused_form(x), inverse)
+    return round_trip(x, scale, inverse, zero, top)
+
+
+def _explicit(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *roundings: _Rounding | ActivationQuantizer | None
+) -> Tensor:
+    """Attention with the scores written out, every operand rounded as given (q, k, v, softmax)."""
+    scores = _rounded(roundings[0], q) @ _rounded(roundings[1], k).transpose(-1, -2)
+    scores *= q.shape[-1] ** -0.5
+    if mask is not None:
+        scores = scores + mask
+    weights = torch.softmax(scores.float(), dim=-1).to(v.dtype)
+    return _rounded(roundings[3], weights) @ _rounded(roundings[2], v)
+
+
+def _sizes(q: Tensor, k: Tensor, whole: bool) -> tuple[int, int]:
+    """(samples, heads) of a part, so that its scores keep to `PART`: one head of one sample at least."""
+    batch, heads = q.shape[:2]
+    one = 4 * q.shape[2] * k.shape[2]
+    if whole or batch * heads * one <= PART:
+        return batch, heads
+    return (PART // (heads * one), heads) if heads * one <= PART else (1, max(1, PART // one))
+
+
+def _cut(t: Tensor | None, sizes: tuple[int, int], counts: tuple[int, int]) -> list[Any]:
+    """The parts of ``[B or 1, heads or 1, ..]``, sample after sample; what broadcasts serves every part."""
+    if t is None:
+        return [None] * (counts[0] * counts[1])
+    return [part for rows in _split(t, 0, sizes[0], counts[0]) for part in _split(rows, 1, sizes[1], counts[1])]
+
+
+def _split(t: Tensor, dim: int, size: int, count: int) -> list[Tensor]:
+    return [t] * count if count == 1 or t.shape[dim] == 1 else list(t.split(size, dim))
+
+
+def _cut_rounding(rounding: _Rounding | None, sizes: tuple[int, int], counts: tuple[int, int]) -> list[Any]:
+    if rounding is None or rounding.tables is None:
+        return [rounding] * (counts[0] * counts[1])
+    cuts = [_cut(t, sizes, counts) for t in rounding.tables]
+    return [rounding._replace(tables=tables) for tables in zip(*cuts, strict=True)]
+
+
+def _joined(parts: list[Tensor], heads: int) -> Tensor:
+    """Parts in the order of `_cut`, ``heads`` of them a sample, as one tensor."""
+    if heads > 1:
+        parts = [torch.cat(parts[i : i + heads], dim=1) for i in range(0, len(parts), heads)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+@contextmanager
+def softmax_in_training(model: nn.Module, form: SoftmaxForm) -> Iterator[None]:
+    """Inside the block, forwards that want gradients compute attention this way.
+
+    ``exact``: as without gradients. ``float``: q, k and v are rounded, the softmax is not. That approximates the
+    network by fused kernels; forwards under ``no_grad`` stay exact, and so does what is stored.
+    """
+    found = [(m, m.training_softmax) for m in model.modules() if isinstance(m, QuantAttention)]
+    for module, _ in found:
+        module.training_softmax = form
+    try:
+        yield
+    finally:
+        for module, former in found:
+            module.training_softmax = former
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
@@ -108,6 +252,12 @@ def install_operands(attention: Any, specs: dict[str, LayerSpec], clock: Clock, 
             why=f"operands are {', '.join(OPERANDS)} of a diffusers Attention module",
             try_="name operands as '<attention module>:q'",
         )
+    by_channel = [name for name, s in specs.items() if s.activation is not None
+                  and s.activation.granularity == "channel"]
+    if by_channel:
+        raise InputError("attention operands have no scales a channel", where=", ".join(by_channel),
+                         why="only the inputs and outputs of layers have a fixed number of channels",
+                         try_="granularity = \"tensor\" for the operands")
     device = attention.to_q.weight.device
     former = attention.processor
     original = former.original if isinstance(former, QuantAttention) else former

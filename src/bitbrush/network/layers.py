@@ -8,7 +8,12 @@ A `QuantLinear` or `QuantConv2d` stands in place of the original module. It has
              the reference kernel is equal to ``sim`` bit for bit, because both multiply the same decoded values.
 
 The weight is stored as *codes*. `pack` packs those codes; nothing is ever quantized twice. While a step trains, it puts
-the relaxed weight into ``trial_weight`` and the sim face uses it; a forward never changes state.
+the relaxed weight into ``trial_weight`` (a bias into ``trial_bias``) and the sim face uses it; a forward never changes
+state. A bias that was trained is the buffer ``trained_bias`` until `pack` makes it the layer's; the float face keeps
+the teacher's.
+
+With ``LayerSpec.input_scale`` the layer computes with ``x * input_scale``, and the codes are those of the *scaled*
+weight ``W / input_scale``: the product is the same, the ranges are not (smoothing). Only `prepare` multiplies.
 
 Both classes derive from the torch class they replace, with ``weight`` as a read-only property that decodes: adapters
 (LoRA through PEFT) then accept the layer as a base. A merge cannot be written back; the plug-in refuses it by name.
@@ -17,8 +22,9 @@ Tensors of a packed layer (these names are the file format, see docs/format.md),
 
     codes{b}           uint8 [N_b, row_bytes]   packed rows of each bit class b
     weight_scale       float32 [N, S]           weight_zero_point  uint8 [N, S]
-    row_order          int32 [N]                only with mixed bits: original row of each stored row
+    row_order          int16 [N]                only with mixed bits: original row of each stored row (see format.md)
     input.scale        float32 [T, S]           input.inverse_scale float32, input.zero_point uint8
+    input_scale        float32 [C]              only with LayerSpec.input_scale
     bias               as in the original
 """
 
@@ -36,6 +42,7 @@ from bitbrush.network.clock import Clock
 from bitbrush.numbers import packing
 from bitbrush.numbers.codec import decode, expand_weight_scale
 from bitbrush.numbers.grid import LayerSpec
+from bitbrush.numbers.straight_through import BINARY_TOP
 
 Face = Literal["float", "sim", "packed"]
 LayerT = TypeVar("LayerT", bound="QuantLayer")
@@ -51,6 +58,8 @@ class QuantLayer(nn.Module):
     codes: Tensor | None
     weight_scale: Tensor
     weight_zero_point: Tensor
+    input_scale: Tensor | None
+    trained_bias: Tensor | None
     input: ActivationQuantizer | None
     kernel_size: tuple[int, ...]
     in_channels_: int
@@ -61,12 +70,22 @@ class QuantLayer(nn.Module):
         self.out_channels_, self.in_channels_ = rows, channels
         self.kernel = "reference"  # which kernel runs the packed face; set by kernels.use
         self.trial_weight: Tensor | None = None
+        self.trial_bias: Tensor | None = None
+        self._row_tables: dict[str, Tensor] = {}  # of mixed bits, by what and where: `top` and `binary_rows`
         self.float_weight = None
         self.register_buffer("codes", None, persistent=False)
+        self.register_buffer("trained_bias", None, persistent=False)
+        if spec.input_scale:
+            self.register_buffer("input_scale", torch.ones(channels))
+        else:
+            self.input_scale = None
         self.input = None
         if spec.activation is not None:
-            segments = spec.segments if len(spec.segments) > 1 and spec.activation.position == "input" else ()
-            self.input = ActivationQuantizer(spec.activation, segments, clock, times if spec.activation.timed else 1)
+            at_input = spec.activation.position == "input"
+            segments = spec.segments if len(spec.segments) > 1 and at_input else ()
+            wide = channels * int(getattr(self, "groups", 1)) if at_input else rows
+            times = times if spec.activation.timed else 1
+            self.input = ActivationQuantizer(spec.activation, segments, clock, times, channels=wide)
         if spec.weight is not None:
             shape = (rows, len(self.segments))
             self.register_buffer("weight_scale", torch.ones(shape))
@@ -105,15 +124,60 @@ class QuantLayer(nn.Module):
         return scale, expand_weight_scale(self.weight_zero_point.float(), self.segments, ndim)
 
     def top(self) -> int | Tensor:
-        """Largest weight code; a tensor ``[N, 1, ..]`` where rows differ in bits."""
+        """Largest weight code, 2 in symmetric 1-bit rows; a tensor ``[N, 1, ..]`` where rows differ in bits."""
         spec = self.spec.weight
         if spec is None:
             raise InternalError("a layer without weight grid has no codes")
         if not spec.row_bits:
-            return spec.grid.levels - 1
-        ndim = 4 if isinstance(self, nn.Conv2d) else 2
-        bits = torch.tensor(spec.row_bits, device=self.weight_scale.device)
-        return ((1 << bits) - 1).float().reshape(-1, *([1] * (ndim - 1)))
+            return BINARY_TOP if spec.halved(spec.grid.bits) else spec.grid.levels - 1
+        return self._by_row("top", [float(BINARY_TOP if spec.halved(b) else (1 << b) - 1) for b in spec.row_bits])
+
+    def binary_rows(self) -> Tensor | None:
+        """True in symmetric 1-bit rows, bool ``[N, 1, (1, 1)]``; None where the layer has no such row."""
+        spec = self.spec.weight
+        if spec is None or not any(spec.halved(bits) for bits in spec.bit_classes()):
+            return None
+        bits = spec.row_bits or (spec.grid.bits,) * self.out_channels_
+        return self._by_row("binary", [spec.halved(b) for b in bits])
+
+    def _by_row(self, what: str, values: list[Any]) -> Tensor:
+        """A value a row, shaped to broadcast; kept, so that a CUDA graph may be captured after the first call."""
+        key = f"{what} {self.weight_scale.device}"
+        if key not in self._row_tables:
+            ones = [1] * (3 if isinstance(self, nn.Conv2d) else 1)
+            with torch.inference_mode(False):  # what is kept must serve training, too
+                self._row_tables[key] = torch.tensor(values, device=self.weight_scale.device).reshape(-1, *ones)
+        return self._row_tables[key]
+
+    def scaled_weight(self) -> Tensor:
+        """The weight that is quantized: ``float_weight / input_scale``, or ``float_weight``; float32, no gradients."""
+        if self.float_weight is None:
+            raise InternalError("the float weight is gone", where=type(self).__name__, why="the layer is packed")
+        weight = self.float_weight.detach().float()
+        return weight if self.input_scale is None else weight / self._per_channel(self.input_scale)
+
+    def _per_channel(self, table: Tensor) -> Tensor:
+        """``[C]`` shaped to broadcast against the weight."""
+        return table.reshape(1, -1, 1, 1) if isinstance(self, nn.Conv2d) else table.reshape(1, -1)
+
+    def set_input_scale(self, scale: Tensor) -> None:
+        """Store factors ``[C]`` for the input's channels. Codes found before, of another weight, are forgotten."""
+        if self.input_scale is None:
+            raise InternalError("the layer's spec has no input scale", where=type(self).__name__)
+        table = scale.detach().to(device=self.input_scale.device, dtype=torch.float32).clone()
+        if table.shape != self.input_scale.shape or not bool((torch.isfinite(table) & (table > 0)).all()):
+            raise InternalError("an input scale must be one positive finite factor a channel",
+                                where=type(self).__name__, why=f"{list(table.shape)} for {self.in_channels_} channels")
+        if not torch.equal(table, self.input_scale):
+            self.codes = None
+        self.input_scale = table
+
+    def set_bias(self, bias: Tensor) -> None:
+        """Store a trained bias ``[N]`` for the sim face, in the dtype of the layer's; `pack` makes it the layer's."""
+        if self.bias is None or bias.shape != self.bias.shape:
+            raise InternalError("the layer has no bias of this shape", where=type(self).__name__,
+                                why=f"{list(bias.shape)} given, {None if self.bias is None else list(self.bias.shape)}")
+        self.trained_bias = bias.detach().to(device=self.bias.device, dtype=self.bias.dtype).clone()
 
     def set_weight(self, codes: Tensor, scale: Tensor, zero_point: Tensor) -> None:
         """Store the codes (weight's shape, uint8) and their tables ``[N, S]``."""
@@ -122,6 +186,17 @@ class QuantLayer(nn.Module):
         self.codes = codes.clone(memory_format=torch.contiguous_format)  # 1x1 weights have ambiguous strides
         self.weight_scale = scale.detach().float().to(device).contiguous()
         self.weight_zero_point = zero_point.detach().to(device=device, dtype=torch.uint8).contiguous()
+        self._check_binary_rows()
+
+    def _check_binary_rows(self) -> None:
+        """Symmetric 1-bit rows hold the codes 0 and 2 around the zero-point 1; anything else could not be packed."""
+        binary = self.binary_rows()
+        if binary is None or self.codes is None:
+            return
+        good = (self.codes == 0) | (self.codes == BINARY_TOP) | ~binary
+        if not bool(good.all()) or not bool((self.weight_zero_point[binary.flatten()] == 1).all()):
+            raise InternalError("a symmetric 1-bit row has other codes than 0 and 2 around zero-point 1",
+                                where=type(self).__name__)
 
     def stored_codes(self) -> Tensor:
         """The weight's codes (weight's shape, uint8), from the packed bytes once packed."""
@@ -130,7 +205,7 @@ class QuantLayer(nn.Module):
         if self.face != "packed" or self.spec.weight is None:
             raise InternalError("the layer has no codes yet", where=type(self).__name__)
         parts = [
-            packing.unpack(getattr(self, f"codes{bits}"), bits, self.row_length)
+            packing.unpack_class(getattr(self, f"codes{bits}"), bits, self.row_length, self.spec.weight)
             for bits in self.spec.weight.bit_classes()
         ]
         rows = torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -139,21 +214,27 @@ class QuantLayer(nn.Module):
         return self._weight_shape(packing.rows_to_weight(rows, self.segments, self.kernel_hw))
 
     def decoded_weight(self) -> Tensor:
-        """Float32 weight that the sim and packed faces multiply with."""
+        """Weight that the sim and packed faces multiply with (the scaled one where there is an input scale): float32,
+        or the float weight as it is where it is not quantized."""
         if self.spec.weight is None:
             if self.float_weight is None:
                 raise InternalError("a layer without weight grid lost its float weight")
-            return self.float_weight
+            return self.float_weight if self.input_scale is None else self.scaled_weight()
         scale, zero = self.scale_tables()
         return decode(self.stored_codes(), scale, zero)
 
     @property
     def weight(self) -> Tensor:
-        """The weight as a float tensor: the original one while it is there, else decoded. Read-only."""
+        """The weight as a float tensor: the original one while it is there, else `restored_weight`. Read-only."""
         if self.float_weight is not None:
             return self.float_weight
-        decoded = self.decoded_weight()
+        decoded = self.restored_weight()
         return decoded.to(self.bias.dtype) if self.bias is not None else decoded
+
+    def restored_weight(self) -> Tensor:
+        """The decoded weight for an input without scale: ``decoded * input_scale``, float32."""
+        decoded = self.decoded_weight()
+        return decoded if self.input_scale is None else decoded * self._per_channel(self.input_scale)
 
     # ---- forward -----------------------------------------------------------------------------------------------
     def forward(self, x: Tensor) -> Tensor:
@@ -167,11 +248,21 @@ class QuantLayer(nn.Module):
         weight = self.trial_weight if self.trial_weight is not None else self.decoded_weight()
         return self.finish(self.operation(self.quantize_input(x), weight.to(x.dtype)))
 
-    def quantize_input(self, x: Tensor) -> Tensor:
-        """``decode(encode(x))``, or ``x`` where the input is not quantized."""
-        if self.input is None or self.input.spec.position == "output":
+    def prepare(self, x: Tensor) -> Tensor:
+        """What is encoded: ``x * input_scale`` in float32, or ``x`` itself where there is no input scale."""
+        if self.input_scale is None:
             return x
-        return self.input(x, self.channel_dim % x.ndim)
+        shape = [1] * x.ndim
+        shape[self.channel_dim % x.ndim] = -1
+        return x.float() * self.input_scale.reshape(shape)
+
+    def quantize_input(self, x: Tensor) -> Tensor:
+        """``decode(encode(prepare(x)))``, or ``prepare(x)`` where the input is not quantized; in the dtype of ``x``."""
+        prepared = self.prepare(x)
+        if self.input is None or self.input.spec.position == "output":
+            return prepared.to(x.dtype)
+        quantized: Tensor = self.input(prepared, self.channel_dim % x.ndim)
+        return quantized.to(x.dtype)
 
     def finish(self, y: Tensor) -> Tensor:
         """Quantize the output where the spec says ``position = "output"`` (PTQ4DM's form)."""
@@ -179,8 +270,15 @@ class QuantLayer(nn.Module):
             return y
         return self.input(y, self.channel_dim % y.ndim)
 
+    def bias_in_use(self, x: Tensor) -> Tensor | None:
+        """The bias of the face shown; one that is trained or was trained comes in the dtype of ``x``."""
+        if self.face != "sim":
+            return self.bias
+        trained = self.trial_bias if self.trial_bias is not None else self.trained_bias
+        return self.bias if trained is None else trained.to(x.dtype)
+
     def operation(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The float operation with a given weight."""
+        """The float operation with a given weight and `bias_in_use`."""
         raise InternalError("QuantLayer is abstract", where=type(self).__name__)
 
     # ---- packing -----------------------------------------------------------------------------------------------
@@ -194,35 +292,41 @@ class QuantLayer(nn.Module):
                 shape = (rows, packing.row_bytes(self.row_length, bits))
                 self.register_buffer(f"codes{bits}", torch.empty(shape, dtype=torch.uint8, device=device))
             if spec.row_bits:
-                order = torch.empty(self.out_channels_, dtype=torch.int32, device=device)
+                order = torch.empty(self.out_channels_, dtype=packing.order_dtype(self.out_channels_), device=device)
                 self.register_buffer("row_order", order)
-        self._drop_codes()
-        self.face = "packed"
+        self._finish_packing()
 
-    def _drop_codes(self) -> None:
-        """Forget the unpacked codes, the (empty) buffer too: offloading hooks cannot move a buffer that is None."""
-        self.__dict__.get("_buffers", {}).pop("codes", None)
-        self._non_persistent_buffers_set.discard("codes")
-        self.__dict__["codes"] = None
+    def _finish_packing(self) -> None:
+        """Show the packed face. What only the sim face has goes, the empty buffers too: offloading hooks cannot move a
+        buffer that is None. A trained bias becomes the layer's."""
+        if self.trained_bias is not None:
+            self.bias = nn.Parameter(self.trained_bias, requires_grad=False)
+        self.trial_weight = self.trial_bias = None
+        for name in ("codes", "trained_bias"):
+            self.__dict__.get("_buffers", {}).pop(name, None)
+            self._non_persistent_buffers_set.discard(name)
+            self.__dict__[name] = None
+        self.face = "packed"
 
     def pack(self) -> None:
         """Pack the stored codes and free the float weight. The bytes hold exactly `stored_codes`."""
         spec = self.spec.weight
         if spec is None:
-            self._drop_codes()
-            self.face = "packed"
+            self._finish_packing()
             return
+        self._check_binary_rows()
         codes = self.stored_codes().reshape(self.out_channels_, -1, *self.kernel_hw)
         rows = packing.weight_rows(codes, self.segments, self.weight_zero_point)
         self.declare_packed(device=rows.device)
         if spec.row_bits:
             bits_of = torch.tensor(spec.row_bits, device=rows.device)
             order = torch.argsort(bits_of, stable=True)
-            self.register_buffer("row_order", order.to(torch.int32))
+            self.register_buffer("row_order", order.to(packing.order_dtype(len(order))))
             for bits in spec.bit_classes():
-                setattr(self, f"codes{bits}", packing.pack(rows[order[bits_of[order] == bits]], bits))
+                members = rows[order[bits_of[order] == bits]]
+                setattr(self, f"codes{bits}", packing.pack_class(members, bits, spec))
         else:
-            setattr(self, f"codes{spec.grid.bits}", packing.pack(rows, spec.grid.bits))
+            setattr(self, f"codes{spec.grid.bits}", packing.pack_class(rows, spec.grid.bits, spec))
         self.float_weight = None
 
     def packed_bytes(self) -> int:
@@ -251,7 +355,7 @@ class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[misc, override]
 
     def operation(self, x: Tensor, weight: Tensor) -> Tensor:
         """``x W^T + b``."""
-        return F.linear(x, weight, self.bias)
+        return F.linear(x, weight, self.bias_in_use(x))
 
 
 class QuantConv2d(QuantLayer, nn.Conv2d):  # type: ignore[override]
@@ -283,7 +387,7 @@ class QuantConv2d(QuantLayer, nn.Conv2d):  # type: ignore[override]
 
     def operation(self, x: Tensor, weight: Tensor) -> Tensor:
         """Convolution; padding with zeros is padding with the zero-point's code, which decodes to 0."""
-        return self._conv_forward(x, weight, self.bias)
+        return self._conv_forward(x, weight, self.bias_in_use(x))
 
 
 def _adopt(layer: LayerT, module: nn.Module) -> LayerT:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import nn
@@ -28,6 +28,33 @@ def wrap(model: nn.Module, plan: Plan) -> Clock:
     return clock
 
 
+def rewrap(model: nn.Module, plan: Plan, names: Iterable[str], clock: Clock) -> None:
+    """Give the named layers of a wrapped model their specs in ``plan``; all others keep their state.
+
+    A named layer starts anew in the face it showed: codes, tables and trained biases are dropped, the float weight
+    stays. Attention operands start anew together with the other operands of their attention.
+
+    Args:
+        model: A model that `wrap` has wrapped, not yet packed.
+        plan: The new plan; its time grid is the one of ``clock``.
+        names: Entries of the plan that changed.
+        clock: The clock of the model, kept.
+    """
+    times, owners = len(plan.timesteps) or 1, set()
+    for name in names:
+        _check(name, plan.layers[name])
+        if is_operand(name):
+            owners.add(name.partition(":")[0])
+            continue
+        former = model.get_submodule(name)
+        layer = _wrapped(former, name, plan.layers[name], clock, times)
+        layer.face = former.face if isinstance(former, QuantLayer) else "float"
+        _replace(model, name, layer)
+    if owners:
+        of_these = {name: spec for name, spec in plan.layers.items() if name.partition(":")[0] in owners}
+        _operands(model, plan.model_copy(update={"layers": of_these}), clock)
+
+
 def declare(model: nn.Module, plan: Plan) -> Clock:
     """Replace every layer of the plan by an empty packed layer of the final shapes, for loading an artifact into.
 
@@ -46,9 +73,8 @@ def declare(model: nn.Module, plan: Plan) -> Clock:
         layer = _wrapped(module, name, spec, clock, len(plan.timesteps) or 1)
         if spec.weight is not None:
             layer.float_weight = None
-            layer.declare_packed()
-            layer.to(device)
-        layer.face = "packed"
+        layer.declare_packed()
+        layer.to(device)
         _replace(model, name, layer)
     _operands(model, plan, clock)
     set_face(model, "packed")
@@ -101,12 +127,7 @@ def is_operand(name: str) -> bool:
 
 def _prepare(model: nn.Module, plan: Plan) -> Clock:
     for name, spec in plan.layers.items():
-        if spec.unsupported():
-            raise InputError(
-                f"this release cannot run {', '.join(spec.unsupported())}", where=name,
-                why="the layer spec asks for a partition or grid that a later release brings",
-                try_="bitbrush recipes show NAME, and choose another setting",
-            )
+        _check(name, spec)
     earlier = getattr(model, "bitbrush_clock", None)
     if isinstance(earlier, Clock):
         earlier.detach()
@@ -121,6 +142,15 @@ def _prepare(model: nn.Module, plan: Plan) -> Clock:
     return clock
 
 
+def _check(name: str, spec: LayerSpec) -> None:
+    if spec.unsupported():
+        raise InputError(
+            f"this release cannot run {', '.join(spec.unsupported())}", where=name,
+            why="the layer spec asks for a partition or grid that a later release brings",
+            try_="bitbrush recipes show NAME, and choose another setting",
+        )
+
+
 def _wrapped(module: nn.Module, name: str, spec: LayerSpec, clock: Clock, times: int) -> QuantLayer:
     conv = isinstance(module, nn.Conv2d)
     channels = module.in_channels // module.groups if conv else getattr(module, "in_features", 0)  # type: ignore[operator]
@@ -129,6 +159,12 @@ def _wrapped(module: nn.Module, name: str, spec: LayerSpec, clock: Clock, times:
             f"the segments {spec.segments} do not make up the layer's input", where=name,
             why=f"they sum to {sum(spec.segments)}, the layer has {channels} input channels",
             try_="take the boundary that `bitbrush inspect` shows",
+        )
+    if spec.input_scale and conv and module.groups != 1:
+        raise InputError(
+            "the input of a grouped convolution cannot be scaled by channel", where=name,
+            why=f"groups = {module.groups}: one factor would serve several channels",
+            try_="leave the layer out of the smooth step's pattern",
         )
     if isinstance(module, nn.Linear):
         return QuantLinear.wrap(module, spec, clock, times)

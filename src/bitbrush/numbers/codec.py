@@ -12,12 +12,15 @@ The arithmetic is pinned so that two devices and two releases agree on every cod
 * the division is a multiplication with the float32 reciprocal of the scale (`reciprocal`), which is computed once, by
   an IEEE division, and then kept;
 * rounding is half to even (``torch.round``);
-* scales are float32 and positive, zero-points are integers, so 0 is always exactly representable;
+* scales are float32 and positive, zero-points are integers, so 0 is exactly representable (but
+  in symmetric 1-bit rows, whose codes are 0 and 2 around the zero-point 1);
 * a channel that is constant ``c`` gets scale ``|c|`` and codes 0 or +-1, hence it is exact, never an epsilon floor.
 
 The learned form of weight rounding (AdaRound, Nagel et al. 2020, eq. 22) replaces the rounding by
 ``floor(x / scale) + h`` with ``h`` in [0, 1]: `encode_offset`. After hardening ``h`` is 0 or 1 and the codes are as
 stored as any others.
+
+The forms with gradients are in `bitbrush.numbers.straight_through`.
 
 Shapes: ``scale`` and ``zero_point`` broadcast against ``x``; `expand_weight_scale` and `expand_activation_scale` bring
 the tables ``[N, S]`` and ``[T, S]`` into that form.
@@ -44,7 +47,7 @@ def encode(x: Tensor, inverse_scale: Tensor, zero_point: Tensor, top: int | Tens
         top: Largest code, ``2**bits - 1``; a tensor where rows differ in bits.
     """
     code = torch.round(x.float() * inverse_scale) + zero_point
-    return _clamp(code, top)
+    return clamp(code, top)
 
 
 def encode_offset(x: Tensor, inverse_scale: Tensor, zero_point: Tensor, top: int | Tensor, offset: Tensor) -> Tensor:
@@ -52,7 +55,7 @@ def encode_offset(x: Tensor, inverse_scale: Tensor, zero_point: Tensor, top: int
 
     ``offset`` in {0, 1} gives integers; a soft offset in [0, 1] gives the relaxed codes that AdaRound trains.
     """
-    return _clamp(torch.floor(x.float() * inverse_scale) + offset + zero_point, top)
+    return clamp(torch.floor(x.float() * inverse_scale) + offset + zero_point, top)
 
 
 def decode(code: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
@@ -60,18 +63,8 @@ def decode(code: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     return (code.float() - zero_point) * scale
 
 
-def fake(x: Tensor, scale: Tensor, zero_point: Tensor, top: int | Tensor) -> Tensor:
-    """``decode(encode(x))`` with straight-through gradients.
-
-    Rounding passes gradients unchanged; clamping passes them to ``x`` inside the range only, and to ``scale`` through
-    the clamped codes (Esser et al. 2020, LSQ eq. 3, without its gradient scale).
-    """
-    scaled = x.float() / scale if scale.requires_grad else x.float() * reciprocal(scale)
-    rounded = scaled + (torch.round(scaled) - scaled).detach()
-    return decode(_clamp(rounded + zero_point, top), scale, zero_point)
-
-
-def _clamp(code: Tensor, top: int | Tensor) -> Tensor:
+def clamp(code: Tensor, top: int | Tensor) -> Tensor:
+    """Codes limited to ``0 .. top``."""
     if isinstance(top, Tensor):
         return torch.minimum(code.clamp_min(0), top)
     return code.clamp(0, top)
@@ -98,6 +91,6 @@ def expand_activation_scale(table: Tensor, segments: tuple[int, ...], ndim: int,
 
 def _spread(table: Tensor, segments: tuple[int, ...]) -> Tensor:
     """Columns of a table ``[R, S]`` repeated for their channels, ``[R, C]``; shapes stay static for compilers."""
-    if table.shape[1] == 1:
+    if table.shape[1] == 1 or table.shape[1] == sum(segments):  # one scale for all, or one a channel already
         return table
     return torch.cat([table[:, s : s + 1].expand(-1, count) for s, count in enumerate(segments)], dim=1)

@@ -48,13 +48,22 @@ class Grid(BaseModel):
 
 
 class WeightSpec(BaseModel):
-    """Grid and row partition of a layer's weight ``[N, C, kh, kw]`` (``[N, C]`` for linear layers)."""
+    """Grid and row partition of a layer's weight ``[N, C, kh, kw]`` (``[N, C]`` for linear layers).
+
+    ``binary`` says what rows of 1 bit hold: ``affine`` {0, s} or {-s, 0}, as any other grid; ``symmetric`` {-s, +s},
+    with the codes {0, 2} around the zero-point 1.
+    """
 
     model_config = _FROZEN
     grid: Grid = Grid(bits=4)
     granularity: Literal["row", "tensor"] = "row"
     row_bits: tuple[Annotated[int, Field(ge=1, le=8)], ...] = ()
     rounding: Literal["nearest", "offset"] = "nearest"
+    binary: Literal["affine", "symmetric"] = "affine"
+
+    def halved(self, bits: int) -> bool:
+        """Whether rows of ``bits`` bits are symmetric 1-bit rows, whose codes {0, 2} are stored as {0, 1}."""
+        return bits == 1 and self.binary == "symmetric"
 
     def bit_classes(self) -> tuple[int, ...]:
         """Distinct bit widths of the rows, ascending."""
@@ -78,8 +87,9 @@ class ActivationSpec(BaseModel):
     lookup: Lookup = "nearest"
 
     def runnable_granularity(self) -> bool:
-        """Whether this release computes scales of this granularity: tensor always, token only at run time."""
-        return self.granularity == "tensor" or (self.granularity == "token" and self.mode == "dynamic")
+        """Whether this release has such scales: a tensor always, a token at run time only, a channel static only."""
+        modes = {"tensor": ("static", "dynamic"), "token": ("dynamic",), "channel": ("static",), "pixel": ()}
+        return self.mode in modes[self.granularity]
 
 
 class LayerSpec(BaseModel):
@@ -104,7 +114,6 @@ class LayerSpec(BaseModel):
         """Names of fields set to something this release cannot run."""
         found = [
             ("sorted_channels", self.sorted_channels),
-            ("input_scale", self.input_scale),
             ("low_rank", self.low_rank > 0),
             ("rotation", self.rotation != "none"),
             ("exempt", bool(self.exempt)),
@@ -139,7 +148,7 @@ class Plan(BaseModel):
         specs: list[dict[str, Any]] = []
         index: dict[str, int] = {}
         for name, spec in self.layers.items():
-            data = spec.model_dump(mode="json")
+            data = _spec_json(spec)
             if data not in specs:
                 specs.append(data)
             index[name] = specs.index(data)
@@ -161,3 +170,11 @@ class Plan(BaseModel):
                 raise ValueError(f"layers.{name}: no spec number {i!r}")
             layers[name] = specs[i]
         return cls(layers=layers, timesteps=tuple(float(t) for t in data.get("timesteps", ())))
+
+
+def _spec_json(spec: LayerSpec) -> dict[str, Any]:
+    """JSON of a spec. What format 1 did not have from the start is left out at its default: digests stay the same."""
+    data = spec.model_dump(mode="json")
+    if spec.weight is not None and spec.weight.binary == "affine":
+        del data["weight"]["binary"]
+    return data

@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bitbrush.numbers.grid import WeightSpec
+
 SEGMENT_ALIGN = 32
 ROW_ALIGN = 16
 
@@ -80,6 +82,25 @@ def unpack(data: Tensor, bits: int, length: int) -> Tensor:
     if out is None:
         raise ValueError("bits must be 1 to 8")
     return out
+
+
+def pack_class(codes: Tensor, bits: int, spec: WeightSpec) -> Tensor:
+    """`pack` for the rows of one bit class of a weight: symmetric 1-bit codes {0, 2} are stored as {0, 1}.
+
+    Their padding, the zero-point's code 1, becomes 0, that is the value ``-s``: readers must not count it.
+    """
+    return pack(codes.to(torch.uint8) >> 1 if spec.halved(bits) else codes, bits)
+
+
+def unpack_class(data: Tensor, bits: int, length: int, spec: WeightSpec) -> Tensor:
+    """Inverse of `pack_class`, except for the padding of symmetric 1-bit rows: codes ``[N, length]`` uint8."""
+    codes = unpack(data, bits, length)
+    return codes << 1 if spec.halved(bits) else codes
+
+
+def order_dtype(rows: int) -> torch.dtype:
+    """Type of ``row_order`` in a layer of so many rows: the smallest that holds every row's number."""
+    return torch.int16 if rows <= torch.iinfo(torch.int16).max else torch.int32
 
 
 def padded(segments: tuple[int, ...]) -> tuple[int, ...]:

@@ -1,0 +1,121 @@
+"""The Triton code of `bitbrush.kernels.triton_fake`. Importing this module imports Triton.
+
+Parameters have no annotations but Triton's own: it takes every other one for a global variable that the kernel reads.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.errors import TritonError
+
+ERRORS = (TritonError,)
+"""What building a kernel may raise besides built-in errors."""
+
+
+@triton.jit
+def _half_even(v):
+    """``round`` half to even of float32: ``v - floor(v)`` is exact wherever it decides."""
+    low = tl.floor(v)
+    above = v - low
+    odd = (low - 2.0 * tl.floor(low * 0.5)) == 1.0
+    return tl.where((above > 0.5) | ((above == 0.5) & odd), low + 1.0, low)
+
+
+@triton.jit
+def forward(
+    x_ptr, out_ptr, scale_ptr, inverse_ptr, zero_ptr, length, top,
+    BLOCK: tl.constexpr,
+):
+    """One block of one row: out = (clamp(round(x * inverse) + zero, 0, top) - zero) * scale."""
+    row = tl.program_id(1)
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    where = row.to(tl.int64) * length + column
+    scale, inverse, zero = tl.load(scale_ptr + row), tl.load(inverse_ptr + row), tl.load(zero_ptr + row)
+    x = tl.load(x_ptr + where, mask=column < length, other=0.0).to(tl.float32)
+    code = _half_even(x * inverse) + zero
+    code = tl.where(code < 0.0, 0.0, tl.where(code > top, top, code))  # NaN stays NaN, as in torch.clamp
+    tl.store(out_ptr + where, ((code - zero) * scale).to(out_ptr.dtype.element_ty), mask=column < length)
+
+
+@triton.jit
+def backward(
+    grad_ptr, x_ptr, dx_ptr, dscale_ptr, dzero_ptr, scale_ptr, inverse_ptr,
+    zero_ptr, length, top, TABLES: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """One block of one row: dx, and with TABLES the block's sums for dscale and dzero at [row, block]."""
+    row = tl.program_id(1)
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    where = row.to(tl.int64) * length + column
+    scale, inverse, zero = tl.load(scale_ptr + row), tl.load(inverse_ptr + row), tl.load(zero_ptr + row)
+    x = tl.load(x_ptr + where, mask=column < length, other=0.0).to(tl.float32)
+    grad = tl.load(grad_ptr + where, mask=column < length, other=0.0)
+    v = x * inverse
+    rounded = _half_even(v)
+    code = rounded + zero
+    inside = (code >= 0.0) & (code <= top)
+    tl.store(dx_ptr + where, tl.where(inside, grad, 0.0).to(dx_ptr.dtype.element_ty), mask=column < length)
+    if TABLES:
+        end = tl.where(code < 0.0, 0.0, tl.where(code > top, top, code))
+        slope = tl.where(inside, rounded - v, end - zero)
+        wide = grad.to(tl.float32)
+        place = row * tl.num_programs(0) + tl.program_id(0)
+        tl.store(dscale_ptr + place, tl.sum(wide * slope))
+        tl.store(dzero_ptr + place, tl.sum(tl.where(inside, 0.0, -(wide * scale))))
+
+
+@triton.jit
+def weight_forward(
+    w_ptr, offset_ptr, out_ptr, start_ptr, length_ptr, scale_ptr, inverse_ptr, zero_ptr, top_ptr, binary_ptr,
+    OFFSET: tl.constexpr, BINARY: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """One row: out = (code - zero) * scale, where code is rounded to nearest, or down and up by OFFSET's decision."""
+    row = tl.program_id(0)
+    start, length = tl.load(start_ptr + row), tl.load(length_ptr + row)
+    scale, inverse = tl.load(scale_ptr + row), tl.load(inverse_ptr + row)
+    zero, top = tl.load(zero_ptr + row), tl.load(top_ptr + row)
+    for begin in range(0, length, BLOCK):
+        column = begin + tl.arange(0, BLOCK)
+        w = tl.load(w_ptr + start + column, mask=column < length, other=0.0)
+        if OFFSET:
+            up = tl.load(offset_ptr + start + column, mask=column < length, other=0).to(tl.float32)
+            code = (tl.floor(w * inverse) + up) + zero
+        else:
+            code = _half_even(w * inverse) + zero
+        code = tl.where(code < 0.0, 0.0, tl.where(code > top, top, code))
+        if BINARY:
+            code = tl.where(tl.load(binary_ptr + row) != 0, tl.where(w >= 0.0, 2.0, 0.0), code)
+        tl.store(out_ptr + start + column, (code - zero) * scale, mask=column < length)
+
+
+@triton.jit
+def weight_backward(
+    grad_ptr, w_ptr, offset_ptr, dw_ptr, dscale_ptr, start_ptr, length_ptr, inverse_ptr, zero_ptr, top_ptr,
+    binary_ptr, OFFSET: tl.constexpr, BINARY: tl.constexpr, TABLES: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """One row: dw, and with TABLES the sum over the row for dscale."""
+    row = tl.program_id(0)
+    start, length = tl.load(start_ptr + row), tl.load(length_ptr + row)
+    inverse, zero, top = tl.load(inverse_ptr + row), tl.load(zero_ptr + row), tl.load(top_ptr + row)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for begin in range(0, length, BLOCK):
+        column = begin + tl.arange(0, BLOCK)
+        w = tl.load(w_ptr + start + column, mask=column < length, other=0.0)
+        grad = tl.load(grad_ptr + start + column, mask=column < length, other=0.0)
+        v = w * inverse
+        if OFFSET:
+            rounded = tl.floor(v) + tl.load(offset_ptr + start + column, mask=column < length, other=0).to(tl.float32)
+        else:
+            rounded = _half_even(v)
+        code = rounded + zero
+        inside = (code >= 0.0) & (code <= top)
+        slope = tl.where(inside, rounded - v, tl.where(code < 0.0, 0.0, tl.where(code > top, top, code)) - zero)
+        if BINARY:
+            binary = tl.load(binary_ptr + row) != 0
+            inside = tl.where(binary, tl.abs(v) <= 1.0, inside)
+            slope = tl.where(binary, tl.where(w >= 0.0, 1.0, -1.0), slope)
+        tl.store(dw_ptr + start + column, tl.where(inside, grad, 0.0), mask=column < length)
+        if TABLES:
+            total += grad * slope
+    if TABLES:
+        tl.store(dscale_ptr + row, tl.sum(total))
