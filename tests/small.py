@@ -73,7 +73,7 @@ def execute(folder: Path, pipe: Any, text: str = WHOLE, *, seed: int = 0, **choi
     return run
 
 
-def least_unet(seed: int = 0) -> UNet2DModel:
+def least_unet(seed: int = 0, channels: int = 4) -> UNet2DModel:
     """A UNet of a dozen layers, two of them shortcut convolutions of an up block."""
     torch.manual_seed(seed)
     return UNet2DModel(
@@ -81,7 +81,7 @@ def least_unet(seed: int = 0) -> UNet2DModel:
         in_channels=1,
         out_channels=1,
         layers_per_block=1,
-        block_out_channels=(4,),
+        block_out_channels=(channels,),
         down_block_types=("DownBlock2D",),
         up_block_types=("UpBlock2D",),
         norm_num_groups=2,
@@ -89,9 +89,9 @@ def least_unet(seed: int = 0) -> UNet2DModel:
     ).eval()
 
 
-def least_pipeline(seed: int = 0) -> DDIMPipeline:
+def least_pipeline(seed: int = 0, channels: int = 4) -> DDIMPipeline:
     """The smallest pipeline that can be quantized, for tests that repeat a run hundreds of times."""
-    pipe = DDIMPipeline(unet=least_unet(seed), scheduler=DDIMScheduler(num_train_timesteps=1000))
+    pipe = DDIMPipeline(unet=least_unet(seed, channels), scheduler=DDIMScheduler(num_train_timesteps=1000))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from bitbrush import __version__, assets, inspection, loading
 from bitbrush.engine.disk import Disk
-from bitbrush.engine.estimate import estimate, in_words, peak_memory
+from bitbrush.engine.estimate import estimate, in_words, peak_memory, weight_bits
 from bitbrush.engine.journal import Journal
 from bitbrush.engine.planning import make_plan
 from bitbrush.engine.progress import Progress, TqdmProgress
@@ -41,6 +41,7 @@ class Result:
         proof: Layer by layer, that packed equals simulated.
         history: Losses of the units, bits and bytes of the layers, activation ranges a timestep.
         seconds, peak_memory: Of this run (bytes; GPU memory where a GPU was used).
+        costs: Step to ``seconds`` and, on a GPU, ``peak_memory``, of what this run did itself (not of what it resumed).
         output: The artifact's folder, when one was asked for.
     """
 
@@ -52,6 +53,7 @@ class Result:
     seconds: float
     peak_memory: int
     output: Path | None = None
+    costs: dict[str, dict[str, float]] = field(default_factory=dict)
     source: str | None = field(default=None, repr=False)
 
     def save_pretrained(self, path: str | Path) -> None:
@@ -235,7 +237,7 @@ def _result(run: Run, opened: loading.Opened, started: float, output: Path | Non
         units.append(notes)
     layers = {
         name: {
-            "weight_bits": layer.spec.weight.grid.bits if layer.spec.weight else 16,
+            "weight_bits": round(weight_bits(layer.spec), 4),
             "activation_bits": layer.spec.activation.grid.bits if layer.spec.activation else 16,
             "parameters": next(s.parameters for s in run.survey.sites if s.name == name),
             "packed_bytes": layer.packed_bytes(), "segments": list(layer.spec.segments),
@@ -252,8 +254,9 @@ def _result(run: Run, opened: loading.Opened, started: float, output: Path | Non
     proof = {"format": 1, "ok": all(p.get("ok", False) for p in proofs.values()), "model": verify, "layers": proofs}
     source = opened.source if Path(opened.source).is_dir() else None
     target = opened.pipeline if opened.pipeline is not None else opened.model
+    peaks = [int(cost.get("peak_memory", 0)) for cost in run.costs.values()]
     return Result(target, run.plan, proof, history, run.recipe, time.perf_counter() - started,
-                  peak_memory(_device(opened.model).type), output, source)
+                  max([peak_memory(_device(opened.model).type), *peaks]), output, run.costs, source)
 
 
 def _inspect(opened: loading.Opened, recipe: Recipe, device: str) -> inspection.Inspection:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from bitbrush.engine.estimate import estimate, model_bytes
+from bitbrush.engine.estimate import estimate, foreseen, model_bytes, weight_bits
 from bitbrush.engine.planning import Planned
 from bitbrush.engine.recipe import Recipe
 from bitbrush.network.survey import Survey
@@ -17,7 +17,8 @@ class Inspection:
 
     Attributes:
         rows: One dict a layer, in execution order: name, kind, shape, parameters, macs, share_of_weights,
-            share_of_compute (0 to 1), weight_bits, activation_bits (16 = float), segments, block, note.
+            share_of_compute (0 to 1), weight_bits (the mean where rows differ), activation_bits (16 = float), segments,
+            block, note.
         kept_float: Layers that stay float: name, parameters, share, why.
         totals: parameters, float_bytes (bf16), packed_bytes, average_bits (everything kept counts), macs, layers.
         estimates: device, seconds, peak_bytes, tape_bytes, forwards, macs_per_second, advice; see `engine.estimate`.
@@ -68,7 +69,7 @@ def build(
     rows = []
     for site in sites:
         spec = planned.plan.layers.get(site.name)
-        weight, activation = (spec.weight, spec.activation) if spec else (None, None)
+        activation = spec.activation if spec else None
         segments = site.boundary if splits and spec else ()
         rows.append(
             {
@@ -79,7 +80,7 @@ def build(
                 "macs": site.macs,
                 "share_of_weights": site.parameters / all_weights,
                 "share_of_compute": site.macs / all_macs,
-                "weight_bits": weight.grid.bits if weight else 16,
+                "weight_bits": weight_bits(spec),
                 "activation_bits": activation.grid.bits if activation else 16,
                 "segments": list(segments),
                 "block": site.block,
@@ -108,7 +109,7 @@ def build(
                 "why": "only Conv2d and Linear weights are quantized",
             }
         )
-    sizes = model_bytes(survey, planned.plan)
+    sizes = model_bytes(survey, foreseen(survey, planned.plan, recipe))
     totals = {
         "parameters": sizes["parameters"],
         "float_bytes": sizes["bf16_bytes"],

@@ -11,6 +11,7 @@ from bitbrush.api import read_recipe
 from bitbrush.engine.planning import make_plan, matches
 from bitbrush.errors import InputError
 from bitbrush.network.survey import Survey, survey
+from small import complete
 
 
 @pytest.fixture(scope="module")
@@ -115,9 +116,72 @@ def test_attention_operands(found: Survey, tmp_path: Path) -> None:
         assert spec.weight is None and spec.activation is not None and spec.activation.grid.bits == 6
 
 
+def test_binary_rows(found: Survey, tmp_path: Path) -> None:
+    ran = 0
+    rules = {"{}": "affine", '{ binary = "affine" }': "affine", '{ binary = "symmetric" }': "symmetric"}
+    for rule, want in rules.items():
+        specs = plan(found, tmp_path, f'"*" = {{ weight = {rule} }}', 1).plan.layers.values()
+        assert {s.weight.binary for s in specs if s.weight} == {want} and len(specs) > 50
+        ran += 1
+    assert ran == 3
+
+
+def test_scales_a_channel(found: Survey, tmp_path: Path) -> None:
+    rule = '"{}" = {{ activation = {{ granularity = "channel"{} }} }}'
+    specs = plan(found, tmp_path, rule.format("*", ", timed = true")).plan.layers.values()
+    assert {s.activation.granularity for s in specs if s.activation} == {"channel"} and len(specs) > 50
+    assert not any(s.unsupported() for s in specs)
+    refused = {rule.format("conv_in", ', mode = "dynamic"'): ("conv_in", "run time"),
+               rule.format("*:softmax", ""): (":softmax", "attention")}
+    for text, (where, why) in refused.items():
+        with pytest.raises(InputError, match="per channel") as caught:
+            plan(found, tmp_path, text)
+        assert (caught.value.where or "").endswith(where) and why in (caught.value.why or "") and caught.value.try_
+    assert len(refused) == 2
+
+
 def test_scales_a_token_in_a_wide_convolution(found: Survey, tmp_path: Path) -> None:
     rule = '"{}" = {{ activation = {{ mode = "dynamic", granularity = "token" }} }}'
     with pytest.raises(InputError, match="per token"):
         plan(found, tmp_path, rule.format("conv_in"))
     assert plan(found, tmp_path, rule.format("*.to_q")).plan.layers
     assert plan(found, tmp_path, rule.format("*.conv_shortcut")).plan.layers  # 1x1: a product per position
+
+
+def test_steps_check_their_patterns_against_the_model(found: Survey, tmp_path: Path) -> None:
+    """While planning: nothing slow has happened yet. A step that is switched off is not asked."""
+    path = tmp_path / "r.toml"
+
+    def planned(do: str, keys: str, layers: str = '"*" = { weight = {}, activation = {} }') -> object:
+        fits = "".join(f'[[step]]\ndo = "fit"\nid = "{w}"\nwhat = "{w}"\n' for w in ("weights", "activations"))
+        steps = {"smooth": ("", fits), "allocate": (fits, ""), "finetune": (fits, "")}[do]
+        path.write_text(f'name = "r"\n[layers]\n{layers}\n[[step]]\ndo = "calibrate"\n{steps[0]}'
+                        f'[[step]]\ndo = "{do}"\n{keys}\n{steps[1]}')
+        return make_plan(found, read_recipe(path, 4, 8))
+
+    wrong = [
+        ("smooth", 'layers = "conv_inn"', "layers", "nearest layer: conv_in", "enabled = false"),
+        ("smooth", 'layers = "conv_in | *:q"', "layers", "", "enabled = false"),
+        ("allocate", 'layers = "*.conv3"', "layers", "nearest layer: ", "shares = 0"),
+        ("finetune", 'layers = "mid_blok.resnets.0.conv1"', "layers", "mid_block.resnets.0.conv1", "iterations = 0"),
+        ("finetune", 'layers = "qkv_fff"', "layers", "", "iterations = 0"),
+        ("finetune", 'layers = "*:q"', "layers", "", "iterations = 0"),
+        ("finetune", 'frozen = "conv_in | conv_ou"', "frozen", "nearest layer: conv_out", "iterations = 0"),
+        ("finetune", 'frozen = "*:qq"', "frozen", "operands are :q", "iterations = 0"),
+    ]
+    for do, keys, field, nearest, off in wrong:
+        with pytest.raises(InputError, match="matches no layer of this model") as caught:
+            planned(do, keys)
+        assert complete(caught.value) and caught.value.where == f"step {do}: {field}", keys
+        assert nearest in (caught.value.why or ""), caught.value.why
+        planned(do, f"{keys}\n{off}")
+    for do, keys in (("smooth", 'layers = "conv_in | *.to_q"'), ("allocate", 'layers = "*"'),
+                     ("finetune", 'frozen = "*:softmax | conv_in"'), ("finetune", 'layers = "time_proj"')):
+        planned(do, keys)
+    none = '"*.to_q" = { weight = {}, activation = {} }'
+    for keys in ('layers = "ff"', 'layers = "conv_in"', 'layers = "attention"\nfrozen = "*.to_q"'):
+        with pytest.raises(InputError, match="selects no quantized layer") as caught:
+            planned("finetune", keys, none)
+        assert complete(caught.value)
+    planned("finetune", 'layers = "ff"', '"conv_in" = {}')  # nothing is quantized: nothing to train, and no complaint
+    assert len(wrong) == 8

@@ -16,6 +16,8 @@ from bitbrush.errors import InputError
 from bitbrush.steps import STEPS
 from small import CALIBRATE, FIT, HEAD, PACK, RANGES, ROUND, SCALES, SPLIT, WHOLE
 
+SMOOTH = '[[step]]\ndo = "smooth"\n'
+ALLOCATE = '[[step]]\ndo = "allocate"\n'
 REQUIRED: dict[str, dict[str, Any]] = {"fit": {"what": "weights"}, "reconstruct": {"train": "rounding"}}
 
 
@@ -282,6 +284,14 @@ def test_steps_in_an_order_that_cannot_work(tmp_path: Path) -> None:
         "calibrate after fit": (HEAD + FIT + CALIBRATE, "fit weights"),
         "fit after rounding": (HEAD + CALIBRATE + FIT + ROUND + FIT.replace("weights-fit", "again"), "reconstruct"),
         "two of one name": (HEAD + CALIBRATE + CALIBRATE, "two steps"),
+        "smooth without samples": (HEAD + SMOOTH + FIT, "calibrate"),
+        "smooth after fit": (HEAD + CALIBRATE + FIT + SMOOTH, "fit weights"),
+        "split after smooth": (HEAD + CALIBRATE + SMOOTH + SPLIT, "smooth"),
+        "calibrate after smooth": (HEAD + CALIBRATE + SMOOTH + CALIBRATE + 'id = "more"\n', "smooth"),
+        "allocate without samples": (HEAD + FIT + ALLOCATE, "calibrate"),
+        "allocate without ranges": (HEAD + CALIBRATE + FIT + ALLOCATE, "fit activations"),
+        "allocate without weights": (HEAD + CALIBRATE + ALLOCATE, "fit weights"),
+        "allocate twice": (HEAD + CALIBRATE + FIT + RANGES + ALLOCATE + ALLOCATE + 'id = "more"\n', "allocate"),
         "timed without samples": (
             '[layers]\n"*" = { weight = {}, activation = { mode = "dynamic", timed = true } }\n' + FIT + PACK,
             "calibrate",
@@ -289,19 +299,31 @@ def test_steps_in_an_order_that_cannot_work(tmp_path: Path) -> None:
     }
     for name, (text, word) in cases.items():
         assert word in refused(tmp_path, text).what, name
-    assert len(cases) == 13
+    assert len(cases) == 21
+
+
+@pytest.mark.parametrize("bits", [1, 8])
+def test_rows_cannot_have_less_than_one_bit_or_more_than_eight(bits: int, tmp_path: Path) -> None:
+    text = HEAD + CALIBRATE + FIT + RANGES + ALLOCATE
+    error = refused(tmp_path, text, weights=bits)
+    assert "'allocate'" in error.what and f"{bits} bits" in error.what and "allocate.shares=0" in (error.try_ or "")
+    for choices in ({"weights": 16}, {"settings": {"allocate.shares": 0}}, {"settings": {"allocate.bits": 3}}):
+        asked: dict[str, Any] = {"weights": bits, **choices}
+        assert read_recipe(write(tmp_path, text), **asked).steps[-1].do == "allocate"
+    refused(tmp_path, text, settings={"allocate.bits": bits})
 
 
 def test_orders_that_work(tmp_path: Path) -> None:
     dynamic = '[layers]\n"*" = { weight = {}, activation = { mode = "dynamic" } }\n'
     cases = [
         WHOLE,
+        HEAD + CALIBRATE + SPLIT + SMOOTH + FIT + RANGES + ALLOCATE + PACK,
         dynamic + FIT + PACK,
         '[layers]\n"*" = { weight = {} }\n' + FIT + PACK,
         HEAD,
         '[layers]\n"*" = { activation = {} }\n' + CALIBRATE + RANGES + PACK.replace("verify", "verify"),
     ]
-    for text in cases[:4]:
+    for text in cases[:5]:
         read_recipe(write(tmp_path, text))
     assert read_recipe(write(tmp_path, HEAD + CALIBRATE + FIT + PACK), activations=16).activations == 16
-    assert len(cases) == 5
+    assert len(cases) == 6

@@ -12,11 +12,28 @@ import torch
 import bitbrush
 import tiny
 from bitbrush.engine import run as run_module
+from bitbrush.engine.journal import Journal
 from bitbrush.engine.run import find_nonfinite
 from bitbrush.errors import InputError, NumericsError
 from bitbrush.network import wrap
+from bitbrush.numbers.grid import ActivationSpec, Grid, LayerSpec, WeightSpec
 from bitbrush.steps import loop
 from small import CALIBRATE, FIT, HEAD, PACK, RANGES, ROUND, SPLIT, WHOLE, begin, execute, least_pipeline, recipe
+
+MIXED = (
+    HEAD.replace("weights = 4", "weights = 2").replace("weight = {}", 'weight = { binary = "symmetric" }')
+    + CALIBRATE
+    + SPLIT
+    + '[[step]]\ndo = "smooth"\nsamples = 5\n'
+    + FIT
+    + RANGES
+    + '[[step]]\ndo = "allocate"\nsamples = 6\npoints = 4\nstep = 0.2\nextra = 0.1\nrank = "random"\n'
+    + PACK
+)
+
+
+def specs(run: run_module.Run) -> list[LayerSpec]:
+    return list(run.plan.layers.values())
 
 
 def state(run: run_module.Run) -> dict[str, torch.Tensor]:
@@ -117,6 +134,46 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert caught.value.exit_code == 130 and "resume" in (caught.value.try_ or "")
 
 
+@pytest.mark.parametrize("kind", ["killed before", "killed after", "damaged"])
+def test_smooth_and_allocate_resume_to_the_same(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed at every fifth unit, before and after it became durable; and with unit files damaged."""
+    (tmp_path / "whole").mkdir()
+    whole = execute(tmp_path / "whole", least_pipeline(channels=12), MIXED)
+    want, units = state(whole), len(whole.done)
+    labels = [entry["step"] for entry in whole.done]
+    assert {"smooth", "allocate"} <= set(labels) and any(s.weight and s.weight.row_bits for s in specs(whole))
+    points = sorted({*range(labels.index("smooth"), units, 5), labels.index("smooth") + 1, labels.index("allocate"),
+                     labels.index("pack") - 1})
+    ran = 0
+    for at in points[::2] if kind == "damaged" else points:
+        folder = tmp_path / f"{kind}{at}"
+        folder.mkdir()
+        with monkeypatch.context() as patch:
+            commit, done = Journal.commit, []
+
+            def dying(self: Journal, *args: Any, at: int = at, done: list[int] = done, commit: Any = commit) -> None:
+                if kind != "killed before" or len(done) < at:
+                    commit(self, *args)
+                done.append(1)
+                if len(done) > at:
+                    raise KeyboardInterrupt
+
+            patch.setattr(Journal, "commit", dying)
+            run = begin(folder, least_pipeline(channels=12), recipe(folder, MIXED))
+            with pytest.raises(bitbrush.errors.InterruptedRun):
+                run.execute()
+            run.journal.release()
+        if kind == "damaged":
+            path = folder / "out" / ".run" / "units" / f"{at:05d}.safetensors"
+            path.write_bytes(path.read_bytes()[:-1])
+        again = begin(folder, least_pipeline(channels=12), recipe(folder, MIXED), resume=True)
+        again.execute()
+        again.journal.release()
+        assert same(state(again), want) and again.plan == whole.plan and again.done == whole.done, at
+        ran += 1
+    assert ran >= 5
+
+
 # ---- NaN ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "name",
@@ -162,6 +219,50 @@ def test_find_nonfinite_takes_every_form_of_time() -> None:
 
 
 # ---- the model ---------------------------------------------------------------------------------------------------
+def test_a_changed_plan_wraps_only_the_layers_it_names(tmp_path: Path) -> None:
+    """All others keep codes, tables and identity; the time grid and its clock stay; the output moves with the layer."""
+    layers = HEAD.replace("activation = {}", "activation = { timed = true }")
+    text = layers + '"*:q | *:k" = { activation = {} }\n' + CALIBRATE + FIT + RANGES
+    run = execute(tmp_path, tiny.pipeline("unconditional"), text)
+    before, clock, hooks = run.layers(), run.clock, len(run.model._forward_pre_hooks)
+    tables = {n: m.state_dict() for n, m in before.items()}
+    codes = {n: layer.stored_codes() for n, layer in before.items()}
+    operand = next(name for name in run.plan.layers if name.endswith(":q"))
+    processors = {n: m.processor for n, m in run.model.named_modules() if hasattr(m, "set_processor")}
+    name = "mid_block.resnets.0.conv1"
+    wide = LayerSpec(weight=WeightSpec(grid=Grid(bits=6)), activation=run.plan.layers[name].activation)
+    run.change_plan({name: wide, operand: LayerSpec(activation=ActivationSpec(grid=Grid(bits=6)))})
+    after, kept = run.layers(), 0
+    assert run.plan.layers[name] == wide == after[name].spec and after[name] is not before[name]
+    assert after[name].codes is None and after[name].weight is before[name].weight
+    assert after[name].input is not None and after[name].input.scale.shape == (3, 1)
+    for other, layer in after.items():
+        if other != name:
+            assert layer is before[other] and torch.equal(layer.stored_codes(), codes[other])
+            assert all(torch.equal(v, tables[other][k]) for k, v in layer.state_dict().items())
+            kept += 1
+    assert kept == len(before) - 1 > 20
+    assert run.clock is clock is run.model.bitbrush_clock and len(run.model._forward_pre_hooks) == hooks
+    owner = operand.partition(":")[0]
+    for other, processor in processors.items():
+        current: Any = run.model.get_submodule(other).processor  # type: ignore[union-attr]
+        assert (current is processor) == (other != owner)
+    new: Any = run.model.get_submodule(owner).processor  # type: ignore[union-attr]
+    assert new.q.spec.grid.bits == 6 and new.k.spec.grid.bits == 8 and new.v is None and len(processors) > 1
+    with pytest.raises(InputError, match="cannot run"):
+        run.change_plan({name: LayerSpec(low_rank=3)})
+
+
+def test_a_changed_time_grid_wraps_all(tmp_path: Path) -> None:
+    layers = HEAD.replace("activation = {}", "activation = { timed = true }")
+    run = execute(tmp_path, least_pipeline(), layers + CALIBRATE + FIT)
+    before = run.layers()
+    run.set_timesteps([5.0, 1.0, 3.0, 2.0])
+    after = run.layers()
+    assert run.plan.timesteps == (1.0, 2.0, 3.0, 5.0) and all(after[n] is not before[n] for n in before)
+    assert all(layer.input is not None and layer.input.scale.shape[0] == 4 for layer in after.values()) and after
+
+
 def test_timed_scales(tmp_path: Path) -> None:
     """A table of scales a timestep, from the calibration's own time grid."""
     text = (
@@ -218,6 +319,8 @@ def test_estimates_are_numbers(tmp_path: Path) -> None:
         run = execute(folder, pipe, HEAD + CALIBRATE)
         size = sum(path.stat().st_size for path, _ in run.tape.shards)
         assert abs(found["tape_bytes"] - size) < 0.1 * size
+        held = sum(t.nbytes for batch in run.tape.batches() for t in batch.values())
+        assert found["tape_bytes"] == held
         assert planned["recipe"].startswith('name = "small"')
         totals = planned["inspection"]["totals"]
         assert 0 < totals["packed_bytes"] < totals["float_bytes"] and 4 < totals["average_bits"] < 32

@@ -69,9 +69,57 @@ def test_select(tmp_path: Path) -> None:
     assert torch.equal(part, whole[[1, 7, 8]])
 
 
+def labelled(folder: Path, rows: list[list[tuple[int, float, int]]], sources: list[str]) -> Tape:
+    """A tape of shards whose samples are (trajectory, timestep, half)."""
+    tape = Tape(folder, CPU, 1)
+    for number, (shard, source) in enumerate(zip(rows, sources, strict=True)):
+        trajectory, timestep, half = (list(part) for part in zip(*shard, strict=True))
+        path = folder / f"labelled{number}.safetensors"
+        save_file({"timestep": torch.tensor(timestep), "trajectory": torch.tensor(trajectory),
+                   "half": torch.tensor(half), "sample": torch.zeros(len(shard), 1)}, path)
+        tape.add(path, source)
+    return tape
+
+
+def test_the_table_of_trajectories(tmp_path: Path) -> None:
+    """Gaps are -1; steps descend; numbers of two steps are kept apart; a limit keeps the grid of the whole tape."""
+    rows = [[(3, 900.0, 0), (3, 900.0, 1), (0, 100.0, 0)], [(7, 500.0, 1)], [(3, 500.0, 0), (0, 900.0, 1)]]
+    tape = labelled(tmp_path, rows, ["a", "a", "b"])
+    gap = [-1, -1]
+    want = [  # steps 900, 500, 100
+        [gap, gap, [2, -1]],  # trajectory 0 of a
+        [[0, 1], gap, gap],  # 3 of a
+        [gap, [-1, 3], gap],  # 7 of a
+        [[-1, 5], gap, gap],  # 0 of b
+        [gap, [4, -1], gap],  # 3 of b
+    ]
+    table = tape.table()
+    assert table.dtype == torch.int64 and table.tolist() == want
+    assert tape.table(2).tolist() == [want[1]]
+    assert tape.table(4).tolist() == want[:3] and tape.table(99).tolist() == want
+    assert tape.column("timestep", 4).tolist() == [900.0, 900.0, 100.0, 500.0]
+    found = [i for row in want for step in row for i in step if i >= 0]
+    assert sorted(found) == list(range(len(tape))) == list(range(6))
+
+
+def test_the_table_orders_like_the_sampler_whatever_the_shards(tmp_path: Path) -> None:
+    generator, ran = torch.Generator().manual_seed(0), 0
+    times = [999.0, 666.5, 333.25, 0.0]
+    for case in range(5):
+        cells = [(k, t, h) for k in range(6) for t in times for h in range(2)]
+        kept = [cells[i] for i in torch.randperm(len(cells), generator=generator)[:40].tolist()]
+        (tmp_path / str(case)).mkdir()
+        table = labelled(tmp_path / str(case), [kept[:11], kept[11:12], kept[12:]], ["s"] * 3).table()
+        for i, (k, t, h) in enumerate(kept):
+            assert table[k, times.index(t), h] == i
+            ran += 1
+        assert (table == -1).sum() == 8
+    assert ran == 200
+
+
 def test_an_empty_tape(tmp_path: Path) -> None:
     tape = Tape(tmp_path, CPU, 1)
-    for read in (tape.batches, lambda: tape.select([0])):
+    for read in (tape.batches, lambda: tape.select([0]), tape.table):
         with pytest.raises(InputError, match="no calibration samples") as caught:
             list(read())
         assert "calibrate" in (caught.value.try_ or "")
@@ -82,6 +130,8 @@ def test_inputs_restore_nested_conditions(tmp_path: Path) -> None:
         "sample": torch.ones(2, 3),
         "timestep": torch.tensor([1.0, 2.0]),
         "output": torch.ones(2, 3),
+        "trajectory": torch.tensor([5, 6]),
+        "half": torch.tensor([0, 1]),
         "class_labels": torch.tensor([1, 2]),
         "added_cond_kwargs.text_embeds": torch.ones(2, 4),
         "added_cond_kwargs.time_ids": torch.ones(2, 6),

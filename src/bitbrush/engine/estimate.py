@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from bitbrush.engine.recipe import Recipe
-from bitbrush.engine.tape import BATCH
+from bitbrush.engine.tape import BATCH, LABELS
 from bitbrush.network.survey import Site, Survey
 from bitbrush.numbers import packing
 from bitbrush.numbers.grid import LayerSpec, Plan
@@ -24,8 +24,8 @@ LIBRARIES = 700_000_000
 MEMO = {"cpu": 1 << 30, "cuda": 6 << 30}  # bytes of block outputs that are kept of one face
 LONG = 1800.0
 ADVICE = (
-    "That is long for a CPU: use a GPU (--device cuda), the recipe's short form (--preset demo), or fewer iterations "
-    "(--set weights.iterations=200)."
+    "That is long for a CPU: use a GPU (--device cuda), a short form where the recipe has one (--preset demo), or "
+    "fewer iterations (--set STEP.iterations=200; `bitbrush recipes show NAME` lists the steps)."
 )
 
 
@@ -35,19 +35,58 @@ def layer_bytes(shape: tuple[int, ...], spec: LayerSpec, bias: bool, times: int 
     kernel = (shape[2], shape[3]) if len(shape) == 4 else (1, 1)
     total = 4 * rows if bias else 0
     segments = spec.segments or (channels,)
+    if spec.input_scale:
+        total += 4 * channels
     if spec.weight is None:
         total += 4 * rows * channels * kernel[0] * kernel[1]
     else:
         length = packing.row_length(segments, kernel)
         bits = spec.weight.row_bits or (spec.weight.grid.bits,) * rows
         total += sum(packing.row_bytes(length, b) for b in bits) + rows * len(segments) * 5
+        total += packing.order_dtype(rows).itemsize * rows if spec.weight.row_bits else 0
     if spec.activation is not None and spec.activation.mode == "static":
-        total += 9 * len(segments) * (times if spec.activation.timed else 1)
+        wide = channels if spec.activation.position == "input" else rows
+        columns = wide if spec.activation.granularity == "channel" else len(segments)
+        total += 9 * columns * (times if spec.activation.timed else 1)
     return total
+
+
+def weight_bits(spec: LayerSpec | None) -> int | float:
+    """Bits of a layer's weights, the mean over the rows where they differ; 16 = float."""
+    if spec is None or spec.weight is None:
+        return 16
+    rows = spec.weight.row_bits
+    if not rows or len(set(rows)) == 1:
+        return rows[0] if rows else spec.weight.grid.bits
+    mean = round(sum(rows) / len(rows), 3)
+    return int(mean) if mean == int(mean) else mean
+
+
+def foreseen(survey: Survey, plan: Plan, recipe: Recipe) -> Plan:
+    """The plan with what the recipe's steps will add to it: time grid, segments, input scales.
+
+    Which rows an allocate step moves is not known before it has run; on average they keep the bits of the plan.
+    """
+    changes: dict[str, LayerSpec] = {}
+    for step in recipe.steps:
+        data = step.model_dump()
+        for site in survey.layers():
+            spec = changes.get(site.name, plan.layers.get(site.name))
+            if spec is None:
+                continue
+            if step.do == "split" and data["enabled"] and site.boundary:
+                changes[site.name] = spec.model_copy(update={"segments": site.boundary})
+            at_input = spec.activation is not None and spec.activation.position == "input"
+            if step.do == "smooth" and data["enabled"] and spec.weight is not None and at_input:
+                changes[site.name] = spec.model_copy(update={"input_scale": True})
+    times = [step.model_dump()["steps"] for step in recipe.steps if step.do == "calibrate"]
+    grid = plan.timesteps or tuple(float(i) for i in range(times[0] if times else 0))
+    return plan.with_layers(changes).model_copy(update={"timesteps": grid})
 
 
 def model_bytes(survey: Survey, plan: Plan) -> dict[str, int]:
     """Parameters, bytes in bf16, and bytes of the packed denoiser (everything kept counts)."""
+    times = len(plan.timesteps) or 1
     parameters = sum(site.parameters for site in survey.layers()) + sum(survey.other.values())
     packed = 4 * sum(survey.other.values())
     for site in survey.layers():
@@ -56,7 +95,7 @@ def model_bytes(survey: Survey, plan: Plan) -> dict[str, int]:
             weights *= n
         spec = plan.layers.get(site.name)
         bias = site.parameters > weights
-        packed += layer_bytes(site.shape, spec, bias, len(plan.timesteps)) if spec else 4 * site.parameters
+        packed += layer_bytes(site.shape, spec, bias, times) if spec else 4 * site.parameters
     return {"parameters": parameters, "bf16_bytes": 2 * parameters, "packed_bytes": packed}
 
 
@@ -73,26 +112,35 @@ def estimate(survey: Survey, plan: Plan, recipe: Recipe, guided: bool, device: s
     rate = network_rate(survey, device)
     forwards = 0.0
     launches = 0.0  # seconds of a GPU's host, whatever the sizes are
-    samples = tape = 0
+    samples = tape = rows = 0
     for step in recipe.steps:
         data = step.model_dump()
         if step.do == "calibrate":
             calls = data["trajectories"] * data["steps"]
             forwards += calls * (2 if guided else 1)
             launches += calls / data["batch"] * CALL
-            tape = data["samples"]
+            tape = calls * (2 if guided else 1) if data["samples"] == "all" else data["samples"]
         elif step.do == "fit" and data["what"] == "activations":
             forwards += 1.3 * min(data["samples"], tape or data["samples"])
+        elif step.do == "smooth" and data["enabled"]:
+            forwards += min(data["samples"], tape or data["samples"])
+        elif step.do == "allocate" and data["shares"]:  # a recording, three widths and the float layer
+            forwards += 6.0 * min(data["samples"], tape or data["samples"])
         elif step.do == "reconstruct" and data["iterations"]:
             samples = min(data["samples"], tape or data["samples"])
             forwards += 3.0 * data["iterations"] * data["batch"] + 6.0 * samples
             launches += len(survey.blocks) * (data["iterations"] * REPLAY + samples / BATCH["cuda"] * 2 * CALL)
+        elif step.do == "finetune" and data["iterations"]:  # forward, backward, and the teacher's where a loss asks
+            rows = max(rows, data["batch"])
+            checks = data["iterations"] / data["evaluate_every"] + 2
+            forwards += 4.0 * data["iterations"] * data["batch"] + 2.0 * checks * data["evaluate_rows"]
+            launches += data["iterations"] * CALL
     seconds = START + max(forwards * macs / rate, launches if kind == "cuda" else 0.0)
     return {
         "device": kind,
         "seconds": round(seconds, 1),
-        "peak_bytes": _peak(survey, samples, kind),
-        "tape_bytes": 4 * tape * survey.sample_values,
+        "peak_bytes": _peak(survey, samples, kind, rows),
+        "tape_bytes": tape * (4 * survey.sample_values + 8 * len(LABELS)),
         "forwards": int(forwards),
         "macs_per_second": rate,
         "advice": ADVICE if kind == "cpu" and seconds > LONG else None,
@@ -145,14 +193,16 @@ def _best(run: Callable[[], None], clock: Callable[[], float]) -> float:
     return max(min(taken), 1e-7)
 
 
-def _peak(survey: Survey, samples: int, kind: str) -> int:
-    """Libraries, model, the block outputs kept in two faces (see `engine.memo`), and the largest block's training."""
+def _peak(survey: Survey, samples: int, kind: str, rows: int = 0) -> int:
+    """Libraries, model, the block outputs kept in two faces (see `engine.memo`), and the training: of the largest
+    block, or of the whole network with ``rows`` samples a batch."""
     parameters = sum(site.parameters for site in survey.layers())
     outputs = {site.name: 4 * site.shape[0] * _positions(site) for site in survey.layers()}
     kept = sum(outputs[members[-1]] for members in survey.blocks.values())
     largest = max((sum(outputs[name] for name in members) for members in survey.blocks.values()), default=0)
     memo = min(samples * kept, MEMO.get(kind, 1 << 30))
-    return int(LIBRARIES + 12 * parameters + 2 * memo + 32 * 3 * largest)
+    training = max(32 * 3 * largest, rows * 3 * sum(outputs.values()))
+    return int(LIBRARIES + (24 if rows else 12) * parameters + 2 * memo + training)
 
 
 def _positions(site: Site) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 class Memo:
-    """Outputs of finished modules, by (module name, batch number, batch size).
+    """Outputs of finished modules, by (module name, batch number, batch size, samples looked at).
 
     Args:
         budget: Bytes that may be kept.
@@ -25,28 +25,29 @@ class Memo:
     def __init__(self, budget: int) -> None:
         self.budget, self.used = budget, 0
         self.finished: dict[str, None] = {}
-        self.kept: dict[tuple[str, int, int], Tensor] = {}
+        self.kept: dict[tuple[str, int, int, int], Tensor] = {}
 
     def finish(self, name: str) -> None:
         """Declare that the output of a module will not change any more (for the same samples)."""
         self.finished[name] = None
 
     @contextmanager
-    def batch(self, model: nn.Module, number: int, size: int, site: str = "") -> Iterator[None]:
+    def batch(self, model: nn.Module, number: int, size: int, site: str = "", looked: int = 0) -> Iterator[None]:
         """Replay finished modules during the forward of batch ``number``; keep new outputs of finished modules.
 
         Args:
             model: The network.
-            number: Of the batch; the same number and size mean the same samples.
+            number: Of the batch; the same number, size and ``looked`` mean the same samples.
             size: Samples in the batch (a step that looks at fewer samples has a smaller last batch).
             site: A module that is being recorded: those around it run in full, or it would not be reached.
+            looked: Samples looked at in all; they are spread over the tape, so fewer of them are other ones.
         """
         replaced: list[nn.Module] = []
         try:
             for name in self.finished:
                 if site.startswith(f"{name}."):
                     continue
-                module, key = model.get_submodule(name), (name, number, size)
+                module, key = model.get_submodule(name), (name, number, size, looked)
                 stored = self.kept.get(key)
                 forward = self._keeper(key, module.forward) if stored is None else _replayer(stored)
                 module.__dict__["forward"] = forward
@@ -56,7 +57,7 @@ class Memo:
             for module in replaced:
                 module.__dict__.pop("forward", None)
 
-    def _keeper(self, key: tuple[str, int, int], forward: Callable[..., Any]) -> Callable[..., Any]:
+    def _keeper(self, key: tuple[str, int, int, int], forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
             out = forward(*args, **kwargs)
             if isinstance(out, Tensor) and self.used + out.numel() * out.element_size() <= self.budget:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -22,13 +23,15 @@ class Planned:
 
 
 def make_plan(survey: Survey, recipe: Recipe) -> Planned:
-    """Match every site with the recipe's rules.
+    """Match every site with the recipe's rules, and let every step check its settings against the outcome.
 
     Raises:
         InputError: A pattern that matches nothing and is not optional, or a combination that cannot be run.
     """
-    names = [s.name for s in survey.layers()] + [f"{s.name}:{o}" for s in survey.attentions() for o in OPERANDS]
-    _check_patterns(recipe, names)
+    names = site_names(survey)
+    for pattern, rule in recipe.layers.items():
+        if not rule.optional:
+            check_pattern(pattern, names, f"recipe {recipe.name}: layers", "; or mark the rule `optional = true`")
     layers: dict[str, LayerSpec] = {}
     kept: dict[str, str] = {}
     for site in survey.sites:
@@ -39,7 +42,15 @@ def make_plan(survey: Survey, recipe: Recipe) -> Planned:
                 layers[name] = spec
             elif site.kind != "attention":
                 kept[name] = why
-    return Planned(Plan(layers=layers), kept)
+    plan = Plan(layers=layers)
+    for step in recipe.steps:
+        step.check(survey, plan)
+    return Planned(plan, kept)
+
+
+def site_names(survey: Survey) -> list[str]:
+    """What patterns are matched against: layers, then attention operands (``<attention>:q``)."""
+    return [s.name for s in survey.layers()] + [f"{s.name}:{o}" for s in survey.attentions() for o in OPERANDS]
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -48,15 +59,25 @@ def matches(pattern: str, name: str) -> bool:
     return any((":" in part) == (":" in name) and fnmatchcase(name, part) for part in parts)
 
 
-def _check_patterns(recipe: Recipe, names: list[str]) -> None:
-    for pattern, rule in recipe.layers.items():
-        for part in pattern.split("|"):
-            if not rule.optional and not any(matches(part, name) for name in names):
-                raise InputError(
-                    f"pattern {part.strip()!r} matches no layer of this model", where=f"recipe {recipe.name}: layers",
-                    why=_nearest(part.strip(), names),
-                    try_="bitbrush inspect MODEL lists the layers; or mark the rule `optional = true`",
-                )
+def check_pattern(pattern: str, names: Iterable[str], where: str, or_else: str = "") -> None:
+    """Make sure that every part of a pattern ("a.* | b") matches something.
+
+    Args:
+        pattern: As in a recipe.
+        names: Of the model's sites.
+        where: Whose pattern it is.
+        or_else: What else to try, after the advice to look at the names.
+
+    Raises:
+        InputError: A part that matches nothing; it names the nearest layer.
+    """
+    names = list(names)
+    for part in pattern.split("|"):
+        if not any(matches(part, name) for name in names):
+            raise InputError(
+                f"pattern {part.strip()!r} matches no layer of this model", where=where,
+                why=_nearest(part.strip(), names), try_=f"bitbrush inspect MODEL lists the layers{or_else}",
+            )
 
 
 def _nearest(pattern: str, names: list[str]) -> str:
@@ -79,6 +100,7 @@ def _spec(name: str, site: Site, recipe: Recipe) -> tuple[LayerSpec, str]:
     if site.kind == "attention":
         weight = None
     spec = LayerSpec(weight=_weight(weight, recipe), activation=_activation(activation, recipe))
+    _check_channel(name, site, spec.activation)
     token = spec.activation is not None and spec.activation.granularity == "token"
     if token and site.kind == "conv" and site.shape[2:] != (1, 1):
         raise InputError(
@@ -87,6 +109,20 @@ def _spec(name: str, site: Site, recipe: Recipe) -> tuple[LayerSpec, str]:
             try_="give it granularity = \"tensor\" in the recipe",
         )
     return spec, why
+
+
+def _check_channel(name: str, site: Site, activation: ActivationSpec | None) -> None:
+    """Scales a channel are fitted from samples, for a layer's input or output."""
+    if activation is None or activation.granularity != "channel":
+        return
+    reasons = {
+        "scales found at run time are one a tensor or one a token": activation.mode != "static",
+        "attention operands have one scale a tensor": site.kind == "attention",
+    }
+    for why, holds in reasons.items():
+        if holds:
+            raise InputError("scales per channel cannot be used here", where=name, why=why,
+                             try_='give it mode = "static", or granularity = "tensor"')
 
 
 def _reason(pattern: str, rule: LayerRule) -> str:
@@ -100,7 +136,7 @@ def _weight(rule: WeightRule | str | None, recipe: Recipe) -> WeightSpec | None:
     if recipe.weights == FLOAT_BITS:  # also where a rule names bits of its own
         return None
     signed = rule.signed or bits == 8  # 8-bit weights are symmetric: code - zero_point must fit int8
-    return WeightSpec(grid=Grid(bits=bits, signed=signed), granularity=rule.granularity)
+    return WeightSpec(grid=Grid(bits=bits, signed=signed), granularity=rule.granularity, binary=rule.binary)
 
 
 def _activation(rule: ActivationRule | str | None, recipe: Recipe) -> ActivationSpec | None:

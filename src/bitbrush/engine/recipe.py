@@ -44,22 +44,30 @@ _FORMS: dict[str, tuple[type, str]] = {
 
 
 class WeightRule(BaseModel):
-    """What a pattern says of weights. ``bits`` left out means the run's ``--weights``."""
+    """What a pattern says of weights. ``bits`` left out means the run's ``--weights``.
+
+    ``binary`` says how rows of 1 bit are represented: ``affine`` (0 and one more value) or ``symmetric`` (-s, +s).
+    """
 
     model_config = _STRICT
     bits: int | None = Field(default=None, ge=1, le=8)
     signed: bool = False
     granularity: Literal["row", "tensor"] = "row"
+    binary: Literal["affine", "symmetric"] = "affine"
 
 
 class ActivationRule(BaseModel):
-    """What a pattern says of inputs. ``bits`` left out means the run's ``--activations``."""
+    """What a pattern says of inputs. ``bits`` left out means the run's ``--activations``.
+
+    ``granularity``: one scale a tensor, a token (found at run time: ``mode = "dynamic"``), or an input channel
+    (``mode = "static"``; simulated only, no integer product can factor such scales out).
+    """
 
     model_config = _STRICT
     bits: int | None = Field(default=None, ge=1, le=8)
     signed: bool = False
     mode: Literal["static", "dynamic"] = "static"
-    granularity: Literal["tensor", "token"] = "tensor"
+    granularity: Literal["tensor", "token", "channel"] = "tensor"
     position: Literal["input", "output"] = "input"
     timed: bool = False
     lookup: Lookup = "nearest"
@@ -165,9 +173,21 @@ def check_order(recipe: Recipe) -> None:
                              try_="compare with `bitbrush recipes show qdiffusion`")
         labels.add(step.label)
         done.add(step.kind)
+    _check_allocation(recipe, where)
     if "pack" in done and "calibrate" not in done and any(rule.timed for rule in _activations(recipe)):
         raise InputError("scales a timestep need a calibrate step", where=where, why="the time grid would be empty",
                          try_="put a calibrate step first, or leave `timed` out")
+
+
+def _check_allocation(recipe: Recipe, where: str) -> None:
+    """Rows of one bit less and of one bit more must exist."""
+    for step in recipe.steps:
+        data = step.model_dump()
+        bits = data.get("bits") or recipe.weights
+        if step.do == "allocate" and data["shares"] and bits in (1, 8):
+            raise InputError(f"step {step.label!r} cannot mix rows around {bits} bits", where=where,
+                             why="it gives rows one bit less and one bit more; rows have 1 to 8 bits",
+                             try_=f"--set {step.label}.shares=0, or --weights {2 if bits == 1 else 7}")
 
 
 def _activations(recipe: Recipe) -> list[ActivationRule]:

@@ -16,6 +16,8 @@ Long units may keep their inner state with `Run.save_carry` every so often and t
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,6 +65,7 @@ class Run:
     kept_float: dict[str, str] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     done: list[dict[str, Any]] = field(default_factory=list)
+    costs: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.device = next(self.model.parameters()).device
@@ -97,12 +100,28 @@ class Run:
         result = self.journal.find(step.label, unit)
         if result is None:
             start = time.perf_counter()
-            result = step.run_unit(self, unit, generator(self.seed, step.label, unit))
-            self.journal.commit(step.label, unit, result, time.perf_counter() - start)
+            with self._peak(step.label):
+                result = step.run_unit(self, unit, generator(self.seed, step.label, unit))
+            seconds = time.perf_counter() - start
+            cost = self.costs.setdefault(step.label, {"seconds": 0.0})
+            cost["seconds"] = round(cost["seconds"] + seconds, 3)
+            self.journal.commit(step.label, unit, result, seconds)
         if result.plan:
             self.change_plan(result.plan)
         step.apply(self, unit, result)
         self.done.append({"step": step.label, "unit": unit, **result.notes})
+
+    @contextmanager
+    def _peak(self, label: str) -> Iterator[None]:
+        """Note the most GPU memory that a step needed at once. Costs are facts of this machine, not of the result."""
+        if self.device.type != "cuda":
+            yield
+            return
+        torch.cuda.reset_peak_memory_stats(self.device)
+        yield
+        peak = torch.cuda.max_memory_allocated(self.device)
+        cost = self.costs.setdefault(label, {"seconds": 0.0})
+        cost["peak_memory"] = max(cost.get("peak_memory", 0), peak)
 
     # ---- the model ---------------------------------------------------------------------------------------------
     def layers(self) -> dict[str, wrap.QuantLayer]:
@@ -111,9 +130,12 @@ class Run:
         return {name: found[name] for name in self.plan.layers if name in found}
 
     def change_plan(self, changes: dict[str, LayerSpec]) -> None:
-        """Replace specs; the layers concerned are wrapped anew (their scales have to be fitted afterwards)."""
+        """Replace specs: the layers named are wrapped anew, without codes or tables; all others keep theirs.
+
+        What such a layer is to hold comes with the same result, or is fitted afterwards.
+        """
         self.plan = self.plan.with_layers(changes)
-        self.clock = wrap.wrap(self.model, self.plan)
+        wrap.rewrap(self.model, self.plan, changes, self.clock)
 
     def set_timesteps(self, timesteps: list[float]) -> None:
         """Give timed tables their time grid (ascending)."""

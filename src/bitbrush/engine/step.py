@@ -13,10 +13,11 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from bitbrush.numbers.grid import LayerSpec
+from bitbrush.numbers.grid import LayerSpec, Plan
 
 if TYPE_CHECKING:
     from bitbrush.engine.run import Run
+    from bitbrush.network.survey import Survey
 
 
 @dataclass
@@ -57,6 +58,13 @@ class Step(BaseModel):
     def not_after(self) -> tuple[str, ...]:
         """Kinds of steps whose outcome it would spoil."""
         return ()
+
+    def check(self, survey: Survey, plan: Plan) -> None:
+        """Look at the model's sites and the plan, before anything slow.
+
+        Raises:
+            InputError: The step cannot do here what its settings ask for.
+        """
 
     def units(self, run: Run) -> list[str]:
         """Names of the units, in order. Must be the same on every call of one run."""

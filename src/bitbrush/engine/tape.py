@@ -1,9 +1,10 @@
 """The calibration store: denoiser inputs from real sampling trajectories, and a service that records activations.
 
-A sample is what the denoiser was given at one moment of one trajectory (x_t, t, condition) and what it answered. The
-samples are the result files of the ``calibrate`` units, read piece by piece, so memory stays bounded whatever their
-number. `record` may be called inside any unit: it runs the network over the samples, in whichever face it shows, and
-keeps what goes into and comes out of one module.
+A sample is what the denoiser was given at one moment of one trajectory (x_t, t, condition) and what it answered, with
+the number of the trajectory and the half of the call (0 = unconditional or only, 1 = conditional). The samples are the
+result files of the ``calibrate`` units, read piece by piece, so memory stays bounded whatever their number. `record`
+may be called inside any unit: it runs the network over the samples, in whichever face it shows, and keeps what goes
+into and comes out of one module. `Tape.table` says which sample is which moment of which trajectory.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from bitbrush.errors import InputError, NumericsError
 
 BATCH = {"cpu": 16, "cuda": 128}
 """Samples a forward when recording, by device type."""
+LABELS = ("trajectory", "half")
+"""Entries of a sample that say where it comes from, int64; the denoiser is not given them."""
 
 
 class _Stop(Exception):
@@ -73,14 +76,22 @@ class Tape:
     budget: int
     dtype: torch.dtype = torch.float32
     shards: list[tuple[Path, int]] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
+    kept: dict[int, list[dict[str, Tensor]]] = field(default_factory=dict)
 
-    def add(self, path: Path) -> None:
-        """Append a shard of samples (a unit's result file)."""
+    def add(self, path: Path, source: str = "") -> None:
+        """Append a shard of samples (a unit's result file) of the step ``source``, which numbers its trajectories."""
+        self.kept = {}
         with safe_open(path, framework="pt") as file:
             self.shards.append((path, file.get_slice("timestep").get_shape()[0]))
+        self.sources.append(source)
 
     def __len__(self) -> int:
         return sum(count for _, count in self.shards)
+
+    def count(self, limit: int | None) -> int:
+        """Samples looked at under a limit."""
+        return min(len(self), limit or len(self))
 
     @property
     def batch(self) -> int:
@@ -114,6 +125,58 @@ class Tape:
                     rows = [{k: file.get_slice(k)[i : i + 1] for k in file.keys()} for i in part]  # noqa: SIM118
                     yield {k: torch.cat([row[k] for row in rows]) for k in rows[0]}
 
+    def column(self, name: str, limit: int | None = None) -> Tensor:
+        """One entry of the first ``limit`` samples, such as ``timestep``, without reading the others."""
+        self._check()
+        parts = []
+        for path, _ in self.shards:
+            with safe_open(path, framework="pt") as file:
+                parts.append(file.get_tensor(name))
+        return torch.cat(parts)[:limit]
+
+    def table(self, limit: int | None = None) -> Tensor:
+        """Which sample is which moment of which trajectory: row numbers, int64 ``[trajectories, steps, halves]``.
+
+        Rows count over the shards in order, -1 where there is no sample. Steps are the distinct timesteps of the whole
+        tape, descending (the order of sampling); trajectories are those from which one of the first ``limit`` samples
+        comes, in the order of their numbers.
+        """
+        steps = self.column("timestep").unique().flip(0)
+        numbers = self.column("trajectory")
+        names = {source: i for i, source in enumerate(dict.fromkeys(self.sources))}
+        groups = [torch.full((count,), names[s]) for s, (_, count) in zip(self.sources, self.shards, strict=True)]
+        keys = (torch.cat(groups) * (int(numbers.max()) + 1) + numbers)[:limit]
+        known, trajectory = keys.unique(return_inverse=True)
+        step = len(steps) - 1 - torch.searchsorted(steps.flip(0), self.column("timestep", limit))
+        half = self.column("half")
+        table = torch.full((len(known), len(steps), int(half.max()) + 1), -1)
+        table[trajectory, step, half[:limit]] = torch.arange(len(keys))
+        return table
+
+    def spread(self, limit: int | None = None) -> list[int]:
+        """Numbers of ``limit`` samples, equally strided over the tape: over its trajectories and their times."""
+        total, count = len(self), self.count(limit)
+        return [i * total // count for i in range(count)]
+
+    def spread_batches(self, limit: int | None = None, size: int | None = None) -> Iterator[dict[str, Tensor]]:
+        """The samples of `spread`, ``size`` at a time. A part of the tape is read once and kept, where it fits."""
+        self._check()
+        size = size or self.batch
+        chosen = self.spread(limit)
+        if len(chosen) == len(self):
+            yield from self.batches(size)
+            return
+        if len(chosen) not in self.kept:
+            parts = list(self.select(chosen, size=len(chosen)))
+            joined = {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
+            self.kept = {len(chosen): [joined]}
+            if sum(t.numel() * t.element_size() for t in joined.values()) > self.budget:
+                self.kept = {}
+        else:
+            joined = self.kept[len(chosen)][0]
+        for start in range(0, len(chosen), size):
+            yield {k: t[start : start + size] for k, t in joined.items()}
+
     def _check(self) -> None:
         if not self.shards:
             raise InputError("there are no calibration samples yet", why="no calibrate step came before",
@@ -126,7 +189,7 @@ class Tape:
 
         kwargs: dict[str, Any] = {}
         for key, value in batch.items():
-            if key in ("sample", "timestep", "output"):
+            if key in ("sample", "timestep", "output", *LABELS):
                 continue
             outer, _, inner = key.partition(".")
             if inner:
@@ -139,17 +202,18 @@ class Tape:
         self, model: nn.Module, *, limit: int | None = None, size: int | None = None, memo: Memo | None = None,
         each: Callable[[int, int], None] | None = None, site: str = "",
     ) -> None:
-        """Run the network over the samples, for the sake of hooks (on the module ``site``, where one is named).
+        """Run the network over ``limit`` samples spread over the tape, for the sake of hooks (on the module ``site``,
+        where one is named).
 
         ``each(batch number, samples)`` is called after each batch.
         """
         with torch.no_grad():
-            for number, batch in enumerate(self.batches(size, limit)):
+            for number, batch in enumerate(self.spread_batches(limit, size)):
                 args, kwargs = self.inputs(batch)
                 count = len(batch["timestep"])
                 replay: AbstractContextManager[None] = nullcontext()
                 if memo is not None:
-                    replay = memo.batch(model, number, count, site)
+                    replay = memo.batch(model, number, count, site, self.count(limit))
                 with replay, suppress(_Stop):
                     model(*args, **kwargs)
                 if each is not None:
@@ -159,11 +223,12 @@ class Tape:
         self, model: nn.Module, site: str, *, limit: int | None = None, memo: Memo | None = None, output: bool = True,
         inputs: bool = True, size: int | None = None,
     ) -> Recording:
-        """Record the inputs and output of the module ``site`` over the samples, in the face the model shows.
+        """Record the inputs and output of the module ``site`` over ``limit`` samples spread over the tape, in the face
+        the model shows.
 
         The forward stops as soon as the module has answered.
         """
-        recorder = _Recorder(self, min(len(self), limit or len(self)), inputs, output, site)
+        recorder = _Recorder(self, self.count(limit), inputs, output, site)
         module = model.get_submodule(site)
         before = module.register_forward_pre_hook(recorder.before, with_kwargs=True)
         after = module.register_forward_hook(recorder.after)
@@ -172,8 +237,7 @@ class Tape:
         finally:
             before.remove()
             after.remove()
-        times = torch.cat([b["timestep"] for b in self.batches(1024, limit)])
-        return recorder.result(times.to(self.device))
+        return recorder.result(self.column("timestep")[self.spread(limit)].to(self.device))
 
 
 class _Recorder:
