@@ -122,8 +122,8 @@ def test_each_sample_is_what_the_network_answered(kind: tiny.Kind, guidance: flo
         assert not torch.allclose(shifted, batch["output"], atol=1e-5)
         ran += 1
     assert ran == 12
-    keys = {"sample", "timestep", "output"} | ({"encoder_hidden_states"} if kind == "text" else set())
-    assert set(next(run.tape.batches(1))) == keys
+    keys = {"sample", "timestep", "output", "trajectory", "half"}
+    assert set(next(run.tape.batches(1))) == keys | ({"encoder_hidden_states"} if kind == "text" else set())
 
 
 def test_both_halves_with_their_own_condition(tmp_path: Path) -> None:
@@ -138,6 +138,58 @@ def test_both_halves_with_their_own_condition(tmp_path: Path) -> None:
         empties += 1
     unconditional = Counter(tuple(r["encoder_hidden_states"].flatten()[:40].tolist()) for r in rows)
     assert empties == 9 and unconditional.most_common(1)[0][1] == 9  # one empty prompt for all, a prompt for each
+
+
+@pytest.mark.parametrize("guidance", [4.0, 1.0])
+def test_samples_know_their_trajectory_and_half(guidance: float, tmp_path: Path) -> None:
+    """The trajectory is told from its prompt, the unconditional half from the empty one; numbers count over batches."""
+    pipe = tiny.pipeline("text")
+    halves = 2 if guidance > 1 else 1
+    run = execute(tmp_path, pipe, text(samples=12 * halves, trajectories=4, batch=3, guidance=guidance))
+    empty, *asked = (pipe.encode_prompt([p], "cpu", 1, False)[0][0] for p in ("", *run.prompts[:4]))
+    seen, ran = Counter[tuple[int, int]](), 0
+    for batch in run.tape.batches(1):
+        number, half = int(batch["trajectory"]), int(batch["half"])
+        want = empty if halves == 2 and half == 0 else asked[number]
+        assert torch.allclose(batch["encoder_hidden_states"][0], want, atol=1e-5), (number, half)
+        assert {batch[k].dtype for k in ("trajectory", "half")} == {torch.int64}
+        seen[number, half] += 1
+        ran += 1
+    assert ran == 12 * halves and seen == {(i, h): 3 for i in range(4) for h in range(halves)}
+    table = run.tape.table()
+    assert table.shape == (4, 3, halves) and sorted(table.flatten().tolist()) == list(range(ran))
+
+
+def test_the_table_walks_along_trajectories(tmp_path: Path) -> None:
+    """Over several shards: x_t and the answer of one entry, put through the scheduler, give x_t of the next."""
+    pipe = least_pipeline()
+    run = execute(tmp_path, pipe, text(samples=15, trajectories=3, steps=5, batch=2))
+    rows, ran = list(run.tape.batches(1)), 0
+    scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    scheduler.set_timesteps(5)
+    table = run.tape.table()
+    assert table.shape == (3, 5, 1) and len(run.tape.shards) == 2
+    for number, walk in enumerate(table[:, :, 0].tolist()):
+        assert [float(rows[i]["timestep"]) for i in walk] == [float(t) for t in scheduler.timesteps]
+        for i, j in itertools.pairwise(walk):
+            now, after = rows[i], rows[j]
+            assert int(now["trajectory"]) == int(after["trajectory"]) == number
+            stepped = scheduler.step(
+                now["output"], int(now["timestep"]), now["sample"], eta=0.0, use_clipped_model_output=True
+            )
+            assert torch.allclose(stepped.prev_sample, after["sample"], atol=1e-5)
+            ran += 1
+    assert ran == 12
+
+
+def test_two_calibrations_do_not_share_trajectories(tmp_path: Path) -> None:
+    again = text(samples=4, trajectories=2, steps=2, batch=2).removeprefix(HEAD)
+    run = execute(tmp_path, least_pipeline(), text(samples=6, trajectories=2, steps=3, batch=2)
+                  + again.replace('do = "calibrate"', 'do = "calibrate"\nid = "more"'))
+    table = run.tape.table()
+    times = run.tape.column("timestep").unique()
+    assert table.shape == (4, len(times), 1) and sorted(table[table >= 0].tolist()) == list(range(10))
+    assert (table[:2] >= 0).sum() == 6 and (table[2:] >= 0).sum() == 4
 
 
 def test_samples_lie_on_the_pipelines_own_trajectory(tmp_path: Path) -> None:

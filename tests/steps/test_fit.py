@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import tiny
+from bitbrush.network import wrap
 from bitbrush.network.activation import ActivationQuantizer
+from bitbrush.network.layers import QuantLayer
 from bitbrush.numbers import ranges
 from bitbrush.numbers.codec import decode, encode, expand_weight_scale, reciprocal
-from bitbrush.numbers.grid import ActivationSpec, Grid
-from bitbrush.steps.fit import Fit
+from bitbrush.numbers.grid import ActivationSpec, Grid, LayerSpec, Plan, WeightSpec
+from bitbrush.steps.fit import Fit, _Watcher, binary_scale
 from small import CALIBRATE, FIT, HEAD, RANGES, SPLIT, execute, least_pipeline
 
 TEXT = HEAD + CALIBRATE + SPLIT + FIT
@@ -161,3 +164,111 @@ def test_ranges_as_wide_as_float32() -> None:
             assert torch.isfinite(scale).all() and (scale > 0).all() and torch.isfinite(zero).all()
             ran += 1
     assert ran == 16
+
+
+# ---- mixed bits, binary rows, scaled weights, scales a channel ------------------------------------------------------
+def wrapped(weight: WeightSpec, name: str = "up_blocks.1.resnets.0.conv_shortcut", **choices: Any) -> QuantLayer:
+    """A split layer of the tiny network with this weight spec."""
+    model = tiny.text_unet()
+    wrap.wrap(model, Plan(layers={name: LayerSpec(weight=weight, segments=(28, 16), **choices)}))
+    return wrap.layers(model)[name]
+
+
+def fitted(layer: QuantLayer, **choices: Any) -> tuple[QuantLayer, dict[str, Tensor]]:
+    found = Fit(do="fit", what="weights", points=20, step=0.04, **choices).weight(layer)
+    layer.set_weight(found["codes"], found["scale"], found["zero_point"])
+    return layer, found
+
+
+@pytest.mark.parametrize("binary", ["affine", "symmetric"])
+def test_rows_of_each_width_are_fitted_as_if_alone(binary: Any) -> None:
+    """Mixed bits: the same scales and codes as in a layer whose rows all have that width."""
+    bits, ran = tuple((1, 2, 3, 8, 4, 1, 5)[i % 7] for i in range(16)), 0
+    layer, found = fitted(wrapped(WeightSpec(grid=Grid(bits=4), row_bits=bits, binary=binary)))
+    assert found["scale"].shape == found["zero_point"].shape == (16, 2)
+    for width in set(bits):
+        grid = Grid(bits=width, signed=width == 8)
+        alone, uniform = fitted(wrapped(WeightSpec(grid=grid, binary=binary)))
+        rows = torch.tensor(bits) == width
+        assert all(torch.equal(found[key][rows], uniform[key][rows]) for key in found), width
+        values = [len(row.unique()) for row in (found["codes"][rows].int() - found["zero_point"][rows].int()[:, :1]
+                                                .reshape(-1, 1, 1, 1))[:, :28].flatten(1)]
+        assert max(values) <= 2**width and int((found["codes"][rows].int()).max()) <= (1 << width)
+        assert torch.equal(layer.decoded_weight()[rows], alone.decoded_weight()[rows])
+        ran += len(values)
+    assert ran == 16
+
+
+def test_binary_rows_are_the_best_magnitude() -> None:
+    """Section 6 of MPQ-DM's page: on Gaussian weights sign * s leaves about 0.36, the affine form about 0.60."""
+    values, ran = torch.randn(40, 400, generator=torch.Generator().manual_seed(0)), 0
+    for power in (1.0, 2.0, 2.4, 4.0):
+        scale = binary_scale(values, power=power)
+        best = (values.abs() - scale[:, None]).abs().pow(power).mean(1)
+        for factor in torch.linspace(0.05, 3, 60):
+            other = (values.abs() - float(factor) * values.abs().mean(1, keepdim=True)).abs().pow(power).mean(1)
+            assert bool((best <= other * (1 + 1e-5)).all())
+            ran += 1
+    assert ran == 240
+    assert torch.allclose(binary_scale(values, 2.0), values.abs().mean(1))
+    assert float(binary_scale(torch.full((1, 5), -3.0))) == 3.0 and float(binary_scale(torch.zeros(1, 5))) > 0
+    relative = []
+    for binary in ("symmetric", "affine"):
+        layer = wrapped(WeightSpec(grid=Grid(bits=1), binary=binary))  # type: ignore[arg-type]
+        with torch.no_grad():
+            layer.weight.copy_(torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(1)))
+        layer, _ = fitted(layer, power=2.0)
+        with torch.no_grad():
+            difference = layer.decoded_weight() - layer.weight
+            relative.append(float(difference.square().sum() / layer.weight.square().sum()))
+    assert relative[0] == pytest.approx(0.36, abs=0.05) and relative[1] > 0.45
+
+
+@pytest.mark.parametrize("method", ["mse", "minmax"])
+def test_symmetric_rows_hold_two_values(method: Any) -> None:
+    layer, found = fitted(wrapped(WeightSpec(grid=Grid(bits=1), binary="symmetric")), method=method)
+    assert set(found["codes"].unique().tolist()) == {0, 2} and bool((found["zero_point"] == 1).all())
+    wide = expand_weight_scale(found["scale"], layer.segments, 4)
+    assert torch.equal(layer.decoded_weight(), torch.where(layer.weight >= 0, wide, -wide))
+    if method == "minmax":
+        assert torch.allclose(found["scale"][:, 0], layer.weight[:, :28].abs().flatten(1).mean(1))
+
+
+def test_the_scaled_weight_is_fitted() -> None:
+    """With an input scale: codes of W / delta, for every element the nearest one."""
+    layer = wrapped(WeightSpec(grid=Grid(bits=4)), input_scale=True)
+    factor = torch.rand(44, generator=torch.Generator().manual_seed(0)) + 0.5
+    layer.set_input_scale(factor)
+    layer, found = fitted(layer)
+    scaled = layer.weight / factor.reshape(1, -1, 1, 1)
+    assert torch.equal(layer.scaled_weight(), scaled)
+    s, z = layer.scale_tables()
+    assert torch.equal(found["codes"], encode(scaled, reciprocal(s), z, 15).to(torch.uint8))
+    plain = fitted(wrapped(WeightSpec(grid=Grid(bits=4))))[1]
+    assert not torch.equal(found["scale"], plain["scale"])
+
+
+@pytest.mark.parametrize("timed", [False, True])
+def test_scales_a_channel(timed: bool, tmp_path: Path) -> None:
+    """Min-max: each channel's table covers its own extremes, no other's; few values are kept of wide layers."""
+    head = HEAD.replace("activation = {}", f'activation = {{ granularity = "channel", timed = {str(timed).lower()} }}')
+    run, ran = execute(tmp_path, tiny.pipeline("unconditional"), head + CALIBRATE + SPLIT + FIT + RANGES), 0
+    times = len(run.plan.timesteps) if timed else 1
+    for name, layer in run.layers().items():
+        assert layer.input is not None and layer.input.scale.shape == (times, layer.in_channels_), name
+        with wrap.show(run.model, "sim"), wrap.float_activations(run.model):
+            recording = run.tape.record(run.model, name, output=False)
+        for row in range(times):
+            here = torch.arange(len(recording.timesteps))
+            if timed:
+                here = here[recording.timesteps == run.plan.timesteps[row]]
+            x = recording.inputs[0].take(here).movedim(layer.channel_dim, 0).flatten(1)
+            scale, zero = layer.input.scale[row], layer.input.zero_point[row].float()
+            want, zeros = ranges.search(torch.stack([x.amin(1), x.amax(1)], dim=1), Grid(bits=8), method="minmax")
+            assert torch.allclose(scale, want, rtol=1e-3) and bool(((zero - zeros).abs() <= 1).all()), name
+        ran += 1
+    assert ran == len(run.plan.layers) > 30
+    kept = _Watcher(ActivationQuantizer(ActivationSpec(granularity="channel"), channels=1000), 64, torch.Generator())
+    kept.times = torch.zeros(2)
+    kept.quantizer(torch.randn(2, 1000, 3, 3), 1)
+    assert kept.values_by_segment()[0].shape == (1000, 2, 4)

@@ -220,8 +220,7 @@ def test_scale_learner_restores() -> None:
     learner = ScaleLearner(found)
     before = {n: q.scale.clone() for n, q in found.items()}
     with torch.no_grad():
-        for theta in learner.thetas.values():
-            theta.fill_(0.1)
+        learner.theta.fill_(0.1)
     learner.relax(torch.tensor(0.5))
     assert all(q.trial_scale is not None for q in found.values())
     learner.harden()
@@ -242,6 +241,8 @@ def test_block_loss() -> None:
 
 def test_learning_rates() -> None:
     constant, cosine = Budget(10, 1, 0.5, "constant"), Budget(10, 1, 0.5, "cosine")
+    linear = Budget(10, 1, 0.5, "linear")
+    assert [linear.rate(k) for k in (0, 5, 10)] == [0.5, 0.25, 0.0]
     assert [constant.rate(k) for k in range(10)] == [0.5] * 10
     rates = [cosine.rate(k) for k in range(11)]
     assert (

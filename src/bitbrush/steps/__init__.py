@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from bitbrush.engine.step import Step
+from bitbrush.steps.allocate import Allocate
 from bitbrush.steps.calibrate import Calibrate
+from bitbrush.steps.finetune import Finetune
 from bitbrush.steps.fit import Fit
 from bitbrush.steps.pack import Pack
 from bitbrush.steps.reconstruct import Reconstruct
+from bitbrush.steps.smooth import Smooth
 from bitbrush.steps.split import Split
 from bitbrush.steps.verify import Verify
 
 STEPS: dict[str, type[Step]] = {
     "calibrate": Calibrate,
     "split": Split,
+    "smooth": Smooth,
     "fit": Fit,
+    "allocate": Allocate,
     "reconstruct": Reconstruct,
+    "finetune": Finetune,
     "pack": Pack,
     "verify": Verify,
 }

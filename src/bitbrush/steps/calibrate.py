@@ -3,13 +3,14 @@
 ``times = "uniform"``: as many samples from every sampling step (Q-Diffusion, section 3.1 of its method page).
 ``times = "normal"``: t ~ Normal(mean * T, std * T), clamped, each x_t with its own t (PTQ4DM, NDTC; T counts sampling
 steps and t = 0 is the cleanest). Under classifier-free guidance both halves of a call are kept, each with its own
-condition.
+condition. Every sample carries its ``trajectory`` (a number within the step) and ``half`` (0 = unconditional or only,
+1 = conditional), so that later steps can walk along trajectories (`Tape.table`).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -27,7 +28,8 @@ class Calibrate(Step):
     """Fill the tape.
 
     Args:
-        samples: Denoiser calls kept (a guided step counts one for each half).
+        samples: Denoiser calls kept (a guided step counts one for each half); ``all`` keeps every step of every
+            trajectory.
         trajectories: Sampling runs they come from; one prompt each.
         steps: Sampling steps of a trajectory.
         guidance: Guidance scale of the trajectories.
@@ -36,7 +38,7 @@ class Calibrate(Step):
         batch: Trajectories run together.
     """
 
-    samples: int = Field(default=256, ge=1)
+    samples: Annotated[int, Field(ge=1)] | Literal["all"] = 256
     trajectories: int = Field(default=32, ge=1)
     steps: int = Field(default=25, ge=1)
     guidance: float = 4.0
@@ -48,7 +50,7 @@ class Calibrate(Step):
     @property
     def not_after(self) -> tuple[str, ...]:
         """A new time grid discards what was fitted."""
-        return ("fit weights", "fit activations", "pack")
+        return ("smooth", "fit weights", "fit activations", "pack")
 
     def needs_prompts(self) -> int:
         """One prompt a trajectory."""
@@ -67,7 +69,7 @@ class Calibrate(Step):
         wanted = [self.schedule(run)[i] for i in members]
         prompts = self._prompts(run, members)
         seeds = [derived(run.seed, self.label, f"noise {i}") for i in members]
-        keeper = _Keeper(run.model, wanted, self.timesteps(run), self._halves(run))
+        keeper = _Keeper(run.model, wanted, self.timesteps(run), self._halves(run), first=low)
         with keeper, wrap.show(run.model, "float"):
             sample_latents(run.pipeline, prompts, seeds, steps=self.steps, guidance=self.guidance)
         tensors = keeper.tensors()
@@ -77,7 +79,7 @@ class Calibrate(Step):
 
     def apply(self, run: Run, unit: str, result: UnitResult) -> None:
         """Put the shard on the tape; the time grid becomes known with the first."""
-        run.tape.add(run.journal.path_of(self.label, unit))
+        run.tape.add(run.journal.path_of(self.label, unit), self.label)
         if unit == self.units(run)[0]:
             run.set_timesteps(self.timesteps(run))
 
@@ -88,8 +90,10 @@ class Calibrate(Step):
 
     def schedule(self, run: Run) -> list[set[int]]:
         """For each trajectory, the sampling steps (0 = noisiest) kept from it."""
-        count = max(1, self.samples // self._halves(run))
         steps = len(self.timesteps(run))
+        if self.samples == "all":
+            return [set(range(steps)) for _ in range(self.trajectories)]
+        count = max(1, self.samples // self._halves(run))
         if self.times == "uniform":
             moments = [i * steps // count for i in range(count)]
         else:
@@ -128,8 +132,10 @@ class Calibrate(Step):
 class _Keeper:
     """A hook on the denoiser that keeps scheduled calls, by the timestep they are given."""
 
-    def __init__(self, model: nn.Module, wanted: list[set[int]], timesteps: list[float], halves: int) -> None:
-        self.model, self.wanted, self.halves = model, wanted, halves
+    def __init__(
+        self, model: nn.Module, wanted: list[set[int]], timesteps: list[float], halves: int, first: int = 0
+    ) -> None:
+        self.model, self.wanted, self.halves, self.first = model, wanted, halves, first
         self.kept: Counter[tuple[int, int]] = Counter()  # (trajectory, moment): schedulers may come to one twice
         self.step_of = {t: i for i, t in enumerate(timesteps)}
         self.rows: list[dict[str, Tensor]] = []
@@ -163,7 +169,8 @@ class _Keeper:
             return
         index = torch.tensor(chosen, device=answer.device)
         row = {"sample": given["sample"][index], "output": answer[index],
-               "timestep": timestep.to(answer.device).expand(batch)[index]}
+               "timestep": timestep.to(answer.device).expand(batch)[index],
+               "trajectory": self.first + index % len(self.wanted), "half": index // len(self.wanted)}
         for key, value in _conditions(given):
             row[key] = value[index] if value.shape[0] == batch else value.expand(batch, *value.shape[1:])[index]
         self.rows.append({k: v.detach().cpu() for k, v in row.items()})

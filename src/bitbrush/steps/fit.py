@@ -1,5 +1,8 @@
 """fit: scales and zero-points for weights (with nearest codes) and for activations.
 
+Weights are those that the layer stores codes of: divided by ``input_scale`` where a layer has one. Rows of different
+bits (``row_bits``) are each searched on their own grid; symmetric 1-bit rows search the one magnitude.
+
 Activations are fitted on what the quantizers see when the weights are already quantized and the activations are not.
 Each quantizer keeps a random, bounded share of the values of every sample (and exact extremes a timestep, for the
 report).
@@ -7,6 +10,8 @@ report).
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -20,7 +25,14 @@ from bitbrush.network import wrap
 from bitbrush.network.activation import ActivationQuantizer
 from bitbrush.network.layers import QuantLayer
 from bitbrush.numbers import ranges
-from bitbrush.numbers.codec import encode, reciprocal
+from bitbrush.numbers.grid import Grid, WeightSpec
+from bitbrush.numbers.straight_through import encode_weight
+
+CHUNK = 1 << 24  # values searched together
+VALUES_BY_CHANNEL = 4096
+"""Values kept a sample of a quantizer with scales a channel, over all its channels (at least two each)."""
+BINARY_ROUNDS = 24
+"""Golden-section steps to the magnitude of a symmetric 1-bit row: to a hundred-thousandth of its range."""
 
 
 class Fit(Step):
@@ -34,6 +46,8 @@ class Fit(Step):
         central_share: Share of the values inside the range, for ``percentile``.
         samples: Calibration samples looked at (activations).
         values: Values kept a sample and quantizer.
+        extremes: Each sample's smallest and largest value are among them; few bits are better fitted without, because
+            two of ``values`` are far more than their share.
         ema: Weight of the past when ranges of batches are averaged (0: one range over all).
     """
 
@@ -46,6 +60,7 @@ class Fit(Step):
     central_share: float = Field(default=0.999, gt=0, le=1)
     samples: int = Field(default=256, ge=1)
     values: int = Field(default=256, ge=2)
+    extremes: bool = True
     ema: float = Field(default=0.0, ge=0, lt=1)
 
     @property
@@ -61,7 +76,8 @@ class Fit(Step):
     @property
     def not_after(self) -> tuple[str, ...]:
         """What is trained from these ranges would be lost."""
-        return ("reconstruct rounding" if self.what == "weights" else "reconstruct activation_scale", "pack")
+        trained = "reconstruct rounding" if self.what == "weights" else "reconstruct activation_scale"
+        return (trained, "finetune", "pack")
 
     def units(self, run: Run) -> list[str]:
         """Weights block by block, where a block has quantized ones; activations all at once."""
@@ -91,34 +107,30 @@ class Fit(Step):
 
     def weight(self, layer: QuantLayer) -> dict[str, Tensor]:
         """Scale ``[N, S]``, zero_point ``[N, S]`` and nearest codes of one layer's weight."""
-        spec, weight = layer.spec.weight, layer.weight.detach().float()
+        spec = layer.spec.weight
         if spec is None:
             return {}
-        rows = weight.shape[0]
-        scales, zeros = [], []
-        for part in weight.reshape(rows, layer.in_channels_, -1).split(list(layer.segments), dim=1):
-            values = part.reshape(1, -1) if spec.granularity == "tensor" else part.reshape(rows, -1)
-            s, z = self._search(values, spec.grid)
-            scales.append(s.expand(rows))
-            zeros.append(z.expand(rows))
-        scale, zero = torch.stack(scales, dim=1), torch.stack(zeros, dim=1)
+        scale, zero = weight_tables(layer, spec, self._search, self.magnitude)
         codes = nearest_codes(layer, scale, zero)
         return {"scale": scale, "zero_point": zero.to(torch.uint8), "codes": codes}
 
-    def _search(self, values: Tensor, grid: Any) -> tuple[Tensor, Tensor]:
+    def magnitude(self, values: Tensor) -> Tensor:
+        """Scales of symmetric 1-bit rows ``[R, M]``: of least error for ``mse``, else the mean magnitude."""
+        return binary_scale(values, self.power if self.method == "mse" else 2.0)
+
+    def _search(self, values: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         return ranges.search(values, grid, method=self.method, points=self.points, step=self.step, power=self.power,
                              central_share=self.central_share, symmetric=self.symmetric)
 
     def _activations(self, run: Run, generator: torch.Generator) -> UnitResult:
         found = {name: m for name, m in run.model.named_modules() if isinstance(m, ActivationQuantizer)}
         static = {name: m for name, m in found.items() if m.spec.mode == "static"}
-        watchers = {name: _Watcher(m, self.values, generator) for name, m in found.items()}
+        watchers = {name: _Watcher(m, self.values, generator, self.extremes) for name, m in found.items()}
         limit = min(self.samples, len(run.tape))
         run.progress.start("activation ranges", limit)
-        spread = _spread(run, limit)
         try:
             with wrap.show(run.model, "sim"), wrap.float_activations(run.model), torch.no_grad():
-                for batch in run.tape.select(spread):
+                for batch in run.tape.select(spread(run, limit)):
                     for watcher in watchers.values():
                         watcher.times = batch["timestep"]
                     args, kwargs = run.tape.inputs(batch)
@@ -141,11 +153,25 @@ class Fit(Step):
         if not quantizer.spec.timed:
             scale, zero = self._rows(values, quantizer)
             return scale[None], zero[None]
-        rows = []
-        for t in run.plan.timesteps:
-            here = values[:, (times - t).abs() == (times - t).abs().min()]
-            rows.append(self._rows(here, quantizer))
+        grid = torch.tensor(run.plan.timesteps, device=times.device)
+        apart = (times[None] - grid[:, None]).abs()
+        nearest = apart == apart.amin(dim=1, keepdim=True)  # [T, samples]
+        counts = nearest.sum(dim=1)
+        if self.ema == 0 and bool((counts == counts[0]).all()):  # as many samples of each time: searched together
+            chosen = nearest.nonzero()[:, 1].reshape(len(grid), -1)
+            return self._together(values, chosen, quantizer.spec.grid)
+        rows = [self._rows(values[:, here], quantizer) for here in nearest]
         return torch.stack([r[0] for r in rows]), torch.stack([r[1] for r in rows])
+
+    def _together(self, values: Tensor, chosen: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        """Tables ``[T, S]`` of values ``[S, samples, values]``; row t is fitted to the samples ``chosen[t]``."""
+        found = []
+        step = max(1, CHUNK // (values.shape[0] * chosen.shape[1] * values.shape[2]))
+        for part in chosen.split(step):
+            here = values[:, part].flatten(2).transpose(0, 1)  # [t, S, values]
+            scale, zero = self._search(here.flatten(0, 1), grid)
+            found.append((scale.reshape(len(part), -1), zero.reshape(len(part), -1)))
+        return torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found])
 
     def _rows(self, values: Tensor, quantizer: ActivationQuantizer) -> tuple[Tensor, Tensor]:
         grid = quantizer.spec.grid
@@ -166,8 +192,10 @@ class Fit(Step):
 class _Watcher:
     """Keeps values and extremes of what one activation quantizer is given."""
 
-    def __init__(self, quantizer: ActivationQuantizer, values: int, generator: torch.Generator) -> None:
-        self.quantizer, self.values, self.generator = quantizer, values, generator
+    def __init__(
+        self, quantizer: ActivationQuantizer, values: int, generator: torch.Generator, extremes: bool = True
+    ) -> None:
+        self.quantizer, self.values, self.generator, self.extremes = quantizer, values, generator, extremes
         self.times = torch.empty(0)
         self.kept: list[Tensor] = []
         self.kept_times: list[Tensor] = []
@@ -177,23 +205,30 @@ class _Watcher:
 
     def _watch(self, _module: Any, args: tuple[Any, ...]) -> None:
         x, channel_dim = args[0].detach().float(), args[1]
-        parts = x.split(list(self.quantizer.segments), channel_dim) if self.quantizer.segments else (x,)
-        flat = [part.reshape(x.shape[0], -1) for part in parts]
-        kept = []
-        for part in flat:
-            index = torch.randint(part.shape[1], (self.values,), generator=self.generator)
-            sample = part[:, index.to(part.device)]
-            sample[:, 0], sample[:, 1 % self.values] = part.amin(1), part.amax(1)  # the extremes always count
-            kept.append(sample)
-        self.kept.append(torch.stack(kept))
+        whole = x.reshape(x.shape[0], -1)
+        if self.quantizer.spec.granularity == "channel":
+            rows = x.movedim(channel_dim, 0).reshape(x.shape[channel_dim], x.shape[0], -1)
+            count = max(2, min(self.values, VALUES_BY_CHANNEL // len(rows)))
+            self.kept.append(self._sample(rows, count))
+        else:
+            parts = x.split(list(self.quantizer.segments), channel_dim) if self.quantizer.segments else (x,)
+            flat = [part.reshape(1, x.shape[0], -1) for part in parts]
+            self.kept.append(torch.cat([self._sample(part, self.values) for part in flat]))
         self.kept_times.append(self.times)
-        whole = torch.cat(flat, dim=1)
         for t, low, high in zip(self.times.tolist(), whole.amin(1).tolist(), whole.amax(1).tolist(), strict=True):
             self.low[t] = min(self.low.get(t, low), low)
             self.high[t] = max(self.high.get(t, high), high)
 
+    def _sample(self, values: Tensor, count: int) -> Tensor:
+        """``count`` values of each row of ``[..., M]``, at the same random places, and the extremes where wanted."""
+        index = torch.randint(values.shape[-1], (count,), generator=self.generator)
+        sample = values[..., index.to(values.device)]
+        if self.extremes:
+            sample[..., 0], sample[..., 1 % count] = values.amin(-1), values.amax(-1)
+        return sample
+
     def values_by_segment(self) -> tuple[Tensor, Tensor]:
-        """Values ``[S, samples, values]`` and timesteps ``[samples]``."""
+        """Values ``[S, samples, values]`` (S = C with scales a channel) and timesteps ``[samples]``."""
         return torch.cat(self.kept, dim=1), torch.cat(self.kept_times).to(self.kept[0].device)
 
     def history(self) -> dict[str, list[float]]:
@@ -203,10 +238,67 @@ class _Watcher:
                 "high": [float(f"{self.high[t]:.5g}") for t in times]}
 
 
-def _spread(run: Run, limit: int) -> list[int]:
+def spread(run: Run, limit: int) -> list[int]:
     """Indices of ``limit`` samples, equally strided over the tape."""
     total = len(run.tape)
     return [i * total // limit for i in range(limit)]
+
+
+def weight_tables(
+    layer: QuantLayer, spec: WeightSpec, search: Callable[[Tensor, Grid], tuple[Tensor, Tensor]],
+    magnitude: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero-point ``[N, S]`` (float32) of the weight that a layer stores codes of.
+
+    Args:
+        layer: For its weight and segments.
+        spec: The weight's spec; it need not be the layer's own.
+        search: ``(values [R, M], grid) -> (scale [R], zero_point [R])``, for each bit class and segment.
+        magnitude: ``values [R, M] -> scale [R]`` for symmetric 1-bit rows, whose zero-point is 1.
+    """
+    weight = layer.scaled_weight().detach().float()
+    rows = weight.shape[0]
+    bits = torch.tensor(spec.row_bits or (spec.grid.bits,) * rows, device=weight.device)
+    scale = torch.ones(rows, len(layer.segments), device=weight.device)
+    zero = torch.ones_like(scale)
+    for column, part in enumerate(weight.reshape(rows, layer.in_channels_, -1).split(list(layer.segments), dim=1)):
+        for width in spec.bit_classes():
+            here = (bits == width).nonzero().flatten()
+            values = part[here].reshape(1 if spec.granularity == "tensor" else len(here), -1)
+            if spec.halved(width):
+                scale[here, column] = magnitude(values).expand(len(here))
+            else:
+                s, z = search(values, class_grid(spec, width))
+                scale[here, column], zero[here, column] = s.expand(len(here)), z.expand(len(here))
+    return scale, zero
+
+
+def class_grid(spec: WeightSpec, bits: int) -> Grid:
+    """The grid of rows of ``bits`` bits; with 8 bits it is signed, because code - zero_point must fit int8."""
+    return spec.grid if bits == spec.grid.bits else Grid(bits=bits, signed=spec.grid.signed or bits == 8)
+
+
+def binary_scale(values: Tensor, power: float = 2.4) -> Tensor:
+    """The s of each row of ``values`` ``[R, M]`` for which ``mean |w - s sign(w)| ** power`` is least; shape ``[R]``.
+
+    For power 2 it is the mean magnitude (Rastegari et al. 2016, section 3.1). Otherwise a golden-section search, exact
+    to `BINARY_ROUNDS` divisions for powers from 1 (the error is convex in s), and never worse than the mean magnitude.
+    """
+    size = values.double().abs()
+
+    def loss(scale: Tensor) -> Tensor:
+        return (size - scale[:, None]).abs().pow(power).mean(dim=1)
+
+    mean, low, high = size.mean(dim=1), size.amin(dim=1), size.amax(dim=1)
+    tiny = torch.finfo(torch.float32).tiny
+    if power == 2.0:
+        return mean.float().clamp_min(tiny)
+    for _ in range(BINARY_ROUNDS):
+        inner = (high - low) * (math.sqrt(5) - 1) / 2
+        left = loss(high - inner) <= loss(low + inner)
+        low, high = torch.where(left, low, high - inner), torch.where(left, low + inner, high)
+    found = (low + high) / 2
+    return torch.where(loss(found) < loss(mean), found, mean).float().clamp_min(tiny)
 
 
 def nearest_codes(layer: QuantLayer, scale: Tensor, zero: Tensor) -> Tensor:
@@ -214,7 +306,7 @@ def nearest_codes(layer: QuantLayer, scale: Tensor, zero: Tensor) -> Tensor:
     layer.weight_scale = scale.to(layer.weight_scale.device)
     layer.weight_zero_point = zero.to(device=layer.weight_scale.device, dtype=torch.uint8)
     s, z = layer.scale_tables()
-    return encode(layer.weight.detach(), reciprocal(s), z, layer.top()).to(torch.uint8)
+    return encode_weight(layer.scaled_weight(), s, z, layer.top(), binary=layer.binary_rows()).to(torch.uint8)
 
 
 def apply_weights(run: Run, tensors: dict[str, Tensor]) -> None:

@@ -1,8 +1,11 @@
-"""The optimisation loop of a reconstruction: Adam, resumable, and on CUDA one graph replay an iteration.
+"""The optimisation loop of a reconstruction or a finetuning: Adam, resumable, on CUDA one graph replay an iteration.
 
 Blocks are small, so on a GPU an iteration is bound by kernel launches; capturing it once as a CUDA graph makes it
-several times faster. What changes between iterations (rows of the minibatch, progress, learning rate) lives in tensors
-that the graph reads.
+several times faster. What changes between iterations (rows of the minibatch, progress, learning rates) lives in tensors
+that the graph reads. Data that lie in a file cannot be read inside a graph: with ``capture=False`` nothing is captured.
+
+A `Probe` measures the parameters now and then. The best ones so far are kept (they are part of the saved state, so a
+resumed run ends with the same bytes), and the loop ends with them. A probe that answers NaN or Inf ends the loop.
 """
 
 from __future__ import annotations
@@ -10,11 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
+from bitbrush.engine.store import Store
 from bitbrush.steps.learners import Learner
 
 if TYPE_CHECKING:
@@ -22,28 +26,41 @@ if TYPE_CHECKING:
 
 WARM = 3
 REPORT = 25
+Schedule = Literal["constant", "linear", "cosine"]
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Iterations, iterations between saved states, and the learning rate with its schedule."""
+    """Iterations, iterations between two saved states, the learning rate with its schedule, and Adam's epsilon."""
 
     iterations: int
     checkpoint: int
     lr: float
-    schedule: Literal["constant", "cosine"]
+    schedule: Schedule
+    eps: float = 1e-8
 
     def rate(self, iteration: int) -> float:
-        """Learning rate at an iteration."""
-        if self.schedule == "constant":
-            return self.lr
-        return 0.5 * self.lr * (1 + math.cos(math.pi * iteration / max(self.iterations, 1)))
+        """Learning rate at an iteration; ``linear`` and ``cosine`` fall to 0."""
+        done = iteration / max(self.iterations, 1)
+        if self.schedule == "linear":
+            return self.lr * (1 - done)
+        if self.schedule == "cosine":
+            return 0.5 * self.lr * (1 + math.cos(math.pi * done))
+        return self.lr
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A measurement by which the best parameters are kept: the loss that decides, and the iterations in between."""
+
+    measure: Callable[[], float]
+    every: int
 
 
 def optimise(
     learner: Learner, loss_at: Callable[[Tensor], Tensor], index: Tensor, budget: Budget, run: Run,
-    unit: tuple[str, str],
-) -> None:
+    unit: tuple[str, str], *, probe: Probe | None = None, capture: bool = True,
+) -> dict[str, Any]:
     """Minimise ``loss_at(rows) + penalty`` over the learner's parameters.
 
     Args:
@@ -53,23 +70,49 @@ def optimise(
         budget: Iterations and learning rate.
         run: For the device, the progress bar and the state inside a unit.
         unit: (step, unit), the key of that state.
+        probe: Measures before the first iteration, every so often, and after the last; the parameters end as the best.
+        capture: On CUDA, capture an iteration as a graph; False where ``loss_at`` reads data from a file.
+
+    Returns:
+        Facts: with a probe ``best_at`` (iterations done at the best), and ``diverged_at`` where it was not finite.
     """
     if budget.iterations == 0:
-        return
-    loop = _Loop(learner, loss_at, index.to(run.device), budget)
+        return {}
+    loop = _Loop(learner, loss_at, index.to(run.device), budget, capture)
     begin = loop.load(run.load_carry(*unit))
     run.progress.advance(begin)
+    facts: dict[str, Any] = {}
+    if probe is not None and begin == 0:
+        loop.look(probe, 0)
     for k in range(begin, budget.iterations):
         loop.iterate(k)
-        if (k + 1) % REPORT == 0 or k + 1 == budget.iterations:
-            run.progress.advance(REPORT if (k + 1) % REPORT == 0 else (k + 1) % REPORT)
-        if (k + 1) % budget.checkpoint == 0 and k + 1 < budget.iterations:
-            run.save_carry(*unit, loop.state(), k + 1)
+        done, last = k + 1, k + 1 == budget.iterations
+        if done % REPORT == 0 or last:
+            run.progress.advance(REPORT if done % REPORT == 0 else done % REPORT)
+        if probe is not None and (done % probe.every == 0 or last):
+            value = loop.look(probe, done)
+            run.progress.advance(0, f"loss {value:.4g}")
+            if not math.isfinite(value):
+                facts["diverged_at"] = done
+                run.progress.say(f"{unit[0]}, {unit[1]}: the loss is not finite at iteration {done}; going back to "
+                                 f"iteration {loop.best_at}")
+                break
+        if done % budget.checkpoint == 0 and not last:
+            run.save_carry(*unit, loop.state(), done)
+    if probe is not None:
+        facts["best_at"] = loop.return_to_best()
+    return facts
+
+
+def on_device(*stores: Store) -> bool:
+    """Whether the rows of all stores lie on their device: what a CUDA graph needs to read them."""
+    return all(store.data is None or store.data.device == store.device for store in stores)
 
 
 class _Loop:
     def __init__(
-        self, learner: Learner, loss_at: Callable[[Tensor], Tensor], index: Tensor, budget: Budget
+        self, learner: Learner, loss_at: Callable[[Tensor], Tensor], index: Tensor, budget: Budget,
+        capture: bool = True,
     ) -> None:
         self.learner, self.loss_at, self.index, self.budget = learner, loss_at, index, budget
         self.names = list(learner.parameters())
@@ -77,31 +120,69 @@ class _Loop:
         device = index.device
         self.rows = index[0].clone()
         self.progress = torch.zeros((), device=device)
-        self.rate = torch.tensor(budget.lr, device=device)
         self.cuda = device.type == "cuda"
-        self.adam = torch.optim.Adam(self.tensors, lr=self.rate, capturable=self.cuda, foreach=self.cuda)
+        self.captures = self.cuda and capture
+        self.adam = self._optimizer(device)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.done = 0
+        self.best: list[Tensor] = []
+        self.best_loss, self.best_at = math.inf, 0
+
+    def _optimizer(self, device: torch.device) -> torch.optim.Adam:
+        """One group of parameters for each learning rate; the rates lie in one tensor, of which groups hold views."""
+        given = self.learner.rates()
+        of = {name: given.get(name, 1.0) for name in self.names}
+        factors = sorted(set(of.values()))
+        self.factors = torch.tensor(factors, device=device)
+        self.rate = self.factors * self.budget.lr
+        groups = [
+            {"params": [p for n, p in zip(self.names, self.tensors, strict=True) if of[n] == factor], "lr": rate}
+            for factor, rate in zip(factors, self.rate.unbind(), strict=True)
+        ]
+        how: dict[str, Any] = {"capturable": True, "fused": True} if self.cuda else {"foreach": False}
+        return torch.optim.Adam(groups, lr=self.rate[0], eps=self.budget.eps, **how)
 
     def iterate(self, k: int) -> None:
         """Iteration number ``k``."""
         self.rows.copy_(self.index[k])
         self.progress.fill_(k / self.budget.iterations)
-        self.rate.fill_(self.budget.rate(k))
+        torch.mul(self.factors, self.budget.rate(k), out=self.rate)
         self.done += 1
         if self.graph is not None:
             self.graph.replay()
-        elif self.cuda and self.done > WARM and self.budget.iterations - k > WARM:
+        elif self.captures and self.done > WARM and self.budget.iterations - k > WARM:
             self._capture()
         else:
             self._warm()
 
+    # ---- the best so far ---------------------------------------------------------------------------------------
+    def look(self, probe: Probe, iteration: int) -> float:
+        """Measure the parameters as they are; keep them when they are better than any before."""
+        with torch.no_grad():
+            self.learner.relax(self.progress)
+            value = probe.measure()
+        if value < self.best_loss or not self.best:  # NaN compares false
+            self.best = [p.detach().clone() for p in self.tensors]
+            self.best_loss, self.best_at = value, iteration
+        return value
+
+    def return_to_best(self) -> int:
+        """Put the best parameters back; returns after how many iterations they were found."""
+        for p, best in zip(self.tensors, self.best, strict=True):
+            p.data.copy_(best)
+        return self.best_at
+
+    # ---- state -------------------------------------------------------------------------------------------------
     def state(self) -> dict[str, Tensor]:
-        """Parameters and Adam's moments."""
+        """Parameters, Adam's moments, and the best so far."""
         out = {f"p/{n}": p.detach().clone() for n, p in zip(self.names, self.tensors, strict=True)}
         for name, p in zip(self.names, self.tensors, strict=True):
             for key, value in self.adam.state[p].items():
                 out[f"{key}/{name}"] = value.clone()
+        for name, best in zip(self.names, self.best, strict=False):
+            out[f"best/{name}"] = best
+        if self.best:
+            out["best"] = torch.tensor([self.best_loss, self.best_at], dtype=torch.float64)
         return out
 
     def load(self, found: tuple[int, dict[str, Tensor]] | None) -> int:
@@ -115,19 +196,24 @@ class _Loop:
             self.adam.state[p] = {
                 k: saved[f"{k}/{name}"].to(p.device if self.cuda or k != "step" else "cpu").clone() for k in keys
             }
+        if "best" in saved:
+            self.best = [saved[f"best/{n}"].to(p.device) for n, p in zip(self.names, self.tensors, strict=True)]
+            self.best_loss, self.best_at = float(saved["best"][0]), int(saved["best"][1])
         return iteration
 
+    # ---- one iteration -----------------------------------------------------------------------------------------
     def _step(self) -> None:
         self.adam.zero_grad(set_to_none=True)
         penalty = self.learner.relax(self.progress)  # first: it puts the relaxed form into the modules
         loss = self.loss_at(self.rows) + penalty
-        loss.backward()
+        loss.backward(inputs=self.tensors)  # and no gradients of norms and biases that are not trained
         self.adam.step()
 
     def _warm(self) -> None:
-        if not self.cuda:
+        if not self.captures:
             self._step()
             return
+        self.learner.release()  # no graph of an iteration before, made on another stream, may be alive
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -136,6 +222,7 @@ class _Loop:
 
     def _capture(self) -> None:
         graph = torch.cuda.CUDAGraph()
+        self.learner.release()
         self.adam.zero_grad(set_to_none=True)
         with torch.cuda.graph(graph):
             self._step()

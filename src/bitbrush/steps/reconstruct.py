@@ -25,7 +25,7 @@ from bitbrush.network.activation import ActivationQuantizer
 from bitbrush.network.layers import QuantLayer
 from bitbrush.steps.fit import apply_activations, apply_weights
 from bitbrush.steps.learners import Learner, RoundingLearner, ScaleLearner
-from bitbrush.steps.loop import Budget, optimise
+from bitbrush.steps.loop import Budget, Schedule, on_device, optimise
 
 EVALUATE = 256
 
@@ -38,7 +38,7 @@ class Reconstruct(Step):
         by: ``block`` (residual block, transformer block, attention; other layers alone) or ``layer``.
         inputs: Input of the block: from the ``quantized`` network so far, or from the ``float`` one.
         iterations, batch, lr: Of Adam.
-        schedule: ``constant`` or ``cosine`` (to 0).
+        schedule: ``constant``, ``linear`` or ``cosine`` (to 0).
         power: Exponent of the output error.
         regularisation: Factor of the rounding regulariser (rounding only).
         warmup: Share of the iterations before the regulariser starts.
@@ -54,7 +54,7 @@ class Reconstruct(Step):
     iterations: int = Field(default=20000, ge=0)
     batch: int = Field(default=32, ge=1)
     lr: float = Field(default=1e-3, gt=0)
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Schedule = "constant"
     power: float = Field(default=2.0, gt=0)
     regularisation: float = Field(default=0.01, ge=0)
     warmup: float = Field(default=0.2, ge=0, le=1)
@@ -162,7 +162,8 @@ class Reconstruct(Step):
         budget = Budget(self.iterations, self.checkpoint, self.lr, self.schedule)
         run.progress.start(unit, self.iterations)
         try:
-            optimise(learner, loss_at, index, budget, run, (self.label, unit))
+            resident = on_device(target.output, *recording.inputs.values())
+            optimise(learner, loss_at, index, budget, run, (self.label, unit), capture=resident)
         finally:
             run.progress.finish()
         facts = learner.harden()

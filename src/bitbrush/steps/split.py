@@ -25,7 +25,7 @@ class Split(Step):
     @property
     def not_after(self) -> tuple[str, ...]:
         """Ranges belong to the segments."""
-        return ("fit weights", "fit activations", "pack")
+        return ("smooth", "fit weights", "fit activations", "pack")
 
     def run_unit(self, run: Run, unit: str, generator: torch.Generator) -> UnitResult:
         """Change the plan of every such layer."""

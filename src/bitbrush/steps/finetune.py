@@ -1,0 +1,384 @@
+"""finetune: train chosen parameters of the whole denoiser against the float network, on trajectories of the tape.
+
+One step serves three papers. QuEST trains the weights, biases and activation scales of few layers by layer outputs and
+the noise estimate. EfficientDM trains low-rank adapters that are merged before quantization, with the weight scales and
+the activation tables, by the guided estimate. MPQ-DM adds the relations between pixels, averaged over a window of
+steps. The student is the sim face of the whole network; the teacher is the float face, whose own trajectories
+`calibrate` has recorded, so x_t and the teacher's answers need not be computed again.
+
+The unit never ends worse than it starts: the parameters are measured before, every ``evaluate_every`` iterations and
+after, on rows spread over time; the best are hardened, and if even these do not beat the stored start, that is kept.
+
+What is trained differs from what is stored only by the straight-through form; weights that are not trained are decoded
+once for the unit (float32: in bf16 the layer would convert them back and forth).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from bitbrush.engine.planning import check_pattern, matches, site_names
+from bitbrush.engine.run import Run, find_nonfinite
+from bitbrush.engine.step import Step, UnitResult
+from bitbrush.errors import InputError, NumericsError
+from bitbrush.network import wrap
+from bitbrush.network.activation import ActivationQuantizer
+from bitbrush.network.attention import SoftmaxForm, softmax_in_training
+from bitbrush.network.layers import QuantLayer
+from bitbrush.network.survey import Survey
+from bitbrush.numbers.grid import Plan
+from bitbrush.steps import teaching
+from bitbrush.steps.fit import apply_activations, apply_weights
+from bitbrush.steps.learners import Learner, ScaleLearner, Together, held_tables
+from bitbrush.steps.loop import Budget, Probe, Schedule, optimise
+from bitbrush.steps.losses import LossName, Objective
+from bitbrush.steps.reconstruct import half_precision
+from bitbrush.steps.tuning_learners import BiasLearner, WeightLearner, mean_scale
+
+UNIT = "model"
+EPSILON = 1e-12
+"""Adam's: the losses are means, so gradients are small; the papers' code adds sums, beside which 1e-8 is nothing."""
+
+
+class Finetune(Step):
+    """Train parameters of the whole network.
+
+    Args:
+        weights: ``none``, ``full`` (the weights themselves) or ``lora`` (adapters merged before quantization).
+        layers: Which layers: ``time_proj``, ``time_mlp``, ``time``, ``qkv``, ``ff``, ``qkv_ff``, ``attention``,
+            ``all``, or a pattern as in a recipe's ``[layers]``. See `PRESETS`.
+        frozen: Pattern of layers that are left alone all the same, their activation scales too; ``*:softmax`` and the
+            like leave those scales alone.
+        bias: Train the biases of these layers.
+        rounding: ``nearest``, or ``offset``: floor plus the 0/1 decision that the stored codes were rounded with.
+        rank, adapter: Of ``lora``; ``shared``: one second factor for all taps of a kernel (EfficientDM), ``tap``: one
+            a tap (MPQ-DM).
+        base: What adapters are added to: the ``float`` weight, or the ``quantized`` one.
+        weight_scale: Train the weight scales of these layers, as s0 exp(theta).
+        scales: Which static activation scales are trained, as s0 exp(theta) (a choice of ours): ``none``, ``own``
+            (inputs of these layers), ``not_time`` (all, attention operands too, but not the time embedding's), ``all``.
+        zero_points: Train the zero-points of the same quantizers.
+        softmax: ``exact``, or ``float``: in training the softmax of attention is not rounded (fused kernels: less
+            memory and time), and its scale is not trained. What is measured and stored rounds it either way.
+        lr_weights: Adam's rate for weights, adapters and biases.
+        lr_scales, lr_weight_scale: Rates relative to each scale.
+        lr_zero_points: In codes.
+        scale_aware: ``rate``: ``lr_weights`` times the layer's mean weight scale (EfficientDM's code, 1/2500);
+            ``gradient``: the gradient times that (its equation 8; Adam takes it out again).
+        losses: Loss to weight: ``output``, ``guided``, ``layers``, ``relation``, ``features``. See `losses`.
+        guidance: For ``guided``; left out, that of the calibrate step.
+        relation_pool: Pool the features of ``relation`` to at most so many pixels a side; 0 does not.
+        window: Consecutive sampling steps of a group.
+        iterations: Adam steps.
+        batch: Rows of the denoiser an iteration; groups have window * halves rows, at least one group is taken.
+        order: ``shuffled``, or ``sequential`` from noisy to clean.
+        schedule: ``constant``, ``linear`` or ``cosine`` (both to 0).
+        samples: Calibration samples used; left out, all.
+        evaluate_every: Iterations between two measurements.
+        evaluate_rows: About how many rows are measured.
+        checkpoint: Iterations between two saved states.
+        autocast: On CUDA, train in bf16 autocast (measured losses, parameters and codes stay float32).
+    """
+
+    weights: Literal["none", "full", "lora"] = "full"
+    layers: str = "all"
+    frozen: str = ""
+    bias: bool = False
+    rounding: Literal["nearest", "offset"] = "nearest"
+    rank: int = Field(default=32, ge=1)
+    adapter: Literal["shared", "tap"] = "shared"
+    base: Literal["float", "quantized"] = "float"
+    weight_scale: bool = False
+    scales: Literal["none", "own", "not_time", "all"] = "own"
+    zero_points: bool = False
+    softmax: SoftmaxForm = "exact"
+    lr_weights: float = Field(default=1e-5, gt=0)
+    lr_scales: float = Field(default=1e-3, gt=0)
+    lr_weight_scale: float = Field(default=1e-4, gt=0)
+    lr_zero_points: float = Field(default=5e-4, gt=0)
+    scale_aware: Literal["none", "rate", "gradient"] = "none"
+    losses: dict[LossName, float] = Field(default={"output": 1.0}, min_length=1)
+    guidance: float | None = None
+    relation_pool: int = Field(default=0, ge=0)
+    window: int = Field(default=1, ge=1)
+    iterations: int = Field(default=2000, ge=0)
+    batch: int = Field(default=16, ge=1)
+    order: teaching.Order = "shuffled"
+    schedule: Schedule = "linear"
+    samples: int | None = Field(default=None, ge=1)
+    evaluate_every: int = Field(default=200, ge=1)
+    evaluate_rows: int = Field(default=64, ge=1)
+    checkpoint: int = Field(default=500, ge=1)
+    autocast: bool = True
+
+    @model_validator(mode="after")
+    def _sensible(self) -> Finetune:
+        if self.zero_points and self.scales == "none":
+            raise ValueError("zero_points needs scales: they are those of the same quantizers")
+        if min(self.losses.values()) < 0 or max(self.losses.values()) == 0:
+            raise ValueError("weights of losses must not be negative, and one must be positive")
+        return self
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Trajectories, and a quantized network to start from: the student is all of it, whatever is trained."""
+        return ("calibrate", "fit weights", "fit activations")
+
+    @property
+    def not_after(self) -> tuple[str, ...]:
+        """Packed weights cannot be trained."""
+        return ("pack",)
+
+    def check(self, survey: Survey, plan: Plan) -> None:
+        """Patterns name sites of this model, and select a layer of the plan."""
+        if not self._trains(plan):
+            return
+        names = site_names(survey)
+        if self.layers not in PRESETS:
+            check_pattern(self.layers, [site.name for site in survey.layers()], f"step {self.label}: layers",
+                          f"; presets are {', '.join(PRESETS)}")
+        if self.frozen:
+            check_pattern(self.frozen, names, f"step {self.label}: frozen")
+        self._selected(name for name in plan.layers if not wrap.is_operand(name))
+
+    def units(self, run: Run) -> list[str]:
+        """The whole model, where there is something to train."""
+        return [UNIT] if self._trains(run.plan) else []
+
+    def run_unit(self, run: Run, unit: str, generator: torch.Generator) -> UnitResult:
+        """Train."""
+        _forget(run)
+        chosen = self.chosen(run)
+        lessons = teaching.load(run, self.window, self.samples)
+        objective = Objective(run.model, lessons, self.losses, list(chosen), self._guidance(run), self.relation_pool)
+        count = max(1, self.batch // lessons.width)
+        index = lessons.schedule(self.iterations, count, self.order, generator)
+        learner = self.learner(run, chosen, generator)
+        trained = chosen if self.weights != "none" or self.weight_scale else {}
+        with student(run, trained), softmax_in_training(run.model, self.softmax), held_tables(self.still(run, chosen)):
+            notes = self._train(run, unit, objective, learner, index)
+        notes |= {"groups": len(lessons), "rows": len(lessons.timesteps)}
+        return UnitResult(learner.result(), notes=notes)
+
+    def apply(self, run: Run, unit: str, result: UnitResult) -> None:
+        """Store the outcome; no output that was remembered holds any more."""
+        apply_tuned(run, result.tensors)
+        _forget(run)
+
+    # ---- what is trained ---------------------------------------------------------------------------------------
+    def chosen(self, run: Run) -> dict[str, QuantLayer]:
+        """The layers that `layers` and `frozen` select, in execution order.
+
+        Raises:
+            InputError: None at all.
+        """
+        layers = run.layers()
+        return {name: layers[name] for name in self._selected(layers)}
+
+    def _selected(self, names: Iterable[str]) -> list[str]:
+        given = list(names)
+        named = PRESETS.get(self.layers) or (lambda name: matches(self.layers, name))
+        found = [name for name in given if named(name) and not self._is_frozen(name)]
+        if not found:
+            raise InputError(
+                f"layers = {self.layers!r} selects no quantized layer of this model", where=f"step {self.label}",
+                why=f"presets are {', '.join(PRESETS)}; {len(given)} layers are quantized, frozen = {self.frozen!r}",
+                try_="bitbrush inspect MODEL lists the layers",
+            )
+        return found
+
+    def quantizers(self, run: Run, chosen: dict[str, QuantLayer]) -> dict[str, ActivationQuantizer]:
+        """The static activation quantizers that `scales` selects."""
+        static = {
+            name: m for name, m in run.model.named_modules()
+            if isinstance(m, ActivationQuantizer) and m.spec.mode == "static"
+            and not (self.softmax == "float" and _leaf(name) == "softmax")
+        }
+        own = {f"{name}.input" for name in chosen}
+        if self.scales == "own":
+            return {name: q for name, q in static.items() if name in own}
+        if self.scales == "none":
+            return {}
+        free = {
+            name: q for name, q in static.items()
+            if not (self._is_frozen(_site(name)) or self._is_frozen(name.rpartition(".")[0]))
+        }
+        if self.scales == "all":
+            return free
+        return {name: q for name, q in free.items() if not PRESETS["time"](_site(name))}
+
+    def still(self, run: Run, chosen: dict[str, QuantLayer]) -> list[ActivationQuantizer]:
+        """The static quantizers that are not trained."""
+        moving = {id(q) for q in self.quantizers(run, chosen).values()}
+        return [m for m in run.model.modules()
+                if isinstance(m, ActivationQuantizer) and m.spec.mode == "static" and id(m) not in moving]
+
+    def learner(self, run: Run, chosen: dict[str, QuantLayer], generator: torch.Generator) -> Together:
+        """Everything that is trained, as one learner; learning rates are absolute (the budget's is 1)."""
+        parts: list[Learner] = []
+        weighted = {n: layer for n, layer in chosen.items() if layer.spec.weight is not None}
+        if weighted and (self.weights != "none" or self.weight_scale):
+            parts.append(WeightLearner(weighted, self, generator))
+        biased = {n: layer for n, layer in chosen.items() if layer.bias is not None} if self.bias else {}
+        if biased:
+            aware = self.scale_aware == "rate"
+            rates = {
+                n: self.lr_weights * (mean_scale(layer) if aware and layer.spec.weight is not None else 1.0)
+                for n, layer in biased.items()
+            }
+            parts.append(BiasLearner(biased, rates))
+        quantizers = self.quantizers(run, chosen)
+        if quantizers:
+            parts.append(ScaleLearner(quantizers, zero_points=self.zero_points, rate=self.lr_scales,
+                                      zero_rate=self.lr_zero_points))
+        if not parts:
+            raise InputError("there is nothing to train", where=f"step {self.label}",
+                             why=f"{len(chosen)} layers, but no quantized weight, bias or static scale of theirs",
+                             try_=f"--set {self.label}.iterations=0 leaves the step out")
+        return Together(*parts)
+
+    def _trains(self, plan: Plan) -> bool:
+        anything = self.weights != "none" or self.bias or self.weight_scale or self.scales != "none"
+        return bool(self.iterations and anything and plan.layers)
+
+    def _is_frozen(self, name: str) -> bool:
+        return bool(self.frozen) and matches(self.frozen, name)
+
+    def _guidance(self, run: Run) -> float:
+        given = [s.model_dump()["guidance"] for s in run.recipe.steps if s.do == "calibrate"]
+        return float(given[0]) if self.guidance is None else self.guidance
+
+    # ---- training ----------------------------------------------------------------------------------------------
+    def _train(
+        self, run: Run, unit: str, objective: Objective, learner: Together, index: Tensor
+    ) -> dict[str, Any]:
+        probe, size = objective.lessons.probe(self.evaluate_rows), index.shape[1]
+
+        def loss_at(groups: Tensor) -> Tensor:
+            return objective.total(objective.parts(groups, half_precision(run.device, self.autocast)))
+
+        def measured() -> float:
+            return objective.measure(probe, size)["total"]
+
+        start = objective.measure(probe, size)
+        if not math.isfinite(start["total"]):
+            raise self._not_finite(run, objective, start)
+        budget = Budget(self.iterations, self.checkpoint, 1.0, self.schedule, EPSILON)
+        run.progress.start(f"{self.label}: {unit}", self.iterations)
+        try:
+            facts = optimise(learner, loss_at, index, budget, run, (self.label, unit),
+                             probe=Probe(measured, self.evaluate_every), capture=objective.lessons.resident)
+        finally:
+            run.progress.finish()
+        facts |= learner.harden()
+        end = objective.measure(probe, size)
+        kept = "trained" if end["total"] < start["total"] else "start"  # NaN compares false: the start is kept
+        if kept == "start":
+            learner.restore()
+            end, facts = start, facts | {"codes_changed": 0.0}
+        learner.release()
+        return self._notes(run, learner, start, end) | {"kept": kept} | facts
+
+    def _notes(
+        self, run: Run, learner: Learner, start: dict[str, float], end: dict[str, float]
+    ) -> dict[str, Any]:
+        trained = sum(p.numel() for p in learner.parameters().values())
+        whole = sum(site.parameters for site in run.survey.layers()) + sum(run.survey.other.values())
+        return {
+            "loss_start": _short(start["total"]), "loss_end": _short(end["total"]),
+            "losses": {n: [_short(start[n]), _short(end[n])] for n in start if n != "total"},
+            "trained": trained, "trained_share": _short(trained / whole),
+        }
+
+    def _not_finite(self, run: Run, objective: Objective, start: dict[str, float]) -> NumericsError:
+        """Names the losses that are not finite, and the first module that answers NaN or Inf."""
+        lessons = objective.lessons
+        args, kwargs = lessons.inputs(lessons.rows(lessons.probe(1)))
+        bad = ", ".join(name for name, value in start.items() if name != "total" and not math.isfinite(value))
+        return NumericsError(
+            f"the loss {bad or 'total'} is NaN or Inf before any training",
+            where=f"step {self.label}: {find_nonfinite(run.model, args, kwargs)}",
+            why="the quantized network or its targets are not finite", try_="check the ranges found by the fit steps",
+        )
+
+
+def apply_tuned(run: Run, tensors: dict[str, Tensor]) -> None:
+    """Store codes and weight scales, biases, activation scales and zero-points."""
+    apply_weights(run, tensors)
+    apply_activations(run, tensors)
+    layers = run.layers()
+    for key, tensor in tensors.items():
+        name, _, kind = key.rpartition("/")
+        if kind == "bias":
+            layers[name].set_bias(tensor)
+
+
+@contextmanager
+def student(run: Run, trained: dict[str, QuantLayer]) -> Iterator[None]:
+    """The sim face of the whole network, ready for training: evaluation mode, none of the model's own parameters wants
+    gradients, and weights that are not trained are decoded once."""
+    model, training = run.model, run.model.training
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    constant = [layer for n, layer in run.layers().items() if n not in trained and layer.spec.weight is not None]
+    try:
+        model.eval()
+        for p in wanted:
+            p.requires_grad_(False)
+        with torch.no_grad():
+            for layer in constant:
+                layer.trial_weight = layer.decoded_weight()
+        with wrap.show(model, "sim"):
+            yield
+    finally:
+        for layer in constant:
+            layer.trial_weight = None
+        for p in wanted:
+            p.requires_grad_(True)
+        model.train(training)
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _site(quantizer: str) -> str:
+    """The plan's name of what a quantizer belongs to: ``<layer>``, or ``<attention>:q``."""
+    owner, _, leaf = quantizer.rpartition(".")
+    attention = owner.removesuffix(".processor")
+    return owner if attention == owner else f"{attention}:{leaf}"
+
+
+def _is_query(name: str) -> bool:
+    """Projections of attention from the picture: not keys and values of cross-attention, which come from the text."""
+    return _leaf(name) == "to_q" or (_leaf(name) in ("to_k", "to_v") and ".attn2." not in name)
+
+
+PRESETS: dict[str, Callable[[str], bool]] = {
+    "time_proj": lambda name: _leaf(name) == "time_emb_proj",
+    "time_mlp": lambda name: name.startswith("time_embedding."),
+    "time": lambda name: _leaf(name) == "time_emb_proj" or name.startswith("time_embedding."),
+    "qkv": _is_query,
+    "ff": lambda name: ".ff.net." in name,
+    "qkv_ff": lambda name: _is_query(name) or ".ff.net." in name,
+    "attention": lambda name: ".attentions." in f".{name}",
+    "all": lambda name: True,
+}
+"""Sets of layers by name, as QuEST's code chooses them (its names in diffusers' words): ``time_proj`` is stage 1,
+``qkv_ff`` stage 2 for class-conditional and (``to_q``, ``to_k``, ``to_v``) unconditional models, ``ff`` stage 2 for
+Stable Diffusion."""
+
+
+def _forget(run: Run) -> None:
+    for name in list(run.memos):
+        run.forget(name)
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.6g}")

@@ -1,0 +1,161 @@
+"""smooth: move the difference between input channels from the activation, which has one scale, to the weight.
+
+Each input channel c gets a constant factor: the layer sees ``X_c * delta_c`` and stores codes of ``W_c / delta_c``; the
+product is the same. ``ratios = "balanced"`` takes
+
+    delta_c = max|W_c| ** exponent / max|X_c| ** (1 - exponent)
+
+so that with the exponent 0.5 both maxima become sqrt(max|W_c| max|X_c|) (SmoothQuant, Xiao et al. 2023, eq. 4; MPQ-DM,
+"pre-scaling", section 3.1 of its method page). ``ratios = "activation"`` gives every channel the same range,
+``delta_c = m / max|X_c|`` with m the geometric mean of the layer's max|X_c|: what scales a channel would do (QuEST at 4
+bits), in a form that an integer product can run.
+
+Maxima are those of the float network over the tape. Ones below `FLOOR` of the layer's largest (dead channels) count as
+that much, so no factor grows without bound for a channel that only comes alive later.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from bitbrush.engine.planning import check_pattern, matches
+from bitbrush.engine.run import Run
+from bitbrush.engine.step import Step, UnitResult
+from bitbrush.network import wrap
+from bitbrush.network.layers import QuantLayer
+from bitbrush.network.survey import Survey
+from bitbrush.numbers.grid import LayerSpec, Plan
+from bitbrush.steps.fit import spread
+
+FLOOR = 1e-5
+"""Smallest maximum of a channel, as a share of the layer's largest."""
+
+
+class Smooth(Step):
+    """Give layers a factor for each input channel.
+
+    Layers without quantized weight or without quantized input are left alone, and grouped convolutions.
+
+    Args:
+        exponent: Share of the range that goes by the weight (``balanced`` only).
+        ratios: ``balanced`` between weight and activation, or by the ``activation`` alone.
+        samples: Calibration samples looked at, spread over the tape.
+        layers: Pattern of the layers concerned.
+        enabled: ``false`` leaves every layer as it is, for comparison.
+    """
+
+    exponent: float = Field(default=0.5, ge=0, le=1)
+    ratios: Literal["balanced", "activation"] = "balanced"
+    samples: int = Field(default=256, ge=1)
+    layers: str = "*"
+    enabled: bool = True
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Samples, for the range of each channel."""
+        return ("calibrate",)
+
+    @property
+    def not_after(self) -> tuple[str, ...]:
+        """Factors are folded once, and everything that is fitted is fitted to the scaled weights and inputs."""
+        return ("smooth", "fit weights", "fit activations", "allocate", "finetune", "pack")
+
+    def check(self, survey: Survey, plan: Plan) -> None:
+        """The pattern names layers of this model."""
+        if self.enabled:
+            check_pattern(self.layers, [site.name for site in survey.layers()], f"step {self.label}: layers")
+
+    def units(self, run: Run) -> list[str]:
+        """All layers at once: one pass over the samples sees every input."""
+        return ["all layers"] if self.enabled else []
+
+    def run_unit(self, run: Run, unit: str, generator: torch.Generator) -> UnitResult:
+        """Measure, and decide the factors."""
+        chosen = {name: layer for name, layer in run.layers().items() if self._concerns(name, layer)}
+        maxima = self._input_maxima(run, chosen)
+        changes: dict[str, LayerSpec] = {}
+        tensors: dict[str, Tensor] = {}
+        extremes: list[tuple[float, float]] = []
+        for name, layer in chosen.items():
+            factor = self.factors(maxima[name], weight_maxima(layer.weight))
+            tensors[f"{name}/input_scale"] = factor.cpu()
+            changes[name] = layer.spec.model_copy(update={"input_scale": True})
+            extremes.append((float(factor.min()), float(factor.max())))
+        notes: dict[str, Any] = {"layers": len(chosen)}
+        if extremes:
+            notes |= {"smallest_factor": _short(min(e[0] for e in extremes)),
+                      "largest_factor": _short(max(e[1] for e in extremes))}
+        return UnitResult(tensors, changes, notes)
+
+    def apply(self, run: Run, unit: str, result: UnitResult) -> None:
+        """Store the factors in the layers."""
+        apply_input_scales(run, result.tensors)
+
+    def factors(self, inputs: Tensor, weights: Tensor) -> Tensor:
+        """``delta`` ``[C]`` from the maxima ``[C]`` of a layer's input and weight by input channel."""
+        x, w = _clamped(inputs), _clamped(weights)
+        if self.ratios == "activation":
+            return x.log().mean().exp() / x
+        return w.pow(self.exponent) / x.pow(1 - self.exponent)
+
+    def _concerns(self, name: str, layer: QuantLayer) -> bool:
+        activation = layer.spec.activation
+        if layer.spec.weight is None or activation is None or activation.position == "output":
+            return False
+        return getattr(layer, "groups", 1) == 1 and matches(self.layers, name)
+
+    def _input_maxima(self, run: Run, chosen: dict[str, QuantLayer]) -> dict[str, Tensor]:
+        """``max|X_c|`` of each layer in the float face, ``[C]`` by layer."""
+        maxima: dict[str, Tensor] = {}
+
+        def watch(name: str, layer: QuantLayer) -> Any:
+            def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+                x = args[0].detach().float().movedim(layer.channel_dim, 0)
+                here = x.reshape(len(x), -1).abs().amax(dim=1)
+                maxima[name] = torch.maximum(maxima[name], here) if name in maxima else here
+
+            return hook
+
+        limit = min(self.samples, len(run.tape))
+        handles = [layer.register_forward_pre_hook(watch(name, layer)) for name, layer in chosen.items()]
+        run.progress.start("channel ranges", limit)
+        try:
+            with wrap.show(run.model, "float"), torch.no_grad():
+                for batch in run.tape.select(spread(run, limit)):
+                    args, kwargs = run.tape.inputs(batch)
+                    run.model(*args, **kwargs)
+                    run.progress.advance(len(batch["timestep"]))
+        finally:
+            run.progress.finish()
+            for handle in handles:
+                handle.remove()
+        return maxima
+
+
+def weight_maxima(weight: Tensor) -> Tensor:
+    """``max|W_c|`` by input channel, ``[C]``, of a weight ``[N, C]`` or ``[N, C, kh, kw]``."""
+    by_channel = weight.detach().float().transpose(0, 1)
+    return by_channel.reshape(len(by_channel), -1).abs().amax(dim=1)
+
+
+def apply_input_scales(run: Run, tensors: dict[str, Tensor]) -> None:
+    """Store ``<layer>/input_scale`` in the layers, whose specs ask for it."""
+    layers = run.layers()
+    for key, value in tensors.items():
+        name, _, kind = key.rpartition("/")
+        if kind == "input_scale":
+            layers[name].set_input_scale(value)
+
+
+def _clamped(maxima: Tensor) -> Tensor:
+    """Positive maxima; a layer of zeros has them all equal."""
+    largest = maxima.max()
+    return maxima.clamp_min(FLOOR * float(largest)) if largest > 0 else torch.ones_like(maxima)
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.6g}")
