@@ -37,6 +37,7 @@ from bitbrush.evaluate.clip import EmojiClip
 from bitbrush.evaluate.fid import cifar_fid
 from bitbrush.evaluate.pairs import psnr, ssim
 from bitbrush.evaluate.sampling import draw, with_ddim
+from bitbrush.network.survey import example_inputs
 
 RESULTS = Path(__file__).parent / "results" / "quality"
 
@@ -157,12 +158,45 @@ def quantized(protocol: Protocol, arm: Arm, work: Path) -> dict[str, Any]:
         "share_of_bf16": size / (2 * result.history["parameters"]),
         "recipe": result.recipe.to_dict(),
         "losses": [u for u in result.history["units"] if "loss_start" in u],
+        "costs": result.costs,
     }
-    facts.write_text(json.dumps(out))
+    costs = result.costs
     del result, target
+    out |= memory(protocol, out["recipe"], costs)
+    facts.write_text(json.dumps(out))
     if protocol.device == "cuda":
         torch.cuda.empty_cache()  # other runs may share the card
     return out
+
+
+def memory(protocol: Protocol, recipe: dict[str, Any], costs: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """Peak memory of the finetune steps beside that of one training step of the float denoiser at the same batch."""
+    tuned = {s["id"]: s["batch"] for s in recipe["step"] if s["do"] == "finetune"}
+    peaks = {name: costs[name]["peak_memory"] for name in tuned if "peak_memory" in costs.get(name, {})}
+    if not peaks:
+        return {}
+    worst = max(peaks, key=lambda name: peaks[name])
+    one = training_step(protocol, tuned[worst])
+    return {"finetune_peak_memory": peaks[worst], "training_step_memory": one, "memory_ratio": peaks[worst] / one}
+
+
+def training_step(protocol: Protocol, batch: int) -> int:
+    """Peak bytes of one training step (Adam, bf16 autocast) of the float denoiser on a GPU, nothing else on it."""
+    torch.cuda.empty_cache()
+    base = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    pipe = DiffusionPipeline.from_pretrained(protocol.folder, use_safetensors=True)
+    unet = pipe.unet.to("cuda").train()
+    tokens = pipe.tokenizer.model_max_length if protocol.prompts else 0
+    args, kwargs = example_inputs(unet, batch=batch, tokens=tokens, device="cuda")
+    adam = torch.optim.Adam(unet.parameters(), fused=True)
+    for _ in range(2):
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = (unet(*args, **kwargs).sample.float() - args[0]).square().mean()
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    return torch.cuda.max_memory_allocated() - base
 
 
 def measured(protocol: Protocol, key: str, folder: Path, seed: int, work: Path) -> dict[str, Any]:
@@ -252,7 +286,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     baselines = {"rtn": Arm("rtn", weights, activations), "rtn_dynamic": Arm("rtn-dynamic", weights, activations)}
     if args.smoke:
         for item in (arm, *baselines.values()):
-            item.settings = smoke_settings(item.recipe) | item.settings
+            item.settings = smoke_settings(item) | item.settings
     facts = quantized(protocol, arm, work)
     if not args.no_baselines:
         for item in baselines.values():
@@ -298,11 +332,13 @@ def record(
         "draw_seconds": own["draw_seconds"],
         "per_picture": {k: own[k] for k in ("clip", "psnr") if k in own},
         "peak_memory": facts["peak_memory"],
+        **{k: facts[k] for k in ("finetune_peak_memory", "training_step_memory", "memory_ratio") if k in facts},
         "unet_bytes": facts["unet_bytes"],
         "share_of_bf16": facts["share_of_bf16"],
         "proof": facts["proof"],
         "proof_ok": facts["proof_ok"],
         "losses": facts["losses"],
+        "costs": facts.get("costs", {}),
         "device": torch.cuda.get_device_name() if protocol.device == "cuda" else platform.processor() or "cpu",
         "versions": {
             "bitbrush": bitbrush.__version__,
@@ -330,14 +366,18 @@ def command(args: argparse.Namespace) -> str:
     return " ".join(parts + (["--smoke"] if args.smoke else []))
 
 
-def smoke_settings(recipe: str) -> dict[str, Any]:
+def smoke_settings(arm: Arm) -> dict[str, Any]:
     """Few samples and iterations, to see that everything runs."""
-    if recipe == "rtn-dynamic":
-        return {}
-    small: dict[str, Any] = {"calibrate.samples": 16, "calibrate.trajectories": 2}
-    if recipe == "qdiffusion":
-        small |= {"weights.iterations": 3, "activations.iterations": 2, "weights.batch": 2, "activations.batch": 2}
-    return small
+    recipe = bitbrush.read_recipe(arm.recipe, preset=arm.preset)
+    small = {
+        "calibrate": {"samples": 16, "trajectories": 2, "steps": 4},
+        "reconstruct": {"iterations": 3, "batch": 2, "samples": 16},
+        "fit": {"samples": 8},
+        "smooth": {"samples": 8},
+        "allocate": {"samples": 4, "points": 4},
+        "finetune": {"iterations": 3, "batch": 4, "evaluate_every": 2, "evaluate_rows": 4},
+    }
+    return {f"{step.label}.{key}": value for step in recipe.steps for key, value in small.get(step.do, {}).items()}
 
 
 def parse_bits(text: str) -> tuple[int, int]:
