@@ -168,4 +168,16 @@ NOTES: dict[Key, Note] = {
         "Quantization seed = sampling seed. `attention` quantizes q, k, v and softmax to 8 bits, `normal` draws "
         "calibration times as PTQ4DM does. Intervals: 95 %, paired bootstrap.",
     ),
+    ("emoji-sd-tiny", "quest", 4, 4): Note(
+        "full",
+        "Short schedule: 300 rounding iterations a block, 200 of stage 1, 800 of stage 2. Quantization seed = sampling "
+        "seed. `no-stage1`, `no-stage2`: that step left out; `no-global`: layer losses alone; `shared`: one scale set "
+        "for all steps; `channel`: the code's static scales a channel, simulated only; `float-attention`: q, k, v and "
+        "softmax float.",
+    ),
+    ("emoji-sd-tiny", "mpqdm", 2, 4): Note(
+        "full",
+        "Short schedule: 1,500 iterations. Quantization seed = sampling seed. `random`: as many rows move, but random "
+        "ones; `uniform`: no row moves; `no-relation`: the noise estimate alone.",
+    ),
 }
