@@ -17,7 +17,7 @@ from torch import nn
 
 from bitbrush import __version__, assets, inspection, loading
 from bitbrush.engine.disk import Disk
-from bitbrush.engine.estimate import estimate, in_words, peak_memory, weight_bits
+from bitbrush.engine.estimate import activation_bits, estimate, in_words, peak_memory, weight_bits
 from bitbrush.engine.journal import Journal
 from bitbrush.engine.planning import make_plan
 from bitbrush.engine.progress import Progress, TqdmProgress
@@ -77,10 +77,11 @@ def recipes() -> list[str]:
 
 def read_recipe(
     source: str | Path, weights: int | None = None, activations: int | None = None, preset: str | None = None,
-    settings: dict[str, Any] | None = None,
+    settings: dict[str, Any] | None = None, correct: str | None = None,
 ) -> Recipe:
     """A bundled recipe by name or a TOML file by path, checked and expanded. Raises InputError."""
-    return load_recipe(source, STEPS, weights=weights, activations=activations, preset=preset, settings=settings)
+    return load_recipe(source, STEPS, weights=weights, activations=activations, preset=preset, settings=settings,
+                       correct=correct)
 
 
 def inspect(
@@ -101,10 +102,10 @@ def inspect(
 def dry_run(
     target: Any, recipe: str | Path = "qdiffusion", weights: int | None = None, activations: int | None = None, *,
     prompts: list[str] | None = None, preset: str | None = None, settings: dict[str, Any] | None = None,
-    device: str | None = None, **_: Any,
+    device: str | None = None, correct: str | None = None, **_: Any,
 ) -> dict[str, Any]:
     """Everything that `quantize` checks before it starts: the expanded recipe and the inspection."""
-    checked = read_recipe(recipe, weights, activations, preset, settings)
+    checked = read_recipe(recipe, weights, activations, preset, settings, correct)
     opened = loading.open_model(target, "cpu" if isinstance(target, str | Path) else None)
     _prompts(opened, checked, prompts)
     inspected = _inspect(opened, checked, _estimated_on(target, opened, device))
@@ -115,7 +116,7 @@ def quantize(
     target: Any, recipe: str | Path = "qdiffusion", weights: int | None = None, activations: int | None = None, *,
     prompts: list[str] | None = None, seed: int = 0, device: str | None = None, output: str | Path | None = None,
     preset: str | None = None, settings: dict[str, Any] | None = None, progress: Progress | None = None,
-    disk: Disk | None = None,
+    disk: Disk | None = None, correct: str | None = None,
 ) -> Result:
     """Quantize a pipeline's denoiser, prove it, and (with ``output``) save the artifact.
 
@@ -132,11 +133,12 @@ def quantize(
         preset: A preset of the recipe, such as ``demo``.
         settings: ``{"step.key": value}``.
         progress: Where to report; None: tqdm bars.
+        correct: ``tac``: add a correction a timestep to the recipe, fitted on the packed network.
 
     Raises:
         InputError, ResourceError, NumericsError: Nothing is lost; a run with ``output`` can be resumed.
     """
-    checked = read_recipe(recipe, weights, activations, preset, settings)
+    checked = read_recipe(recipe, weights, activations, preset, settings, correct)
     if output is not None:
         Journal(Path(output), disk or Disk()).refuse_occupied()
     opened = loading.open_model(target, device)
@@ -234,11 +236,12 @@ def _result(run: Run, opened: loading.Opened, started: float, output: Path | Non
         proofs |= entry.get("proof", {})
         ranges |= {name.removesuffix(".input"): value for name, value in entry.get("ranges", {}).items()}
         verify = notes if "sqnr_packed_vs_simulated_db" in notes else verify
-        units.append(notes)
+        if "correction" not in notes:
+            units.append(notes)
     layers = {
         name: {
             "weight_bits": round(weight_bits(layer.spec), 4),
-            "activation_bits": layer.spec.activation.grid.bits if layer.spec.activation else 16,
+            "activation_bits": activation_bits(layer.spec),
             "parameters": next(s.parameters for s in run.survey.sites if s.name == name),
             "packed_bytes": layer.packed_bytes(), "segments": list(layer.spec.segments),
         }
@@ -251,6 +254,9 @@ def _result(run: Run, opened: loading.Opened, started: float, output: Path | Non
         "average_bits": round(8 * stored / total, 4), "parameters": total, "bytes": stored, "layers": layers,
         "kept_float": run.kept_float, "units": units, "ranges": ranges, "samples": len(run.tape),
     }
+    for entry in run.done:
+        if "correction" in entry:
+            history["correction"] = entry["correction"]
     proof = {"format": 1, "ok": all(p.get("ok", False) for p in proofs.values()), "model": verify, "layers": proofs}
     source = opened.source if Path(opened.source).is_dir() else None
     target = opened.pipeline if opened.pipeline is not None else opened.model

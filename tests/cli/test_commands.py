@@ -21,7 +21,7 @@ COMMANDS = {
     "inspect": ["MODEL", "--recipe", "--weights", "--activations", "--preset", "--device"],
     "quantize": [
         "MODEL", "--output", "--recipe", "--weights", "--activations", "--preset", "--prompts", "--seed", "--device",
-        "--set", "--dry-run",
+        "--set", "--correct", "--dry-run",
     ],
     "resume": ["OUT"],
     "sample": ["OUT", "--prompt", "--steps", "--guidance", "--seed", "--output", "-n"],

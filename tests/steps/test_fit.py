@@ -16,14 +16,14 @@ from bitbrush.network.layers import QuantLayer
 from bitbrush.numbers import ranges
 from bitbrush.numbers.codec import decode, encode, expand_weight_scale, reciprocal
 from bitbrush.numbers.grid import ActivationSpec, Grid, LayerSpec, Plan, WeightSpec
-from bitbrush.steps.fit import Fit, _Watcher, binary_scale
+from bitbrush.steps.fit import Fit, Watcher, binary_scale
 from small import CALIBRATE, FIT, HEAD, RANGES, SPLIT, execute, least_pipeline
 
 TEXT = HEAD + CALIBRATE + SPLIT + FIT
 
 
 def ranges_of(rows: Tensor, fit: Fit, grid: Grid) -> tuple[Tensor, Tensor]:
-    return fit._rows(rows[None], ActivationQuantizer(ActivationSpec(grid=grid)))
+    return fit.row(rows[None], grid)
 
 
 def test_mse_is_never_worse_than_minmax(tmp_path: Path) -> None:
@@ -268,7 +268,7 @@ def test_scales_a_channel(timed: bool, tmp_path: Path) -> None:
             assert torch.allclose(scale, want, rtol=1e-3) and bool(((zero - zeros).abs() <= 1).all()), name
         ran += 1
     assert ran == len(run.plan.layers) > 30
-    kept = _Watcher(ActivationQuantizer(ActivationSpec(granularity="channel"), channels=1000), 64, torch.Generator())
+    kept = Watcher(ActivationQuantizer(ActivationSpec(granularity="channel"), channels=1000), 64, torch.Generator())
     kept.times = torch.zeros(2)
     kept.quantizer(torch.randn(2, 1000, 3, 3), 1)
     assert kept.values_by_segment()[0].shape == (1000, 2, 4)

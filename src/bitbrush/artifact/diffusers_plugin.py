@@ -25,16 +25,17 @@ from torch import Tensor, nn
 
 from bitbrush.artifact import digest, manifest
 from bitbrush.errors import ArtifactError, InputError
-from bitbrush.network import wrap
+from bitbrush.network import correction, wrap
 from bitbrush.network.activation import ActivationQuantizer
 from bitbrush.network.attention import QuantAttention
+from bitbrush.network.correction import Correction, CorrectionSpec
 from bitbrush.network.layers import QuantConv2d, QuantLayer, QuantLinear
 from bitbrush.numbers.grid import Plan
 
 _CONV = (
     "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"
 )
-_KEYS = {"quant_method", "format_version", "bitbrush_version", "plan", "digest"}
+_KEYS = {"quant_method", "format_version", "bitbrush_version", "plan", "digest", "correction"}
 
 
 class Method(StrEnum):
@@ -51,6 +52,7 @@ class BitbrushConfig(QuantizationConfigMixin):
         digest: SHA-256 over plan and tensors, see `artifact.digest`.
         bitbrush_version: The release that wrote it.
         format_version: Of the packed layout.
+        correction: Facts of a correction (`network.correction`), or their JSON form; None: there is none.
 
     Raises:
         ArtifactError: Another format version, or a plan that cannot be read.
@@ -58,7 +60,7 @@ class BitbrushConfig(QuantizationConfigMixin):
 
     def __init__(
         self, plan: Plan | dict[str, Any] | None = None, digest: str = "", bitbrush_version: str = "",
-        format_version: int = manifest.FORMAT,
+        format_version: int = manifest.FORMAT, correction: CorrectionSpec | dict[str, Any] | None = None,
     ) -> None:
         self.quant_method: Any = Method.BITBRUSH
         if type(format_version) is not int or format_version < 1:
@@ -69,16 +71,22 @@ class BitbrushConfig(QuantizationConfigMixin):
         self.bitbrush_version = bitbrush_version or manifest.version()
         self.digest = digest
         self.plan = plan if isinstance(plan, Plan) else _read_plan(plan or {"specs": [], "layers": {}})
+        self.correction = _read_correction(correction)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, as it stands in ``config.json``."""
-        return {
+        data = {
             "quant_method": self.quant_method.value,
             "format_version": self.format_version,
             "bitbrush_version": self.bitbrush_version,
             "plan": _plan_json(self.plan),
             "digest": self.digest,
         }
+        return data if self.correction is None else {**data, "correction": self.facts()}
+
+    def facts(self) -> dict[str, Any] | None:
+        """The correction's facts, JSON-able."""
+        return None if self.correction is None else self.correction.model_dump(mode="json")
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The same as `to_dict`, without the plan's details: diffusers logs it."""
@@ -96,7 +104,7 @@ class BitbrushConfig(QuantizationConfigMixin):
         return (config, kwargs) if return_unused_kwargs else config
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BitbrushConfig:
-        return BitbrushConfig(self.plan, self.digest, self.bitbrush_version, self.format_version)
+        return BitbrushConfig(self.plan, self.digest, self.bitbrush_version, self.format_version, self.correction)
 
 
 class BitbrushQuantizer(DiffusersQuantizer):
@@ -135,6 +143,8 @@ class BitbrushQuantizer(DiffusersQuantizer):
         plan: Plan = self.quantization_config.plan
         try:
             clock = wrap.declare(model, plan)
+            if self.quantization_config.correction is not None:
+                correction.install(model, self.quantization_config.correction)
         except (AttributeError, ValueError, RuntimeError, IndexError, ZeroDivisionError) as error:
             raise _malformed(f"the plan does not fit a {type(model).__name__}: {str(error)[:160]}") from error
         if clock.timesteps.is_meta:
@@ -176,7 +186,7 @@ class BitbrushQuantizer(DiffusersQuantizer):
         """Claims the floating scale tables: they must not be cast."""
         owner, _, leaf = param_name.rpartition(".")
         module = model.get_submodule(owner)
-        mine = isinstance(module, QuantLayer | ActivationQuantizer) and leaf in module._buffers
+        mine = isinstance(module, QuantLayer | ActivationQuantizer | Correction) and leaf in module._buffers
         return mine and state_dict[param_name].is_floating_point()
 
     def create_quantized_param(  # type: ignore[override]
@@ -185,9 +195,13 @@ class BitbrushQuantizer(DiffusersQuantizer):
     ) -> None:
         """Puts the untouched float32 table in its place."""
         table = state_dict[param_name]
-        if table.dtype != torch.float32 or not bool((torch.isfinite(table) & (table > 0)).all()):
-            raise ArtifactError("a scale is not a positive finite float32 number", where=param_name,
-                                why="the tensor was changed", try_="copy the artifact again, or quantize again")
+        owner, _, leaf = param_name.rpartition(".")
+        signed = leaf != "scale" and isinstance(model.get_submodule(owner), Correction)
+        fits = torch.isfinite(table) if signed else torch.isfinite(table) & (table > 0)
+        if table.dtype != torch.float32 or not bool(fits.all()):
+            what = "a table is not finite float32" if signed else "a scale is not a positive finite float32 number"
+            raise ArtifactError(what, where=param_name, why="the tensor was changed",
+                                try_="copy the artifact again, or quantize again")
         set_module_tensor_to_device(model, param_name, target_device, value=table)
 
     # ---- after the weights -------------------------------------------------------------------------------------
@@ -198,7 +212,7 @@ class BitbrushQuantizer(DiffusersQuantizer):
             raise ArtifactError(f"{len(bare)} tensors were not loaded", where=bare[0], why="diffusers left them empty",
                                 try_="load without offload_state_dict")
         config: BitbrushConfig = self.quantization_config
-        if digest.combine(config.plan, self._lines) != config.digest:
+        if digest.combine(config.plan, self._lines, config.facts()) != config.digest:
             raise ArtifactError(
                 "the packed weights have changed since they were saved", where=type(model).__name__,
                 why="their SHA-256 differs from the digest in config.json",
@@ -214,7 +228,7 @@ class BitbrushQuantizer(DiffusersQuantizer):
         for name, tensor in state.items():
             if str(tensor.dtype).removeprefix("torch.") != self._lines[name].split(" ", 2)[1]:
                 self._lines[name] = "" if tensor.is_meta else digest.tensor_line(name, tensor)
-        config.digest = digest.combine(config.plan, self._lines)
+        config.digest = digest.combine(config.plan, self._lines, config.facts())
 
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Any], safe_serialization: bool = False
@@ -235,6 +249,7 @@ class BitbrushQuantizer(DiffusersQuantizer):
         for module in list(model.modules()):
             if isinstance(getattr(module, "processor", None), QuantAttention):
                 module.set_processor(module.processor.original)
+        correction.remove(model)
         if hasattr(model, "bitbrush_clock"):
             model.bitbrush_clock.detach()
             del model.bitbrush_clock
@@ -296,7 +311,9 @@ def attach(model: Any, plan: Plan) -> BitbrushConfig:
         if name.endswith(".base_layer"):
             raise InputError("a packed model with LoRA adapters cannot be saved", where=name,
                              why="adapters are saved on their own", try_="pipeline.unload_lora_weights(), then save")
-    config = BitbrushConfig(plan, digest.of_model(model, plan))
+    found = correction.find(model)
+    config = BitbrushConfig(plan, correction=None if found is None else found.spec)
+    config.digest = digest.of_model(model, plan, config.facts())
     model.hf_quantizer = BitbrushQuantizer(config, pre_quantized=True)
     model.is_quantized = True
     model.quantization_method = Method.BITBRUSH
@@ -387,6 +404,15 @@ def _read_plan(data: dict[str, Any]) -> Plan:
         return Plan.from_json({**data, "layers": layers})
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise _malformed(f"plan: {str(error)[:200]}") from error
+
+
+def _read_correction(data: CorrectionSpec | dict[str, Any] | None) -> CorrectionSpec | None:
+    if data is None or isinstance(data, CorrectionSpec):
+        return data
+    try:
+        return CorrectionSpec.from_json(data)
+    except (ValueError, TypeError) as error:
+        raise _malformed(f"correction: {str(error)[:200]}") from error
 
 
 def _malformed(why: str) -> ArtifactError:

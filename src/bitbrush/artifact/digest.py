@@ -24,14 +24,17 @@ def tensor_line(name: str, tensor: Tensor) -> str:
     return f"{name} {dtype} {list(tensor.shape)} {hashlib.sha256(data).hexdigest()}"
 
 
-def combine(plan: Plan, lines: dict[str, str]) -> str:
-    """The digest of a plan and the lines of all tensors, in hexadecimal."""
+def combine(plan: Plan, lines: dict[str, str], correction: dict[str, Any] | None = None) -> str:
+    """The digest of a plan, the facts of a correction (if any) and the lines of all tensors, in hexadecimal."""
     total = hashlib.sha256(json.dumps(plan.to_json(), sort_keys=True).encode())
+    if correction is not None:
+        total.update(b"\n" + json.dumps(correction, sort_keys=True).encode())
     for name in sorted(lines):
         total.update(b"\n" + lines[name].encode())
     return total.hexdigest()
 
 
-def of_model(model: nn.Module, plan: Plan) -> str:
+def of_model(model: nn.Module, plan: Plan, correction: dict[str, Any] | None = None) -> str:
     """The digest of a model as its ``state_dict`` is now."""
-    return combine(plan, {name: tensor_line(name, tensor) for name, tensor in model.state_dict().items()})
+    lines = {name: tensor_line(name, tensor) for name, tensor in model.state_dict().items()}
+    return combine(plan, lines, correction)

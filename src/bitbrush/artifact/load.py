@@ -11,6 +11,8 @@ from diffusers import DiffusionPipeline, ModelMixin
 from bitbrush.artifact import manifest
 from bitbrush.artifact.diffusers_plugin import drop_path, register
 from bitbrush.errors import ArtifactError, InputError
+from bitbrush.network import correction
+from bitbrush.network.pipelines import DENOISERS
 
 _LIBRARIES = ("diffusers", "transformers")
 
@@ -40,6 +42,9 @@ def load(folder: Path | str, *, fast: bool = False, **kwargs: Any) -> Any:
         loaded = DiffusionPipeline.from_pretrained(str(folder), use_safetensors=True, local_files_only=True, **kwargs)
     for part in [loaded, *getattr(loaded, "components", {}).values()]:
         drop_path(part)
+    found = [correction.find(part) for name in DENOISERS if (part := getattr(loaded, name, None)) is not None]
+    for each in (each for each in found if each is not None):
+        each.watch(loaded)
     return loaded
 
 

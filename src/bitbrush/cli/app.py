@@ -88,6 +88,9 @@ def quantize(
     seed: Seed = 0,
     device: Device = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="step.key=value; may be repeated.")] = None,
+    correct: Annotated[
+        str | None, typer.Option("--correct", help="tac: also fit constants a timestep that correct the estimate.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the recipe and the estimates, and stop.")] = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -115,6 +118,7 @@ def quantize(
         "settings": parse_settings(settings or []),
         "output": output,
     }
+    options |= {} if correct is None else {"correct": correct}
     screen = _heavy(as_json, debug)
     import bitbrush
 
@@ -373,6 +377,7 @@ def _show_result(screen: Screen, result: Any) -> None:
         "packed_bytes": result.history.get("bytes"),
         "seconds": result.seconds,
         "peak_memory": result.peak_memory,
+        "correction": result.history.get("correction", {}).get("in_words"),
         "proof": result.proof,
     }
     screen.show(summary, *([] if screen.as_json else render.result_tables(summary)))

@@ -62,6 +62,14 @@ def weight_bits(spec: LayerSpec | None) -> int | float:
     return int(mean) if mean == int(mean) else mean
 
 
+def activation_bits(spec: LayerSpec | None) -> int | float:
+    """Bits of a layer's activation, the mean over the timesteps where they differ; 16 = float."""
+    if spec is None or spec.activation is None:
+        return 16
+    mean = round(spec.activation.average_bits, 3)
+    return int(mean) if mean == int(mean) else mean
+
+
 def foreseen(survey: Survey, plan: Plan, recipe: Recipe) -> Plan:
     """The plan with what the recipe's steps will add to it: time grid, segments, input scales.
 
@@ -120,8 +128,20 @@ def estimate(survey: Survey, plan: Plan, recipe: Recipe, guided: bool, device: s
             forwards += calls * (2 if guided else 1)
             launches += calls / data["batch"] * CALL
             tape = calls * (2 if guided else 1) if data["samples"] == "all" else data["samples"]
+        elif step.do == "trajectories":  # sampled once in float; `correct` walks them twice, packed
+            base = next(s.model_dump() for s in recipe.steps if s.do == "calibrate")
+            calls = data["samples"] * (data["steps"] or base["steps"])
+            forwards += 3 * calls * (2 if guided else 1)
+            launches += 3 * calls / data["batch"] * CALL
         elif step.do == "fit" and data["what"] == "activations":
             forwards += 1.3 * min(data["samples"], tape or data["samples"])
+            if data["inputs"] == "progressive":  # a pass to fit and a pass to go on
+                forwards += 2.0 * min(data["samples"], _calls(recipe, guided))
+        elif step.do == "relax" and data["which"] != "none":  # of each arm a fit, and measured in all
+            arms = 2 if data["which"] == "measured" else 1
+            ranges = [s.model_dump()["samples"] for s in recipe.steps if s.kind == "fit activations"]
+            forwards += 2.0 * arms * max(ranges, default=0)
+            forwards += 4.0 * (arms - 1) * _calls(recipe, guided, data["trajectories"])
         elif step.do == "smooth" and data["enabled"]:
             forwards += min(data["samples"], tape or data["samples"])
         elif step.do == "allocate" and data["shares"]:  # a recording, three widths and the float layer
@@ -145,6 +165,12 @@ def estimate(survey: Survey, plan: Plan, recipe: Recipe, guided: bool, device: s
         "macs_per_second": rate,
         "advice": ADVICE if kind == "cpu" and seconds > LONG else None,
     }
+
+
+def _calls(recipe: Recipe, guided: bool, trajectories: int | None = None) -> int:
+    """Samples that the denoiser is given along trajectories (of the calibrate step, where no number is given)."""
+    found = [step.model_dump() for step in recipe.steps if step.do == "calibrate"]
+    return sum((trajectories or data["trajectories"]) * data["steps"] for data in found[:1]) * (2 if guided else 1)
 
 
 def network_rate(survey: Survey, device: str) -> float:

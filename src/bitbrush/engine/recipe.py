@@ -127,6 +127,7 @@ class Recipe(BaseModel):
 def load_recipe(
     source: str | Path, step_types: dict[str, type[Step]], *, weights: int | None = None,
     activations: int | None = None, preset: str | None = None, settings: dict[str, Any] | None = None,
+    correct: str | None = None,
 ) -> Recipe:
     """Read a bundled recipe by name, or a TOML file by path, and check everything in it.
 
@@ -136,6 +137,7 @@ def load_recipe(
         weights, activations: Bits that override the recipe's; 1 to 8, or 16 for float.
         preset: Name of a ``[preset.NAME]`` table.
         settings: ``{"step.key": value}``, applied last.
+        correct: Method of a correction to add (``tac``): its steps join the recipe's.
     """
     data = _inherited(source, ())
     presets = data.pop("preset", {})
@@ -149,6 +151,8 @@ def load_recipe(
             data[key] = value
         _check_bits(key, data.get(key, 8))
     steps = [dict(item) for item in data.pop("step", [])]
+    if correct is not None:
+        steps = _with_correction(steps, correct, f"recipe {data.get('name', source)}")
     _apply_settings(steps, settings or {}, step_types)
     recipe: Recipe = _validated(Recipe, {**data, "steps": ()}, f"recipe {data.get('name', source)}")
     recipe = recipe.model_copy(update={"steps": tuple(_step(item, i, step_types) for i, item in enumerate(steps))})
@@ -291,6 +295,20 @@ def _with_preset(data: dict[str, Any], preset: dict[str, Any]) -> dict[str, Any]
     _apply_settings(steps, preset.get("set", {}), None)
     out["step"] = steps
     return out
+
+
+def _with_correction(steps: list[dict[str, Any]], method: str, where: str) -> list[dict[str, Any]]:
+    """The steps and those of a correction: trajectories after the first calibrate step, the fit at the end."""
+    kinds = [item.get("do") for item in steps]
+    if "correct" in kinds or "trajectories" in kinds:
+        raise InputError("the recipe has a correction already", where=where, why="it has a step `correct`",
+                         try_="leave --correct out")
+    if "calibrate" not in kinds:
+        raise InputError("a correction needs a recipe with a calibrate step", where=where,
+                         why="it is fitted along sampling trajectories, and this recipe uses no data",
+                         try_="--recipe rtn --correct " + method)
+    at = kinds.index("calibrate") + 1
+    return [*steps[:at], {"do": "trajectories"}, *steps[at:], {"do": "correct", "method": method}]
 
 
 def _apply_settings(steps: list[dict[str, Any]], settings: dict[str, Any], types: dict[str, type[Step]] | None) -> None:

@@ -68,7 +68,7 @@ def _conv_reason(layer: QuantLayer, by_token: bool) -> str | None:
 
 
 def _bits(layer: QuantLayer) -> int:
-    return layer.spec.activation.grid.bits if layer.spec.activation is not None else 8
+    return layer.spec.activation.most_bits if layer.spec.activation is not None else 8
 
 
 def longest(layer: QuantLayer) -> int:

@@ -152,7 +152,7 @@ class _Probe:
             self.weight = decode(self.codes, self.scale, self.zero)
         if self.input:
             self.a_scale, self.a_inverse, self.a_zero = self._activation_tables()
-            self.a_codes = encode(self.prepared, self.a_inverse, self.a_zero, (1 << _activation_bits(layer)) - 1)
+            self.a_codes = encode(self.prepared, self.a_inverse, self.a_zero, self._largest_code())
 
     def _factors(self) -> Tensor | None:
         """The layer's input scale shaped to broadcast against the input, on the CPU."""
@@ -173,6 +173,14 @@ class _Probe:
         tables = (quantizer.scale.cpu(), reciprocal(quantizer.scale.cpu()), quantizer.zero_point.cpu().float())
         a, b, c = (expand_activation_scale(t[rows], quantizer.segments, x.ndim, channel) for t in tables)
         return a, b, c
+
+    def _largest_code(self) -> int | Tensor:
+        """Largest activation code, one a sample where bits change over time."""
+        quantizer = self.layer.input
+        if quantizer is None or not quantizer.spec.time_bits:
+            return (1 << _activation_bits(self.layer)) - 1
+        tops = torch.tensor([2.0 ** quantizer.spec.time_bits[row] - 1 for row in _rows(quantizer)])
+        return tops.reshape(-1, *([1] * (self.x.ndim - 1)))
 
     def quantized_values(self) -> Tensor:
         """What the float operation of a simulated layer multiplies, in the dtype of the input."""

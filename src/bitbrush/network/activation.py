@@ -8,19 +8,20 @@ import torch
 from torch import Tensor, nn
 
 from bitbrush.network.clock import Clock
-from bitbrush.numbers.codec import decode, encode, expand_activation_scale, reciprocal
+from bitbrush.numbers.codec import clamp, decode, encode, expand_activation_scale, reciprocal
 from bitbrush.numbers.grid import ActivationSpec
 from bitbrush.numbers.ranges import affine_parameters
 from bitbrush.numbers.straight_through import Fused, fake_quantize
 
 
-def round_trip(x: Tensor, scale: Tensor, inverse: Tensor, zero: Tensor, top: int) -> Tensor:
-    """``decode(encode(x))`` in the dtype of ``x``; on CUDA in one kernel where one scale serves a tensor or a sample.
+def round_trip(x: Tensor, scale: Tensor, inverse: Tensor, zero: Tensor, top: int | Tensor) -> Tensor:
+    """``decode(encode(x))`` in the dtype of ``x``; on CUDA in one kernel where one scale serves a tensor or a sample,
+    and all samples have as many codes.
 
     Both forms do the same float32 operations in the same order, so they give the same bits (tests on a GPU compare).
     """
     fused = fused_form(x)
-    if fused is not None and fused.fits(x, scale, zero):
+    if fused is not None and isinstance(top, int) and fused.fits(x, scale, zero):
         return fused.forward(x, scale, inverse, zero, top)
     return decode(encode(x, inverse, zero, top), scale, zero).to(x.dtype)
 
@@ -39,7 +40,8 @@ class ActivationQuantizer(nn.Module):
 
     Static scales are buffers ``scale``, ``inverse_scale`` (float32) and ``zero_point`` (uint8), all ``[T, S]`` with T
     rows over time (1 unless timed) and S channel segments; with granularity ``channel`` every channel is a segment.
-    Dynamic scales are computed from the tensor at hand.
+    Dynamic scales are computed from the tensor at hand. With ``spec.time_bits`` the largest code is looked up in a
+    table like the scale (`row_tops`, not stored: it follows from the spec).
 
     While a step trains them, ``trial_scale`` and ``trial_zero_point`` (float, both ``[T, S]``, either may be None)
     stand in for the tables; the trial zero-point is rounded (straight-through) and clamped to the codes before use.
@@ -71,6 +73,7 @@ class ActivationQuantizer(nn.Module):
         self.trial_scale: Tensor | None = None  # set while a step trains the scale
         self.trial_zero_point: Tensor | None = None  # float; set while a step trains the zero-point
         self.trial_rows: Callable[[], tuple[Tensor, Tensor, Tensor]] | None = None
+        self._tops: dict[str, Tensor] = {}  # by what and where; see `row_tops`
         if spec.mode == "static":
             shape = (rows, max(len(segments), 1))
             self.register_buffer("scale", torch.ones(shape, device=device))
@@ -79,8 +82,32 @@ class ActivationQuantizer(nn.Module):
 
     @property
     def top(self) -> int:
-        """Largest code."""
-        return self.spec.grid.levels - 1
+        """Largest code (of the widest row)."""
+        return (1 << self.spec.most_bits) - 1
+
+    def row_tops(self) -> int | Tensor:
+        """Largest code of every row, float32 ``[T, 1]``; a number where it is the same for all.
+
+        The table is kept, so that a CUDA graph may be captured after the first call.
+        """
+        bits = self.spec.time_bits
+        if not bits:
+            return self.top
+        device = self.scale.device
+        key = f"{bits} {device}"
+        if key not in self._tops:
+            with torch.inference_mode(False):  # what is kept must serve training, too
+                self._tops[key] = torch.tensor([[float((1 << b) - 1)] for b in bits], device=device)
+        return self._tops[key]
+
+    def top_for(self, ndim: int, channel_dim: int) -> int | Tensor:
+        """Largest code at the time of this call; where bits change over time, shaped to broadcast against an activation
+        of ``ndim`` dimensions."""
+        tops = self.row_tops()
+        row = None if isinstance(tops, int) else self.rows()
+        if isinstance(tops, int) or row is None:
+            return tops
+        return expand_activation_scale(tops.index_select(0, row), (), ndim, channel_dim)
 
     def set_scale(self, scale: Tensor, zero_point: Tensor | None = None) -> None:
         """Store scales ``[T, S]`` (and zero-points) with their reciprocals."""
@@ -114,24 +141,25 @@ class ActivationQuantizer(nn.Module):
     def encode(self, x: Tensor, channel_dim: int) -> tuple[Tensor, Tensor, Tensor]:
         """Codes of ``x`` (float32 integers) with the (scale, zero_point) that decode them."""
         scale, inverse, zero = self.parameters_for(x, channel_dim)
-        return encode(x, inverse, zero, self.top), scale, zero
+        return encode(x, inverse, zero, self.top_for(x.ndim, channel_dim)), scale, zero
 
     def forward(self, x: Tensor, channel_dim: int) -> Tensor:
         """``decode(encode(x))`` in the dtype of ``x``."""
         if not self.enabled:
             return x
+        top = self.top_for(x.ndim, channel_dim)
         if self.trial_rows is not None:
             scale, inverse, zero = (
                 expand_activation_scale(t, self.segments, x.ndim, channel_dim) for t in self.trial_rows()
             )
-            return fake_quantize(x, scale, zero, self.top, fused_form(x), inverse)
+            return fake_quantize(x, scale, zero, top, fused_form(x), inverse)
         if self.trial_scale is not None or self.trial_zero_point is not None:
             scale, zero = self._trial(x, channel_dim)
-            return fake_quantize(x, scale, zero, self.top, fused_form(x))
+            return fake_quantize(x, scale, zero, top, fused_form(x))
         scale, inverse, zero = self.parameters_for(x, channel_dim)
         if torch.is_grad_enabled() and x.requires_grad:
-            return fake_quantize(x, scale, zero, self.top, fused_form(x))
-        return round_trip(x, scale, inverse, zero, self.top)
+            return fake_quantize(x, scale, zero, top, fused_form(x))
+        return round_trip(x, scale, inverse, zero, top)
 
     def _trial(self, x: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
         """(scale, zero_point) in training, shaped to broadcast against ``x``."""
@@ -139,7 +167,7 @@ class ActivationQuantizer(nn.Module):
         zero = self.zero_point.float()
         if self.trial_zero_point is not None:
             free = self.trial_zero_point
-            zero = (free + (torch.round(free) - free).detach()).clamp(0, self.top)
+            zero = clamp(free + (torch.round(free) - free).detach(), self.row_tops())
         row = self.rows()
         if row is not None:
             scale, zero = scale.index_select(0, row), zero.index_select(0, row)
@@ -163,4 +191,5 @@ class ActivationQuantizer(nn.Module):
     def extra_repr(self) -> str:
         """Bits, mode and partition, for ``print(model)``."""
         time = ", timed" if self.spec.timed else ""
-        return f"{self.spec.grid.bits} bit, {self.spec.mode} per {self.spec.granularity}{time}"
+        bits = "/".join(str(b) for b in sorted(set(self.spec.time_bits or (self.spec.grid.bits,))))
+        return f"{bits} bit, {self.spec.mode} per {self.spec.granularity}{time}"

@@ -134,26 +134,29 @@ class QuantAttention(nn.Module):
         if quantizer is None or not quantizer.enabled:
             return None
         dim = like.ndim - 1
+        top = quantizer.top_for(like.ndim, dim)
         if name == "softmax" and quantizer.spec.mode == "dynamic":
-            return _Rounding(quantizer, None)
+            return _Rounding(quantizer, None, top)
         if quantizer.trial_rows is not None:
             tables = (expand_activation_scale(t, quantizer.segments, like.ndim, dim) for t in quantizer.trial_rows())
-            return _Rounding(quantizer, tuple(tables), trial=True)
+            return _Rounding(quantizer, tuple(tables), top, trial=True)
         if quantizer.trial_scale is not None or quantizer.trial_zero_point is not None:
             scale, zero = quantizer._trial(like, dim)
-            return _Rounding(quantizer, (scale, reciprocal(scale.detach()), zero), trial=True)
-        return _Rounding(quantizer, quantizer.parameters_for(like, dim))
+            return _Rounding(quantizer, (scale, reciprocal(scale.detach()), zero), top, trial=True)
+        return _Rounding(quantizer, quantizer.parameters_for(like, dim), top)
 
 
 class _Rounding(NamedTuple):
     """How one operand is rounded in one forward.
 
     ``tables`` are (scale, reciprocal, zero_point), shaped ``[B or 1, ..]``; None for a softmax whose scales are
-    found at run time. ``trial``: they are being trained.
+    found at run time. ``top``: the largest code, shaped likewise where bits change over time. ``trial``: the tables are
+    being trained.
     """
 
     quantizer: ActivationQuantizer
     tables: tuple[Tensor, ...] | None
+    top: int | Tensor
     trial: bool = False
 
 
@@ -168,8 +171,7 @@ def _rounded(rounding: _Rounding | ActivationQuantizer | None, x: Tensor) -> Ten
     if isinstance(rounding, ActivationQuantizer):
         out: Tensor = rounding(x, x.ndim - 1)
         return out
-    top = rounding.quantizer.top
-    tables = rounding.tables
+    tables, top = rounding.tables, rounding.top
     scale, inverse, zero = rounding.quantizer.parameters_for(x, x.ndim - 1) if tables is None else tables
     if rounding.trial or (torch.is_grad_enabled() and x.requires_grad):
         return fake_quantize(x, scale, zero, top, fused_form(x), inverse)
@@ -212,7 +214,10 @@ def _cut_rounding(rounding: _Rounding | None, sizes: tuple[int, int], counts: tu
     if rounding is None or rounding.tables is None:
         return [rounding] * (counts[0] * counts[1])
     cuts = [_cut(t, sizes, counts) for t in rounding.tables]
-    return [rounding._replace(tables=tables) for tables in zip(*cuts, strict=True)]
+    top = rounding.top
+    tops = _cut(top, sizes, counts) if isinstance(top, Tensor) else [top] * len(cuts[0])
+    parts = zip(zip(*cuts, strict=True), tops, strict=True)
+    return [rounding._replace(tables=tables, top=part) for tables, part in parts]
 
 
 def _joined(parts: list[Tensor], heads: int) -> Tensor:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from bitbrush.errors import InputError
 
@@ -55,10 +57,11 @@ def quiet(pipeline: Any) -> Iterator[None]:
 
 def sample_latents(
     pipeline: Any, prompts: list[str] | None, generators: list[torch.Generator], *, steps: int, guidance: float
-) -> None:
-    """Run the pipeline's own call, one trajectory a generator, for the sake of hooks on its denoiser.
+) -> Tensor:
+    """Run the pipeline's own call, one trajectory a generator, mostly for the sake of hooks on its denoiser.
 
-    Latents are not decoded where the pipeline can leave that out.
+    Returns:
+        The final latents, float32 on the CPU, one a generator; pictures where the pipeline always decodes.
     """
     accepted = inspect.signature(type(pipeline).__call__).parameters
     wanted: dict[str, Any] = {"num_inference_steps": steps, "generator": generators}
@@ -67,4 +70,59 @@ def sample_latents(
     else:
         wanted |= {"batch_size": len(generators), "output_type": "np", "eta": 0.0, "use_clipped_model_output": True}
     with torch.no_grad(), quiet(pipeline):
-        pipeline(**{name: value for name, value in wanted.items() if name in accepted})
+        out = pipeline(**{name: value for name, value in wanted.items() if name in accepted})
+    return torch.as_tensor(out[0]).detach().float().cpu()
+
+
+@contextmanager
+def answered(model: nn.Module, answer: Callable[[float, Callable[[], Tensor]], Tensor], size: int) -> Iterator[None]:
+    """Inside the block calls of the denoiser are answered by ``answer(timestep, call)``.
+
+    ``call()`` runs the denoiser on the inputs of this call, at most ``size`` samples at a time, and returns its output;
+    it may be called more than once. Hooks of the denoiser run once around all of that. A sampler may so be given many
+    trajectories at once, whatever fits into the memory of the denoiser.
+    """
+    former, forward = model.__dict__.get("forward"), model.forward
+
+    @functools.wraps(forward)
+    def replaced(*args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(("sample", "timestep"), args, strict=False)) | kwargs
+        shapes: list[Any] = []
+
+        def call() -> Tensor:
+            parts = [_part(model, forward, (args, kwargs), a, size) for a in range(0, len(given["sample"]), size)]
+            shapes[:] = [parts[0]]
+            return torch.cat([first_output(part) for part in parts])
+
+        result = answer(float(torch.as_tensor(given["timestep"]).flatten()[0]), call)
+        like = shapes[0]
+        return (result, *like[1:]) if isinstance(like, tuple) else type(like)(sample=result)
+
+    model.__dict__["forward"] = replaced
+    try:
+        yield
+    finally:
+        model.__dict__.pop("forward")
+        if former is not None:
+            model.__dict__["forward"] = former
+
+
+def first_output(out: Any) -> Tensor:
+    """The sample that a denoiser answers with."""
+    tensor: Tensor = out[0] if isinstance(out, tuple) else out.sample
+    return tensor
+
+
+def _part(model: nn.Module, forward: Callable[..., Any], given: Any, start: int, size: int) -> Any:
+    """The denoiser's answer to samples ``start .. start + size`` of a call; what is shared by all samples stays."""
+    (args, kwargs), count = given, len(given[0][0] if given[0] else given[1]["sample"])
+
+    def cut(leaf: Any) -> Any:
+        own = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == count
+        return leaf[start : start + size] if own else leaf
+
+    clock = getattr(model, "bitbrush_clock", None)
+    now = None if clock is None else clock.now
+    a, k = pytree.tree_map(cut, (args, kwargs))
+    with clock.at(cut(now)) if now is not None and clock is not None else nullcontext():
+        return forward(*a, **k)

@@ -32,7 +32,8 @@ def rewrap(model: nn.Module, plan: Plan, names: Iterable[str], clock: Clock) -> 
     """Give the named layers of a wrapped model their specs in ``plan``; all others keep their state.
 
     A named layer starts anew in the face it showed: codes, tables and trained biases are dropped, the float weight
-    stays. Attention operands start anew together with the other operands of their attention.
+    stays. Where nothing but the activation's spec changed, what belongs to the weight is kept, too. Attention operands
+    start anew together with the other operands of their attention.
 
     Args:
         model: A model that `wrap` has wrapped, not yet packed.
@@ -42,13 +43,15 @@ def rewrap(model: nn.Module, plan: Plan, names: Iterable[str], clock: Clock) -> 
     """
     times, owners = len(plan.timesteps) or 1, set()
     for name in names:
-        _check(name, plan.layers[name])
+        _check(name, plan.layers[name], len(plan.timesteps))
         if is_operand(name):
             owners.add(name.partition(":")[0])
             continue
         former = model.get_submodule(name)
         layer = _wrapped(former, name, plan.layers[name], clock, times)
-        layer.face = former.face if isinstance(former, QuantLayer) else "float"
+        if isinstance(former, QuantLayer):
+            layer.face = former.face
+            _keep_weight(former, layer)
         _replace(model, name, layer)
     if owners:
         of_these = {name: spec for name, spec in plan.layers.items() if name.partition(":")[0] in owners}
@@ -127,7 +130,7 @@ def is_operand(name: str) -> bool:
 
 def _prepare(model: nn.Module, plan: Plan) -> Clock:
     for name, spec in plan.layers.items():
-        _check(name, spec)
+        _check(name, spec, len(plan.timesteps))
     earlier = getattr(model, "bitbrush_clock", None)
     if isinstance(earlier, Clock):
         earlier.detach()
@@ -142,12 +145,18 @@ def _prepare(model: nn.Module, plan: Plan) -> Clock:
     return clock
 
 
-def _check(name: str, spec: LayerSpec) -> None:
+def _check(name: str, spec: LayerSpec, times: int) -> None:
     if spec.unsupported():
         raise InputError(
             f"this release cannot run {', '.join(spec.unsupported())}", where=name,
             why="the layer spec asks for a partition or grid that a later release brings",
             try_="bitbrush recipes show NAME, and choose another setting",
+        )
+    bits = spec.activation.time_bits if spec.activation is not None else ()
+    if bits and len(bits) != times:
+        raise InputError(
+            "bits a timestep do not fit the time grid", where=name, why=f"{len(bits)} entries for {times} timesteps",
+            try_="give one entry for each of the plan's timesteps",
         )
 
 
@@ -174,6 +183,19 @@ def _wrapped(module: nn.Module, name: str, spec: LayerSpec, clock: Clock, times:
         f"a {type(module).__name__} cannot be quantized", where=name, why="only Linear and Conv2d layers can",
         try_="leave the layer out of the recipe's patterns",
     )
+
+
+def _keep_weight(former: QuantLayer, layer: QuantLayer) -> None:
+    """Codes, their tables, input scale and trained bias of a layer whose activation's spec alone has changed."""
+    same = {"activation": None}
+    if former.spec.model_copy(update=same) != layer.spec.model_copy(update=same):
+        return
+    if former.input_scale is not None:
+        layer.set_input_scale(former.input_scale)
+    if former.codes is not None:
+        layer.set_weight(former.codes, former.weight_scale, former.weight_zero_point)
+    if former.trained_bias is not None:
+        layer.set_bias(former.trained_bias)
 
 
 def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:

@@ -73,8 +73,9 @@ class WeightSpec(BaseModel):
 class ActivationSpec(BaseModel):
     """Grid and partition of a layer's input (or output) activation.
 
-    ``timed`` says that the scale table has one row for each timestep of the plan; ``time_bits`` gives bits a row.
-    ``lookup`` says what a timestep outside the table means.
+    ``timed`` says that the scale table has one row for each timestep of the plan; ``time_bits`` gives bits a row (in
+    the order of `Plan.timesteps`, ascending), where they are not those of ``grid``. ``lookup`` says what a timestep
+    outside the table means.
     """
 
     model_config = _FROZEN
@@ -83,8 +84,22 @@ class ActivationSpec(BaseModel):
     granularity: Literal["tensor", "token", "channel", "pixel"] = "tensor"
     position: Literal["input", "output"] = "input"
     timed: bool = False
-    time_bits: tuple[int, ...] = ()
+    time_bits: tuple[Annotated[int, Field(ge=1, le=8)], ...] = ()
     lookup: Lookup = "nearest"
+
+    def grids(self) -> tuple[Grid, ...]:
+        """The grid of each row of the table: of every timestep with ``time_bits``, else one for all rows."""
+        return tuple(self.grid.model_copy(update={"bits": bits}) for bits in self.time_bits) or (self.grid,)
+
+    @property
+    def most_bits(self) -> int:
+        """Bits of the widest row."""
+        return max(self.time_bits, default=self.grid.bits)
+
+    @property
+    def average_bits(self) -> float:
+        """Bits of the rows, their mean: every timestep of the plan counts once."""
+        return sum(self.time_bits) / len(self.time_bits) if self.time_bits else float(self.grid.bits)
 
     def runnable_granularity(self) -> bool:
         """Whether this release has such scales: a tensor always, a token at run time only, a channel static only."""
@@ -119,7 +134,8 @@ class LayerSpec(BaseModel):
             ("exempt", bool(self.exempt)),
             ("weight.grid.kind", self.weight is not None and self.weight.grid.kind != "affine"),
             ("activation.grid.kind", self.activation is not None and self.activation.grid.kind != "affine"),
-            ("activation.time_bits", self.activation is not None and bool(self.activation.time_bits)),
+            ("activation.time_bits", self.activation is not None and bool(self.activation.time_bits)
+             and not (self.activation.timed and self.activation.mode == "static")),
             ("activation.granularity", self.activation is not None and not self.activation.runnable_granularity()),
             ("activation.lookup", self.activation is not None and self.activation.lookup == "interpolate"),
         ]

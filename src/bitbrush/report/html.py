@@ -172,6 +172,7 @@ def _history(arm: str, history: dict[str, Any]) -> dict[str, Any]:
     return {
         "arm": arm,
         "recipe": history.get("recipe", ""),
+        "correction": (history.get("correction") or {}).get("in_words", ""),
         "average_bits": None if average is None else f"{average:.2f}",
         "layers": _layer_rows(layers),
         "kept_float": sum(1 for layer in layers.values() if "why" in layer),

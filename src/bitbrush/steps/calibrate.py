@@ -67,15 +67,26 @@ class Calibrate(Step):
         low, high = (int(part) for part in unit.split()[1].split("-"))
         members = list(range(low, high + 1))
         wanted = [self.schedule(run)[i] for i in members]
-        prompts = self._prompts(run, members)
-        seeds = [derived(run.seed, self.label, f"noise {i}") for i in members]
         keeper = _Keeper(run.model, wanted, self.timesteps(run), self._halves(run), first=low)
         with keeper, wrap.show(run.model, "float"):
-            sample_latents(run.pipeline, prompts, seeds, steps=self.steps, guidance=self.guidance)
+            self.sample(run, members)
         tensors = keeper.tensors()
         times = tensors["timestep"]
         counts = {f"{t:g}": int((times == t).sum()) for t in times.unique().tolist()}
         return UnitResult(tensors, notes={"samples": len(times), "timesteps": counts})
+
+    def sample(self, run: Run, members: list[int], noise: str = "") -> Tensor:
+        """Sample trajectories by their numbers, in the face that the network shows; returns the final latents.
+
+        ``noise``: whose noise it is, where not this step's.
+        """
+        seeds = [derived(run.seed, noise or self.label, f"noise {i}") for i in members]
+        prompts = self._prompts(run, members)
+        return sample_latents(run.pipeline, prompts, seeds, steps=self.steps, guidance=self.guidance)
+
+    def some(self, run: Run, samples: int) -> int:
+        """Trajectories whose calls make up ``samples`` samples; at least one, at most all."""
+        return max(1, min(self.trajectories, samples // (len(self.timesteps(run)) * self._halves(run))))
 
     def apply(self, run: Run, unit: str, result: UnitResult) -> None:
         """Put the shard on the tape; the time grid becomes known with the first."""

@@ -1,10 +1,11 @@
 """finetune: train chosen parameters of the whole denoiser against the float network, on trajectories of the tape.
 
-One step serves three papers. QuEST trains the weights, biases and activation scales of few layers by layer outputs and
+One step serves four papers. QuEST trains the weights, biases and activation scales of few layers by layer outputs and
 the noise estimate. EfficientDM trains low-rank adapters that are merged before quantization, with the weight scales and
 the activation tables, by the guided estimate. MPQ-DM adds the relations between pixels, averaged over a window of
-steps. The student is the sim face of the whole network; the teacher is the float face, whose own trajectories
-`calibrate` has recorded, so x_t and the teacher's answers need not be computed again.
+steps. TDQ trains small networks that give the activation scales of a timestep. The student is the sim face of the whole
+network; the teacher is the float face, whose own trajectories `calibrate` has recorded, so x_t and the teacher's
+answers need not be computed again.
 
 The unit never ends worse than it starts: the parameters are measured before, every ``evaluate_every`` iterations and
 after, on rows spread over time; the best are hardened, and if even these do not beat the stored start, that is kept.
@@ -40,6 +41,7 @@ from bitbrush.steps.learners import Learner, ScaleLearner, Together, held_tables
 from bitbrush.steps.loop import Budget, Probe, Schedule, optimise
 from bitbrush.steps.losses import LossName, Objective
 from bitbrush.steps.reconstruct import half_precision
+from bitbrush.steps.time_networks import NetworkScaleLearner
 from bitbrush.steps.tuning_learners import BiasLearner, WeightLearner, mean_scale
 
 UNIT = "model"
@@ -64,11 +66,15 @@ class Finetune(Step):
         weight_scale: Train the weight scales of these layers, as s0 exp(theta).
         scales: Which static activation scales are trained, as s0 exp(theta) (a choice of ours): ``none``, ``own``
             (inputs of these layers), ``not_time`` (all, attention operands too, but not the time embedding's), ``all``.
+        scale_form: ``table``: every row of a table is trained by itself; ``network``: the rows of a timed table come
+            from one small network of the timestep (TDQ, `time_networks`), which is folded into the table at the end.
+            Zero-points stay those of the table. Tables with one row for all times are trained as ever.
+        warm_start: Of the networks: iterations that regress the logarithm of the fitted table first.
         zero_points: Train the zero-points of the same quantizers.
         softmax: ``exact``, or ``float``: in training the softmax of attention is not rounded (fused kernels: less
             memory and time), and its scale is not trained. What is measured and stored rounds it either way.
         lr_weights: Adam's rate for weights, adapters and biases.
-        lr_scales, lr_weight_scale: Rates relative to each scale.
+        lr_scales, lr_weight_scale: Rates relative to each scale; ``lr_scales`` is the networks' rate, too.
         lr_zero_points: In codes.
         scale_aware: ``rate``: ``lr_weights`` times the layer's mean weight scale (EfficientDM's code, 1/2500);
             ``gradient``: the gradient times that (its equation 8; Adam takes it out again).
@@ -97,6 +103,8 @@ class Finetune(Step):
     base: Literal["float", "quantized"] = "float"
     weight_scale: bool = False
     scales: Literal["none", "own", "not_time", "all"] = "own"
+    scale_form: Literal["table", "network"] = "table"
+    warm_start: int = Field(default=500, ge=0)
     zero_points: bool = False
     softmax: SoftmaxForm = "exact"
     lr_weights: float = Field(default=1e-5, gt=0)
@@ -122,6 +130,8 @@ class Finetune(Step):
     def _sensible(self) -> Finetune:
         if self.zero_points and self.scales == "none":
             raise ValueError("zero_points needs scales: they are those of the same quantizers")
+        if self.scale_form == "network" and (self.zero_points or self.scales == "none"):
+            raise ValueError("scale_form = network trains scales (not none), and zero_points stay as fitted")
         if min(self.losses.values()) < 0 or max(self.losses.values()) == 0:
             raise ValueError("weights of losses must not be negative, and one must be positive")
         return self
@@ -147,6 +157,11 @@ class Finetune(Step):
         if self.frozen:
             check_pattern(self.frozen, names, f"step {self.label}: frozen")
         self._selected(name for name in plan.layers if not wrap.is_operand(name))
+        static = [a for s in plan.layers.values() if (a := s.activation) is not None and a.mode == "static"]
+        if self.scale_form == "network" and static and not any(a.timed for a in static):
+            raise InputError("networks of the time need scales a timestep", where=f"step {self.label}: scale_form",
+                             why="every static scale of this plan holds for all timesteps",
+                             try_='give the layers activation = { timed = true }, or scale_form = "table"')
 
     def units(self, run: Run) -> list[str]:
         """The whole model, where there is something to train."""
@@ -235,6 +250,10 @@ class Finetune(Step):
             }
             parts.append(BiasLearner(biased, rates))
         quantizers = self.quantizers(run, chosen)
+        timed = {n: q for n, q in quantizers.items() if q.spec.timed and self.scale_form == "network"}
+        if timed:
+            parts.append(NetworkScaleLearner(timed, generator, warm_start=self.warm_start, rate=self.lr_scales))
+            quantizers = {n: q for n, q in quantizers.items() if n not in timed}
         if quantizers:
             parts.append(ScaleLearner(quantizers, zero_points=self.zero_points, rate=self.lr_scales,
                                       zero_rate=self.lr_zero_points))

@@ -6,6 +6,12 @@ bits (``row_bits``) are each searched on their own grid; symmetric 1-bit rows se
 Activations are fitted on what the quantizers see when the weights are already quantized and the activations are not.
 Each quantizer keeps a random, bounded share of the values of every sample (and exact extremes a timestep, for the
 report).
+
+With ``inputs = "progressive"`` (PCR, Tang et al. 2024) rows of timed tables are fitted one sampling step after another,
+on what the network makes of its own trajectories: at each call of the sampler a first pass over all trajectories, with
+weights quantized and activations not, fits the row of that timestep; then the call is made with activations quantized,
+and that answer goes to the scheduler. All trajectories are sampled side by side, so a step costs two passes, whatever
+its place: O(N) calls, where starting again for every step would be O(N^2).
 """
 
 from __future__ import annotations
@@ -15,17 +21,18 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from bitbrush.engine.run import Run
 from bitbrush.engine.step import Step, UnitResult
-from bitbrush.errors import InternalError
+from bitbrush.errors import InputError, InternalError
 from bitbrush.network import wrap
 from bitbrush.network.activation import ActivationQuantizer
 from bitbrush.network.layers import QuantLayer
+from bitbrush.network.survey import Survey
 from bitbrush.numbers import ranges
-from bitbrush.numbers.grid import Grid, WeightSpec
+from bitbrush.numbers.grid import Grid, Plan, WeightSpec
 from bitbrush.numbers.straight_through import encode_weight
 
 CHUNK = 1 << 24  # values searched together
@@ -40,11 +47,15 @@ class Fit(Step):
 
     Args:
         what: ``weights`` or ``activations``.
+        inputs: Of activations: ``float`` trajectories, those of the tape; or ``progressive``, sampled here with the
+            prompts and noise of the calibrate step, each call behind the already quantized ones. Tables with one row
+            for all times are fitted on the float trajectories first.
         method: ``minmax``, ``percentile`` or ``mse`` (least ``|error| ** power`` over shrunken ranges).
         points, step, power: Of the mse search.
         symmetric: Search ranges ``[-T, T]``, one-sided where the values have one sign (PTQ4DM).
         central_share: Share of the values inside the range, for ``percentile``.
-        samples: Calibration samples looked at (activations).
+        samples: Calibration samples looked at (activations); ``progressive`` takes as many trajectories as make up so
+            many samples, at least one.
         values: Values kept a sample and quantizer.
         extremes: Each sample's smallest and largest value are among them; few bits are better fitted without, because
             two of ``values`` are far more than their share.
@@ -61,7 +72,14 @@ class Fit(Step):
     samples: int = Field(default=256, ge=1)
     values: int = Field(default=256, ge=2)
     extremes: bool = True
+    inputs: Literal["float", "progressive"] = "float"
     ema: float = Field(default=0.0, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _sensible(self) -> Fit:
+        if self.inputs == "progressive" and self.what != "activations":
+            raise ValueError("inputs = progressive is for activations: weights are fitted without any inputs")
+        return self
 
     @property
     def kind(self) -> str:
@@ -79,6 +97,14 @@ class Fit(Step):
         trained = "reconstruct rounding" if self.what == "weights" else "reconstruct activation_scale"
         return (trained, "finetune", "pack")
 
+    def check(self, survey: Survey, plan: Plan) -> None:
+        """Calls one after another can only be told apart by scales a timestep."""
+        static = [a for s in plan.layers.values() if (a := s.activation) is not None and a.mode == "static"]
+        if self.inputs == "progressive" and static and not any(a.timed for a in static):
+            raise InputError("progressive calibration needs scales a timestep", where=f"step {self.label}: inputs",
+                             why="every static scale of this plan holds for all timesteps",
+                             try_='give the layers activation = { timed = true }, or inputs = "float"')
+
     def units(self, run: Run) -> list[str]:
         """Weights block by block, where a block has quantized ones; activations all at once."""
         if self.what == "activations":
@@ -89,7 +115,8 @@ class Fit(Step):
     def run_unit(self, run: Run, unit: str, generator: torch.Generator) -> UnitResult:
         """Fit one block's weights, or all activations."""
         if self.what == "activations":
-            return self._activations(run, generator)
+            how = self._progressive if self.inputs == "progressive" else self.activations
+            return how(run, generator)
         tensors: dict[str, Tensor] = {}
         layers = run.layers()
         for name in run.survey.blocks[unit]:
@@ -122,10 +149,10 @@ class Fit(Step):
         return ranges.search(values, grid, method=self.method, points=self.points, step=self.step, power=self.power,
                              central_share=self.central_share, symmetric=self.symmetric)
 
-    def _activations(self, run: Run, generator: torch.Generator) -> UnitResult:
-        found = {name: m for name, m in run.model.named_modules() if isinstance(m, ActivationQuantizer)}
-        static = {name: m for name, m in found.items() if m.spec.mode == "static"}
-        watchers = {name: _Watcher(m, self.values, generator, self.extremes) for name, m in found.items()}
+    def activations(self, run: Run, generator: torch.Generator) -> UnitResult:
+        """Tables of all static quantizers from the samples of the tape."""
+        found, static = quantizers(run), quantizers(run, "static")
+        watchers = {name: Watcher(m, self.values, generator, self.extremes) for name, m in found.items()}
         limit = min(self.samples, len(run.tape))
         run.progress.start("activation ranges", limit)
         try:
@@ -147,21 +174,51 @@ class Fit(Step):
         history = {name: watcher.history() for name, watcher in watchers.items()}
         return UnitResult(tensors, notes={"ranges": history, "quantizers": len(static)})
 
-    def _table(self, run: Run, quantizer: ActivationQuantizer, watcher: _Watcher) -> tuple[Tensor, Tensor]:
+    # ---- step by step ------------------------------------------------------------------------------------------
+    def _progressive(self, run: Run, generator: torch.Generator) -> UnitResult:
+        """Tables of all quantizers: those of one row from the tape, the others call by call."""
+        from bitbrush.steps.progressive import walk
+
+        static = quantizers(run, "static")
+        start = UnitResult()
+        if any(not q.spec.timed for q in static.values()):
+            start = self.activations(run, generator)
+            apply_activations(run, {key: t for key, t in start.tensors.items()
+                                    if not static[key.rpartition("/")[0]].spec.timed})
+        history, count = walk(self, run, generator, set(range(len(run.plan.timesteps))))
+        tensors = tables(static)
+        ranges_ = start.notes.get("ranges", {}) | {n: h for n, h in history.items() if n not in static
+                                                   or static[n].spec.timed}
+        return UnitResult(tensors, notes={"ranges": ranges_, "quantizers": len(static), "trajectories": count})
+
+    # ---- ranges ------------------------------------------------------------------------------------------------
+    def _table(self, run: Run, quantizer: ActivationQuantizer, watcher: Watcher) -> tuple[Tensor, Tensor]:
         """Scale and zero-point tables ``[T, S]`` from the values a quantizer saw."""
         values, times = watcher.values_by_segment()
         if not quantizer.spec.timed:
-            scale, zero = self._rows(values, quantizer)
+            scale, zero = self.row(values, quantizer.spec.grid)
             return scale[None], zero[None]
         grid = torch.tensor(run.plan.timesteps, device=times.device)
         apart = (times[None] - grid[:, None]).abs()
         nearest = apart == apart.amin(dim=1, keepdim=True)  # [T, samples]
         counts = nearest.sum(dim=1)
+        grids = quantizer.spec.grids()
         if self.ema == 0 and bool((counts == counts[0]).all()):  # as many samples of each time: searched together
             chosen = nearest.nonzero()[:, 1].reshape(len(grid), -1)
-            return self._together(values, chosen, quantizer.spec.grid)
-        rows = [self._rows(values[:, here], quantizer) for here in nearest]
+            return self._by_class(values, chosen, grids)
+        rows = [self.row(values[:, here], grids[i % len(grids)]) for i, here in enumerate(nearest)]
         return torch.stack([r[0] for r in rows]), torch.stack([r[1] for r in rows])
+
+    def _by_class(self, values: Tensor, chosen: Tensor, grids: tuple[Grid, ...]) -> tuple[Tensor, Tensor]:
+        """`_together`, rows of equal bits at a time."""
+        if len(grids) == 1:
+            return self._together(values, chosen, grids[0])
+        scale = torch.empty(len(chosen), values.shape[0], device=values.device)
+        zero = torch.empty_like(scale)
+        for grid in dict.fromkeys(grids):
+            here = torch.tensor([g == grid for g in grids], device=values.device)
+            scale[here], zero[here] = self._together(values, chosen[here], grid)
+        return scale, zero
 
     def _together(self, values: Tensor, chosen: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """Tables ``[T, S]`` of values ``[S, samples, values]``; row t is fitted to the samples ``chosen[t]``."""
@@ -173,8 +230,8 @@ class Fit(Step):
             found.append((scale.reshape(len(part), -1), zero.reshape(len(part), -1)))
         return torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found])
 
-    def _rows(self, values: Tensor, quantizer: ActivationQuantizer) -> tuple[Tensor, Tensor]:
-        grid = quantizer.spec.grid
+    def row(self, values: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        """Scale and zero-point ``[S]`` of one row of a table from values ``[S, samples, values]``."""
         if self.ema == 0:
             return self._search(values.flatten(1), grid)
         ends = None  # of the range, averaged over batches
@@ -189,7 +246,7 @@ class Fit(Step):
         return ranges.affine_parameters(ends[0], ends[1], grid)
 
 
-class _Watcher:
+class Watcher:
     """Keeps values and extremes of what one activation quantizer is given."""
 
     def __init__(
@@ -197,6 +254,7 @@ class _Watcher:
     ) -> None:
         self.quantizer, self.values, self.generator, self.extremes = quantizer, values, generator, extremes
         self.times = torch.empty(0)
+        self.time: float | None = None  # of all samples, where it is one
         self.kept: list[Tensor] = []
         self.kept_times: list[Tensor] = []
         self.low: dict[float, float] = {}
@@ -205,6 +263,8 @@ class _Watcher:
 
     def _watch(self, _module: Any, args: tuple[Any, ...]) -> None:
         x, channel_dim = args[0].detach().float(), args[1]
+        if self.time is not None:
+            self.times = torch.full((x.shape[0],), self.time)
         whole = x.reshape(x.shape[0], -1)
         if self.quantizer.spec.granularity == "channel":
             rows = x.movedim(channel_dim, 0).reshape(x.shape[channel_dim], x.shape[0], -1)
@@ -236,6 +296,17 @@ class _Watcher:
         times = sorted(self.low)
         return {"timesteps": times, "low": [float(f"{self.low[t]:.5g}") for t in times],
                 "high": [float(f"{self.high[t]:.5g}") for t in times]}
+
+
+def quantizers(run: Run, mode: str = "") -> dict[str, ActivationQuantizer]:
+    """Activation quantizers of the run's model by name, of one mode or of both."""
+    found = {name: m for name, m in run.model.named_modules() if isinstance(m, ActivationQuantizer)}
+    return {name: m for name, m in found.items() if not mode or m.spec.mode == mode}
+
+
+def tables(static: dict[str, ActivationQuantizer]) -> dict[str, Tensor]:
+    """The tables of static quantizers, as a result: ``<quantizer>/scale`` and ``/zero_point``, on the CPU."""
+    return {f"{n}/{key}": getattr(q, key).cpu().clone() for n, q in static.items() for key in ("scale", "zero_point")}
 
 
 def spread(run: Run, limit: int) -> list[int]:

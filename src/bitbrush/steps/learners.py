@@ -15,7 +15,7 @@ from bitbrush.errors import InternalError
 from bitbrush.network.activation import ActivationQuantizer
 from bitbrush.network.layers import QuantLayer
 from bitbrush.numbers import rounding
-from bitbrush.numbers.codec import decode, encode_offset, reciprocal
+from bitbrush.numbers.codec import clamp, decode, encode_offset, reciprocal
 
 
 class Learner(Protocol):
@@ -292,7 +292,7 @@ class ScaleLearner:
         self.factors = {"scale": rate, "zero_point": zero_rate}
         self.tables = SharedTables(quantizers.values())
         self.still = _flat(zero.float() for _, zero in self.start.values())
-        tops = (torch.full_like(self.start[n][0], quantizers[n].top) for n in self.moving)
+        tops = (torch.ones_like(self.start[n][0]) * quantizers[n].row_tops() for n in self.moving)
         self.tops = _flat(tops) if self.moving else None
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -321,7 +321,7 @@ class ScaleLearner:
         with torch.no_grad():
             scales = self._parts(self.base * self.theta.exp(), list(self.quantizers))
         for name, quantizer in self.quantizers.items():
-            zero = torch.round(zeros[name]).clamp(0, quantizer.top) if name in zeros else None
+            zero = clamp(torch.round(zeros[name]), quantizer.row_tops()) if name in zeros else None
             quantizer.set_scale(scales[name].clone(), zero)
         moved = sum(int((q.zero_point != self.start[n][1]).sum()) for n, q in self.quantizers.items())
         return {"zero_points_changed": moved} if self.moving else {}

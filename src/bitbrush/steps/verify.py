@@ -27,6 +27,11 @@ class Verify(Step):
         """The probe that packing leaves."""
         return ("pack",)
 
+    @property
+    def not_after(self) -> tuple[str, ...]:
+        """What was simulated has no correction yet."""
+        return ("correct",)
+
     def run_unit(self, run: Run, unit: str, generator: torch.Generator) -> UnitResult:
         """Compare one packed forward with the probe's simulated output."""
         pack = next((step for step in run.recipe.steps if isinstance(step, Pack)), None)

@@ -1,0 +1,234 @@
+"""Constants a timestep that correct a quantized denoiser's input and estimate, applied by hooks on the denoiser.
+
+    call:    estimate = scale[i] * network(sample - shift[i], t) + bias[i]          i: the row of timestep t
+
+All three are ``[T, C]``, one number a sampling step and channel; both halves of a guided call get the same. A constant
+passes through guidance unchanged, (e_u + k) + g ((e_c + k) - (e_u + k)) = e_u + g (e_c - e_u) + k, so ``bias`` can
+carry what the scheduler has to be told (`bitbrush.steps.chain`), and no pipeline or scheduler is changed.
+
+The numbers belong to whole trajectories of one scheduler and one number of steps. A denoiser is told its timestep only,
+so the rule is: a trajectory begins at the first timestep of the table (where the call before was not at a noisier one),
+visits its rows in order, and is corrected as long as it does. At any other timestep, or one out of turn (another number
+of steps, image-to-image), the correction is left out until a trajectory begins anew, and one warning says so. Where the
+pipeline is known (`watch`), its scheduler's class is compared too. At the first timestep ``shift`` and ``bias`` are 0
+and ``scale`` speaks of the network alone, so the one step that two schedules may share is right for both.
+
+This is the one place where a forward depends on the forward before it; the position and the last timestep are tensors,
+so that a compiled graph takes them as data. A graph cannot warn.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import warnings
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any, Literal, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+NAME = "bitbrush_correction"
+TABLES = ("scale", "bias", "shift")
+_OFF = -2  # a position from which no row is next
+
+
+class CorrectionSpec(BaseModel):
+    """What a correction belongs to; stands in ``quantization_config``.
+
+    Args:
+        method: ``tac``.
+        scheduler: Class of the scheduler it was fitted with.
+        timesteps: Its timesteps in sampling order (descending), one row of the tables each.
+        channels: Of the denoiser's sample and estimate.
+        guidance: Guidance scale of the trajectories; None where there is no guidance.
+        input_term: ``folded``: the scheduler sees the corrected input too, through ``bias``; ``network``: the network
+            alone does; ``none``: only the estimate is corrected.
+        why: Why the input term is not folded.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    method: Literal["tac"] = "tac"
+    scheduler: str
+    timesteps: tuple[FiniteFloat, ...] = Field(min_length=1)
+    channels: int = Field(ge=1, le=4096)
+    guidance: FiniteFloat | None = None
+    input_term: Literal["folded", "network", "none"] = "folded"
+    why: str = ""
+
+    @model_validator(mode="after")
+    def _descending(self) -> Self:
+        if any(a <= b for a, b in pairwise(self.timesteps)):
+            raise ValueError("timesteps: expected in sampling order, each once")
+        return self
+
+    @classmethod
+    def from_json(cls, data: Any) -> CorrectionSpec:
+        """Inverse of ``model_dump(mode="json")``. Raises ValueError."""
+        return cls.model_validate_json(json.dumps(data))
+
+    def in_words(self) -> str:
+        """One line for people."""
+        how = {
+            "folded": "estimate and input", "network": "estimate, and input of the network only",
+            "none": "estimate only",
+        }[self.input_term] + (f" ({self.why})" if self.why else "")
+        guidance = "" if self.guidance is None else f", guidance {self.guidance:g}"
+        return f"{self.method}, for {self.scheduler}, {len(self.timesteps)} steps{guidance}: {how}"
+
+
+class Correction(nn.Module):
+    """The tables, and where the trajectory stands.
+
+    Args:
+        spec: Its facts. The tables begin as "no correction": scale 1, bias 0, shift 0; float32 ``[T, C]``.
+    """
+
+    def __init__(self, spec: CorrectionSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        shape = (len(spec.timesteps), spec.channels)
+        self.register_buffer("scale", torch.ones(shape))
+        self.register_buffer("bias", torch.zeros(shape))
+        self.register_buffer("shift", torch.zeros(shape))
+        self.register_buffer("timesteps", torch.tensor(spec.timesteps, dtype=torch.float32), persistent=False)
+        self.register_buffer("position", torch.tensor(_OFF), persistent=False)
+        self.register_buffer("last", torch.tensor(-torch.inf), persistent=False)
+        self.scale: Tensor
+        self.bias: Tensor
+        self.shift: Tensor
+        self.timesteps: Tensor
+        self.position: Tensor
+        self.last: Tensor
+        self.warned = False
+        self._now: tuple[Tensor, Tensor] | None = None
+        self._owner: weakref.ref[Any] | None = None
+        self._hooks: list[RemovableHandle] = []
+
+    def watch(self, pipeline: Any) -> None:
+        """Compare the scheduler's class with this pipeline's from now on. Copies of the model do not."""
+        self._owner = weakref.ref(pipeline)
+
+    def enter(self, sample: Tensor, timestep: Any) -> Tensor:
+        """Begin a call: find the row, and answer the sample that the network is to see."""
+        now = torch.as_tensor(timestep).to(device=sample.device, dtype=torch.float32).reshape(-1)
+        match = self.timesteps.to(sample.device) == now[0]
+        index = match.int().argmax()
+        ahead = index - self.position.to(sample.device)
+        begins = (index == 0) & (self.last.to(sample.device) <= now[0])
+        in_turn = begins | (ahead == 0) | (ahead == 1)
+        on = match.any() & (now == now[0]).all() & in_turn
+        if not torch.compiler.is_compiling():
+            if self._other_scheduler():
+                on = torch.zeros_like(on)
+            self._say(on, now[0])
+        self.position.copy_(torch.where(on, index, _OFF))
+        self.last.copy_(now[0])
+        scale, bias, shift = (
+            getattr(self, name).to(sample.device).index_select(0, index.reshape(1))[0] for name in TABLES
+        )
+        self._now = torch.where(on, scale, 1.0), torch.where(on, bias, 0.0)
+        return (sample.float() - _wide(torch.where(on, shift, 0.0), sample)).to(sample.dtype)
+
+    def leave(self, estimate: Tensor) -> Tensor:
+        """End a call: the corrected estimate."""
+        if self._now is None:
+            return estimate
+        (scale, bias), self._now = self._now, None
+        return (_wide(scale, estimate) * estimate.float() + _wide(bias, estimate)).to(estimate.dtype)
+
+    def _other_scheduler(self) -> bool:
+        pipeline = self._owner() if self._owner is not None else None
+        scheduler = getattr(pipeline, "scheduler", None)
+        return scheduler is not None and type(scheduler).__name__ != self.spec.scheduler
+
+    def _say(self, on: Tensor, now: Tensor) -> None:
+        if self.warned or (on.is_cuda and torch.cuda.is_current_stream_capturing()) or bool(on):
+            return
+        self.warned = True
+        warnings.warn(
+            f"bitbrush leaves the stored correction out (first at timestep {float(now):g}): it belongs to whole "
+            f"trajectories of {self.spec.scheduler} in {len(self.spec.timesteps)} steps; sample so, or quantize with "
+            "--correct for other settings",
+            stacklevel=2,
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move, but stay float32: a model cast to half precision keeps its tables."""
+        def moved(tensor: Tensor) -> Tensor:
+            done = fn(tensor)
+            return done if done.dtype == tensor.dtype else tensor.to(done.device)
+
+        super()._apply(moved, recurse)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies belong to no pipeline."""
+        return {**self.__dict__, "_owner": None, "_now": None}
+
+
+def install(model: nn.Module, spec: CorrectionSpec, tables: dict[str, Tensor] | None = None) -> Correction:
+    """Hook a correction to a denoiser; one that is there already is replaced.
+
+    Args:
+        tables: ``scale``, ``bias``, ``shift``, float32 ``[T, C]``; None: as `Correction` begins.
+    """
+    remove(model)
+    correction = Correction(spec)
+    for name, table in (tables or {}).items():
+        getattr(correction, name).copy_(table)
+    device = next(model.parameters()).device
+    if device.type == "meta":  # diffusers is loading: the tables come, what is not stored stays
+        for name in TABLES:
+            setattr(correction, name, getattr(correction, name).to("meta"))
+    else:
+        correction = correction.to(device)
+    names = list(inspect.signature(model.forward).parameters)
+    sample, position = names[0], names.index("timestep")
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        time = kwargs["timestep"] if "timestep" in kwargs else args[position]
+        if args:
+            return (of(module).enter(args[0], time), *args[1:]), kwargs
+        return args, {**kwargs, sample: of(module).enter(kwargs[sample], time)}
+
+    def after(module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (of(module).leave(output[0]), *output[1:])
+        return replace(output, sample=of(module).leave(output.sample))
+
+    setattr(model, NAME, correction)
+    correction._hooks = [
+        model.register_forward_pre_hook(before, with_kwargs=True), model.register_forward_hook(after),
+    ]
+    return correction
+
+
+def remove(model: nn.Module) -> None:
+    """Take a correction off again, if there is one."""
+    correction = find(model)
+    if correction is not None:
+        for hook in correction._hooks:
+            hook.remove()
+        delattr(model, NAME)
+
+
+def find(model: nn.Module) -> Correction | None:
+    """The correction of a denoiser, or None."""
+    found = getattr(model, NAME, None)
+    return found if isinstance(found, Correction) else None
+
+
+def of(model: nn.Module) -> Correction:
+    """The correction of the model that is being called: a deep copy must find its own."""
+    correction: Correction = getattr(model, NAME)
+    return correction
+
+
+def _wide(row: Tensor, like: Tensor) -> Tensor:
+    return row.reshape(1, -1, *[1] * (like.ndim - 2))
