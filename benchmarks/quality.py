@@ -28,6 +28,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from training_memory import memory
 
 import bitbrush
 from bitbrush import assets
@@ -37,7 +38,6 @@ from bitbrush.evaluate.clip import EmojiClip
 from bitbrush.evaluate.fid import cifar_fid
 from bitbrush.evaluate.pairs import psnr, ssim
 from bitbrush.evaluate.sampling import draw, with_ddim
-from bitbrush.network.survey import example_inputs
 
 RESULTS = Path(__file__).parent / "results" / "quality"
 
@@ -162,41 +162,11 @@ def quantized(protocol: Protocol, arm: Arm, work: Path) -> dict[str, Any]:
     }
     costs = result.costs
     del result, target
-    out |= memory(protocol, out["recipe"], costs)
+    out |= memory(protocol.folder, bool(protocol.prompts), out["recipe"], costs)
     facts.write_text(json.dumps(out))
     if protocol.device == "cuda":
         torch.cuda.empty_cache()  # other runs may share the card
     return out
-
-
-def memory(protocol: Protocol, recipe: dict[str, Any], costs: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """Peak memory of the finetune steps beside that of one training step of the float denoiser at the same batch."""
-    tuned = {s["id"]: s["batch"] for s in recipe["step"] if s["do"] == "finetune"}
-    peaks = {name: costs[name]["peak_memory"] for name in tuned if "peak_memory" in costs.get(name, {})}
-    if not peaks:
-        return {}
-    worst = max(peaks, key=lambda name: peaks[name])
-    one = training_step(protocol, tuned[worst])
-    return {"finetune_peak_memory": peaks[worst], "training_step_memory": one, "memory_ratio": peaks[worst] / one}
-
-
-def training_step(protocol: Protocol, batch: int) -> int:
-    """Peak bytes of one training step (Adam, bf16 autocast) of the float denoiser on a GPU, nothing else on it."""
-    torch.cuda.empty_cache()
-    base = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    pipe = DiffusionPipeline.from_pretrained(protocol.folder, use_safetensors=True)
-    unet = pipe.unet.to("cuda").train()
-    tokens = pipe.tokenizer.model_max_length if protocol.prompts else 0
-    args, kwargs = example_inputs(unet, batch=batch, tokens=tokens, device="cuda")
-    adam = torch.optim.Adam(unet.parameters(), fused=True)
-    for _ in range(2):
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = (unet(*args, **kwargs).sample.float() - args[0]).square().mean()
-        adam.zero_grad()
-        loss.backward()
-        adam.step()
-    return torch.cuda.max_memory_allocated() - base
 
 
 def measured(protocol: Protocol, key: str, folder: Path, seed: int, work: Path) -> dict[str, Any]:

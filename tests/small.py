@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
@@ -16,6 +17,7 @@ from bitbrush.engine.progress import Silent
 from bitbrush.engine.recipe import Recipe
 from bitbrush.engine.run import Run
 from bitbrush.errors import BitbrushError
+from bitbrush.steps import loop
 
 PROMPTS = ["red apple", "blue car", "green tree", "a cat", "the sun", "old house", "big fish", "tall man"]
 
@@ -71,6 +73,24 @@ def execute(folder: Path, pipe: Any, text: str = WHOLE, *, seed: int = 0, **choi
     finally:
         run.journal.release()
     return run
+
+
+class Killed(BaseException):
+    """What a test raises to kill a run."""
+
+
+def kill_training(monkeypatch: pytest.MonkeyPatch, stop: int) -> list[int]:
+    """The first training dies at iteration ``stop``, later ones live; returns the iterations begun, in order."""
+    iterate, began = loop._Loop.iterate, list[int]()
+
+    def dying(self: Any, k: int) -> None:
+        began.append(k)
+        if k == stop and len(began) == stop + 1:
+            raise Killed
+        iterate(self, k)
+
+    monkeypatch.setattr(loop._Loop, "iterate", dying)
+    return began
 
 
 def least_unet(seed: int = 0, channels: int = 4) -> UNet2DModel:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,20 +12,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import bitbrush  # noqa: F401  (registers the plug-in)
+import builder
 import tiny
 from bitbrush.artifact.save import save
 from bitbrush.errors import ArtifactError
 from bitbrush.network import wrap
 from bitbrush.numbers.grid import ActivationSpec, Grid, LayerSpec, Plan, WeightSpec
-
-
-def _builder() -> ModuleType:
-    path = Path(__file__).resolve().parents[1] / "kernels" / "builder.py"
-    spec = importlib.util.spec_from_file_location("builder", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def _plan(model: Any) -> Plan:
@@ -48,7 +38,7 @@ def _plan(model: Any) -> Plan:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, torch.Tensor, torch.Tensor, Path]:
     """(packed denoiser, its output, the simulation's output, the artifact's folder)."""
-    model, builder = tiny.text_unet(), _builder()
+    model = tiny.text_unet()
     plan, generator = _plan(model), torch.Generator().manual_seed(0)
     wrap.wrap(model, plan)
     for layer in wrap.layers(model).values():

@@ -18,7 +18,21 @@ from bitbrush.errors import InputError, NumericsError
 from bitbrush.network import wrap
 from bitbrush.numbers.grid import ActivationSpec, Grid, LayerSpec, WeightSpec
 from bitbrush.steps import loop
-from small import CALIBRATE, FIT, HEAD, PACK, RANGES, ROUND, SPLIT, WHOLE, begin, execute, least_pipeline, recipe
+from small import (
+    CALIBRATE,
+    FIT,
+    HEAD,
+    PACK,
+    RANGES,
+    ROUND,
+    SPLIT,
+    WHOLE,
+    Killed,
+    begin,
+    execute,
+    least_pipeline,
+    recipe,
+)
 
 MIXED = (
     HEAD.replace("weights = 4", "weights = 2").replace("weight = {}", 'weight = { binary = "symmetric" }')
@@ -69,9 +83,6 @@ def test_killed_inside_a_long_unit(stop: int, tmp_path: Path, monkeypatch: pytes
     want = state(execute(tmp_path / "whole", least_pipeline(), text))
     calls: list[tuple[int, int]] = []
     iterate = loop._Loop.iterate
-
-    class Killed(BaseException):
-        pass
 
     def dying(self: Any, k: int) -> None:
         if not calls or calls[-1][0] != id(self):

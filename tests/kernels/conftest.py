@@ -1,19 +1,15 @@
-"""The builder of random layers, as a fixture (tests are imported without packages)."""
+"""The builder of random layers, as a fixture."""
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+import builder as layers
+
 
 @pytest.fixture(scope="session")
 def builder() -> ModuleType:
-    """tests/kernels/builder.py."""
-    spec = importlib.util.spec_from_file_location("builder", Path(__file__).with_name("builder.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """tests/builder.py."""
+    return layers

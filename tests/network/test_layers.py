@@ -3,33 +3,19 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import itertools
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from torch import nn
 
+import builder
 from bitbrush.errors import BitbrushError, InternalError
 from bitbrush.network.clock import Clock
 from bitbrush.network.layers import QuantConv2d, QuantLinear
 from bitbrush.numbers import packing
 from bitbrush.numbers.codec import decode
 from bitbrush.numbers.grid import ActivationSpec, Grid, LayerSpec, WeightSpec
-
-
-def _load(name: str) -> ModuleType:
-    path = Path(__file__).resolve().parents[1] / "kernels" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-builder = _load("builder")
 
 
 def test_pairwise_grid_covers_every_pair() -> None:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import itertools
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import builder
 import tiny
 from bitbrush.errors import InputError, InternalError
 from bitbrush.kernels import cpu, proof
@@ -22,17 +20,6 @@ from bitbrush.numbers import packing
 from bitbrush.numbers.codec import decode, encode, reciprocal
 from bitbrush.numbers.grid import ActivationSpec, Grid, LayerSpec, Plan, WeightSpec
 
-
-def _load(name: str) -> ModuleType:
-    path = Path(__file__).resolve().parents[1] / "kernels" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-builder = _load("builder")
 KINDS = ("linear", "conv")
 
 

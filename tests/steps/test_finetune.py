@@ -22,7 +22,20 @@ from bitbrush.network.pipelines import sample_latents
 from bitbrush.steps import loop, teaching
 from bitbrush.steps.finetune import PRESETS, Finetune, student
 from bitbrush.steps.losses import Objective
-from small import FIT, HEAD, PACK, RANGES, SPLIT, begin, complete, execute, least_pipeline, recipe
+from small import (
+    FIT,
+    HEAD,
+    PACK,
+    RANGES,
+    SPLIT,
+    Killed,
+    begin,
+    complete,
+    execute,
+    kill_training,
+    least_pipeline,
+    recipe,
+)
 
 W4A4 = HEAD.replace("activations = 8", "activations = 4")
 TIMED = W4A4.replace("activation = {}", "activation = { timed = true }")
@@ -282,18 +295,7 @@ def test_killed_and_resumed_ends_with_the_same_bytes(
     (tmp_path / "whole").mkdir()
     whole = execute(tmp_path / "whole", least_pipeline(), asked)
     want = (tmp_path / "whole" / "out" / ".run" / "units").glob("*")
-    iterate, began = loop._Loop.iterate, []
-
-    class Killed(BaseException):
-        pass
-
-    def dying(self: Any, k: int) -> None:
-        began.append(k)
-        if k == stop and len(began) == stop + 1:
-            raise Killed
-        iterate(self, k)
-
-    monkeypatch.setattr(loop._Loop, "iterate", dying)
+    began = kill_training(monkeypatch, stop)
     run = begin(tmp_path, least_pipeline(), recipe(tmp_path, asked))
     with pytest.raises(Killed):
         run.execute()
@@ -307,10 +309,7 @@ def test_killed_and_resumed_ends_with_the_same_bytes(
     assert len(files) == len(whole.done) > 3
     assert all((again.journal.folder / "units" / name).read_bytes() == data for name, data in files.items())
     assert not changed(whole, again)
-    took = ("seconds",)
-    assert {k: v for k, v in note(again).items() if k not in took} == {
-        k: v for k, v in note(whole).items() if k not in took
-    }
+    assert note(again) == note(whole)
     third = begin(tmp_path, least_pipeline(), recipe(tmp_path, asked), resume=True)
     third.execute()
     third.journal.release()
@@ -400,6 +399,7 @@ def test_on_a_gpu_an_iteration_is_one_graph(tmp_path: Path, monkeypatch: pytest.
     """Captured and eager training agree but for rounding; rows in a file are trained on without a graph."""
     step = tune(FULL, losses={"guided": 1.0, "layers": 1.0, "relation": 5.0}, window=2, iterations=20, zero_points=True)
     found: dict[str, tuple[bool, dict[str, Any]]] = {}
+    peaks: list[float] = []
     loops: list[Any] = []
     make = loop._Loop.__init__
 
@@ -416,7 +416,8 @@ def test_on_a_gpu_an_iteration_is_one_graph(tmp_path: Path, monkeypatch: pytest.
         run.execute()
         run.journal.release()
         found[name] = (loops[-1].graph is not None, note(run))
+        peaks.append(run.costs[note(run)["step"]]["peak_memory"])
     assert [found[n][0] for n in ("graph", "eager", "file")] == [True, False, False]
     ends = [n["loss_end"] / n["loss_start"] for _, n in found.values()]
     assert all(end < 0.9 for end in ends) and max(ends) - min(ends) < 0.1
-    assert all(n["peak_memory"] > 0 for _, n in found.values())
+    assert len(peaks) == 3 and min(peaks) > 0

@@ -19,11 +19,23 @@ from bitbrush.network.clock import Clock
 from bitbrush.network.pipelines import sample_latents
 from bitbrush.numbers import ranges
 from bitbrush.numbers.grid import ActivationSpec, Grid
-from bitbrush.steps import loop
 from bitbrush.steps.finetune import Finetune
 from bitbrush.steps.learners import ScaleLearner
 from bitbrush.steps.time_networks import CODE, WIDTH, NetworkScaleLearner, inverse_softplus, time_code
-from small import FIT, HEAD, PACK, RANGES, SPLIT, begin, complete, execute, least_pipeline, recipe
+from small import (
+    FIT,
+    HEAD,
+    PACK,
+    RANGES,
+    SPLIT,
+    Killed,
+    begin,
+    complete,
+    execute,
+    kill_training,
+    least_pipeline,
+    recipe,
+)
 
 TIMED = HEAD.replace("activations = 8", "activations = 4").replace("activation = {}", "activation = { timed = true }")
 CALIBRATE = '[[step]]\ndo = "calibrate"\nsamples = 16\ntrajectories = 4\nsteps = 4\nbatch = 4\n'
@@ -252,18 +264,7 @@ def test_killed_and_resumed_ends_with_the_same_bytes(
 ) -> None:
     (tmp_path / "whole").mkdir()
     whole = execute(tmp_path / "whole", least_pipeline(), START + TUNE)
-    iterate, began = loop._Loop.iterate, []
-
-    class Killed(BaseException):
-        pass
-
-    def dying(self: Any, k: int) -> None:
-        began.append(k)
-        if k == stop and len(began) == stop + 1:
-            raise Killed
-        iterate(self, k)
-
-    monkeypatch.setattr(loop._Loop, "iterate", dying)
+    began = kill_training(monkeypatch, stop)
     run = begin(tmp_path, least_pipeline(), recipe(tmp_path, START + TUNE))
     with pytest.raises(Killed):
         run.execute()

@@ -75,21 +75,11 @@ def foreseen(survey: Survey, plan: Plan, recipe: Recipe) -> Plan:
 
     Which rows an allocate step moves is not known before it has run; on average they keep the bits of the plan.
     """
-    changes: dict[str, LayerSpec] = {}
     for step in recipe.steps:
-        data = step.model_dump()
-        for site in survey.layers():
-            spec = changes.get(site.name, plan.layers.get(site.name))
-            if spec is None:
-                continue
-            if step.do == "split" and data["enabled"] and site.boundary:
-                changes[site.name] = spec.model_copy(update={"segments": site.boundary})
-            at_input = spec.activation is not None and spec.activation.position == "input"
-            if step.do == "smooth" and data["enabled"] and spec.weight is not None and at_input:
-                changes[site.name] = spec.model_copy(update={"input_scale": True})
+        plan = plan.with_layers(step.foresee(survey, plan))
     times = [step.model_dump()["steps"] for step in recipe.steps if step.do == "calibrate"]
     grid = plan.timesteps or tuple(float(i) for i in range(times[0] if times else 0))
-    return plan.with_layers(changes).model_copy(update={"timesteps": grid})
+    return plan.model_copy(update={"timesteps": grid})
 
 
 def model_bytes(survey: Survey, plan: Plan) -> dict[str, int]:

@@ -151,6 +151,10 @@ class Run:
         """Drop a memo whose face of the network has changed."""
         self.memos.pop(name, None)
 
+    def forget_all(self) -> None:
+        """Drop every memo: the whole network answers otherwise now, or the memory is wanted."""
+        self.memos.clear()
+
     def save_carry(self, step: str, unit: str, tensors: dict[str, Tensor], iteration: int) -> None:
         """Make the state inside a long unit durable."""
         self.journal.save_carry(step, unit, tensors, iteration)

@@ -66,6 +66,10 @@ class Step(BaseModel):
             InputError: The step cannot do here what its settings ask for.
         """
 
+    def foresee(self, survey: Survey, plan: Plan) -> dict[str, LayerSpec]:
+        """The specs that it will change, as far as they are known before it runs: for the estimate."""
+        return {}
+
     def units(self, run: Run) -> list[str]:
         """Names of the units, in order. Must be the same on every call of one run."""
         return [self.label]

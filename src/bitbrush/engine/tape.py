@@ -77,7 +77,7 @@ class Tape:
     dtype: torch.dtype = torch.float32
     shards: list[tuple[Path, int]] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
-    kept: dict[int, list[dict[str, Tensor]]] = field(default_factory=dict)
+    kept: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
     def add(self, path: Path, source: str = "") -> None:
         """Append a shard of samples (a unit's result file) of the step ``source``, which numbers its trajectories."""
@@ -166,14 +166,12 @@ class Tape:
         if len(chosen) == len(self):
             yield from self.batches(size)
             return
-        if len(chosen) not in self.kept:
+        joined = self.kept.get(len(chosen))
+        if joined is None:
             parts = list(self.select(chosen, size=len(chosen)))
             joined = {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
-            self.kept = {len(chosen): [joined]}
-            if sum(t.numel() * t.element_size() for t in joined.values()) > self.budget:
-                self.kept = {}
-        else:
-            joined = self.kept[len(chosen)][0]
+            fits = sum(t.numel() * t.element_size() for t in joined.values()) <= self.budget
+            self.kept = {len(chosen): joined} if fits else {}
         for start in range(0, len(chosen), size):
             yield {k: t[start : start + size] for k, t in joined.items()}
 

@@ -148,21 +148,29 @@ class ActivationQuantizer(nn.Module):
         if not self.enabled:
             return x
         top = self.top_for(x.ndim, channel_dim)
-        if self.trial_rows is not None:
-            scale, inverse, zero = (
-                expand_activation_scale(t, self.segments, x.ndim, channel_dim) for t in self.trial_rows()
-            )
+        trial = self.trial_tables(x.ndim, channel_dim)
+        if trial is not None:
+            scale, inverse, zero = trial
             return fake_quantize(x, scale, zero, top, fused_form(x), inverse)
-        if self.trial_scale is not None or self.trial_zero_point is not None:
-            scale, zero = self._trial(x, channel_dim)
-            return fake_quantize(x, scale, zero, top, fused_form(x))
         scale, inverse, zero = self.parameters_for(x, channel_dim)
         if torch.is_grad_enabled() and x.requires_grad:
             return fake_quantize(x, scale, zero, top, fused_form(x))
         return round_trip(x, scale, inverse, zero, top)
 
-    def _trial(self, x: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
-        """(scale, zero_point) in training, shaped to broadcast against ``x``."""
+    def trial_tables(self, ndim: int, channel_dim: int) -> tuple[Tensor, Tensor, Tensor] | None:
+        """(scale, inverse_scale, zero_point) while a step trains them, shaped to broadcast against an activation of
+        ``ndim`` dimensions; None while none does."""
+        if self.trial_rows is not None:
+            rows = self.trial_rows()
+        elif self.trial_scale is not None or self.trial_zero_point is not None:
+            rows = self._trial()
+        else:
+            return None
+        a, b, c = (expand_activation_scale(t, self.segments, ndim, channel_dim) for t in rows)
+        return a, b, c
+
+    def _trial(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows of the trial tables at the time of this call, ``[B or 1, S]``."""
         scale = self.scale if self.trial_scale is None else self.trial_scale
         zero = self.zero_point.float()
         if self.trial_zero_point is not None:
@@ -171,8 +179,7 @@ class ActivationQuantizer(nn.Module):
         row = self.rows()
         if row is not None:
             scale, zero = scale.index_select(0, row), zero.index_select(0, row)
-        s, z = (expand_activation_scale(t, self.segments, x.ndim, channel_dim) for t in (scale, zero))
-        return s, z
+        return scale, reciprocal(scale.detach()), zero
 
     def _dynamic(self, x: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
         dims = [channel_dim] if self.spec.granularity == "token" else list(range(x.ndim))

@@ -12,8 +12,7 @@ them although it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -25,7 +24,7 @@ from bitbrush.errors import InputError
 from bitbrush.network.activation import ActivationQuantizer, fused_form, round_trip
 from bitbrush.network.clock import Clock
 from bitbrush.network.layers import Face
-from bitbrush.numbers.codec import expand_activation_scale, reciprocal
+from bitbrush.network.temporary import holding
 from bitbrush.numbers.grid import LayerSpec
 from bitbrush.numbers.straight_through import fake_quantize
 
@@ -137,12 +136,9 @@ class QuantAttention(nn.Module):
         top = quantizer.top_for(like.ndim, dim)
         if name == "softmax" and quantizer.spec.mode == "dynamic":
             return _Rounding(quantizer, None, top)
-        if quantizer.trial_rows is not None:
-            tables = (expand_activation_scale(t, quantizer.segments, like.ndim, dim) for t in quantizer.trial_rows())
-            return _Rounding(quantizer, tuple(tables), top, trial=True)
-        if quantizer.trial_scale is not None or quantizer.trial_zero_point is not None:
-            scale, zero = quantizer._trial(like, dim)
-            return _Rounding(quantizer, (scale, reciprocal(scale.detach()), zero), top, trial=True)
+        trial = quantizer.trial_tables(like.ndim, dim)
+        if trial is not None:
+            return _Rounding(quantizer, trial, top, trial=True)
         return _Rounding(quantizer, quantizer.parameters_for(like, dim), top)
 
 
@@ -227,21 +223,13 @@ def _joined(parts: list[Tensor], heads: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-@contextmanager
-def softmax_in_training(model: nn.Module, form: SoftmaxForm) -> Iterator[None]:
+def softmax_in_training(model: nn.Module, form: SoftmaxForm) -> AbstractContextManager[None]:
     """Inside the block, forwards that want gradients compute attention this way.
 
     ``exact``: as without gradients. ``float``: q, k and v are rounded, the softmax is not. That approximates the
     network by fused kernels; forwards under ``no_grad`` stay exact, and so does what is stored.
     """
-    found = [(m, m.training_softmax) for m in model.modules() if isinstance(m, QuantAttention)]
-    for module, _ in found:
-        module.training_softmax = form
-    try:
-        yield
-    finally:
-        for module, former in found:
-            module.training_softmax = former
+    return holding((m for m in model.modules() if isinstance(m, QuantAttention)), "training_softmax", form)
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:

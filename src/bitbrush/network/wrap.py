@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 
 from torch import nn
 
 from bitbrush.errors import InputError
+from bitbrush.network.activation import ActivationQuantizer
 from bitbrush.network.attention import QuantAttention, install_operands
 from bitbrush.network.clock import Clock
 from bitbrush.network.layers import Face, QuantConv2d, QuantLayer, QuantLinear
+from bitbrush.network.temporary import holding
 from bitbrush.numbers.grid import LayerSpec, Plan
 
 
@@ -96,31 +98,14 @@ def set_face(model: nn.Module, face: Face) -> None:
             module.face = face
 
 
-@contextmanager
-def show(model: nn.Module, face: Face) -> Iterator[None]:
+def show(model: nn.Module, face: Face) -> AbstractContextManager[None]:
     """Show a face inside the block; the faces shown before come back afterwards."""
-    before = [(m, m.face) for m in model.modules() if isinstance(m, QuantLayer | QuantAttention)]
-    set_face(model, face)
-    try:
-        yield
-    finally:
-        for module, old in before:
-            module.face = old
+    return holding((m for m in model.modules() if isinstance(m, QuantLayer | QuantAttention)), "face", face)
 
 
-@contextmanager
-def float_activations(model: nn.Module) -> Iterator[None]:
+def float_activations(model: nn.Module) -> AbstractContextManager[None]:
     """Switch all activation quantizers off inside the block."""
-    from bitbrush.network.activation import ActivationQuantizer
-
-    found = [(m, m.enabled) for m in model.modules() if isinstance(m, ActivationQuantizer)]
-    for module, _ in found:
-        module.enabled = False
-    try:
-        yield
-    finally:
-        for module, old in found:
-            module.enabled = old
+    return holding((m for m in model.modules() if isinstance(m, ActivationQuantizer)), "enabled", False)
 
 
 def is_operand(name: str) -> bool:

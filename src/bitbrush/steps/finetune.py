@@ -169,7 +169,7 @@ class Finetune(Step):
 
     def run_unit(self, run: Run, unit: str, generator: torch.Generator) -> UnitResult:
         """Train."""
-        _forget(run)
+        run.forget_all()
         chosen = self.chosen(run)
         lessons = teaching.load(run, self.window, self.samples)
         objective = Objective(run.model, lessons, self.losses, list(chosen), self._guidance(run), self.relation_pool)
@@ -185,7 +185,7 @@ class Finetune(Step):
     def apply(self, run: Run, unit: str, result: UnitResult) -> None:
         """Store the outcome; no output that was remembered holds any more."""
         apply_tuned(run, result.tensors)
-        _forget(run)
+        run.forget_all()
 
     # ---- what is trained ---------------------------------------------------------------------------------------
     def chosen(self, run: Run) -> dict[str, QuantLayer]:
@@ -392,11 +392,6 @@ PRESETS: dict[str, Callable[[str], bool]] = {
 """Sets of layers by name, as QuEST's code chooses them (its names in diffusers' words): ``time_proj`` is stage 1,
 ``qkv_ff`` stage 2 for class-conditional and (``to_q``, ``to_k``, ``to_v``) unconditional models, ``ff`` stage 2 for
 Stable Diffusion."""
-
-
-def _forget(run: Run) -> None:
-    for name in list(run.memos):
-        run.forget(name)
 
 
 def _short(value: float) -> float:

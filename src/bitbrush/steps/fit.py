@@ -157,7 +157,7 @@ class Fit(Step):
         run.progress.start("activation ranges", limit)
         try:
             with wrap.show(run.model, "sim"), wrap.float_activations(run.model), torch.no_grad():
-                for batch in run.tape.select(spread(run, limit)):
+                for batch in run.tape.select(run.tape.spread(limit)):
                     for watcher in watchers.values():
                         watcher.times = batch["timestep"]
                     args, kwargs = run.tape.inputs(batch)
@@ -307,12 +307,6 @@ def quantizers(run: Run, mode: str = "") -> dict[str, ActivationQuantizer]:
 def tables(static: dict[str, ActivationQuantizer]) -> dict[str, Tensor]:
     """The tables of static quantizers, as a result: ``<quantizer>/scale`` and ``/zero_point``, on the CPU."""
     return {f"{n}/{key}": getattr(q, key).cpu().clone() for n, q in static.items() for key in ("scale", "zero_point")}
-
-
-def spread(run: Run, limit: int) -> list[int]:
-    """Indices of ``limit`` samples, equally strided over the tape."""
-    total = len(run.tape)
-    return [i * total // limit for i in range(limit)]
 
 
 def weight_tables(

@@ -142,8 +142,13 @@ class RoundingLearner:
         return where, _flat(self.start.values()).float()
 
     def _parts(self, flat: Tensor) -> dict[str, Tensor]:
-        sizes = [shape.numel() for shape in self.shapes.values()]
-        return {n: part.view(self.shapes[n]) for n, part in zip(self.shapes, flat.split(sizes), strict=True)}
+        return parts_of(flat, self.shapes)
+
+
+def parts_of(flat: Tensor, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """The tensors that a flat one is made of, as views, by name."""
+    parts = flat.split([shape.numel() for shape in shapes.values()])
+    return {name: part.view(shapes[name]) for name, part in zip(shapes, parts, strict=True)}
 
 
 def _flat(tensors: Iterable[Tensor]) -> Tensor:
@@ -354,9 +359,7 @@ class ScaleLearner:
         return _flat(parts.values())
 
     def _parts(self, flat: Tensor, names: list[str]) -> dict[str, Tensor]:
-        shapes = [self.start[name][0].shape for name in names]
-        parts = flat.split([shape.numel() for shape in shapes])
-        return {n: part.view(shape) for n, part, shape in zip(names, parts, shapes, strict=True)}
+        return parts_of(flat, {name: self.start[name][0].shape for name in names})
 
 
 class Together:

@@ -115,8 +115,7 @@ class Relax(Step):
     def apply(self, run: Run, unit: str, result: UnitResult) -> None:
         """Store the tables (the plan has changed before); no output that was remembered holds any more."""
         apply_activations(run, result.tensors)
-        for name in list(run.memos):
-            run.forget(name)
+        run.forget_all()
 
     # ---- bits ----------------------------------------------------------------------------------------------------
     def _relaxed(self, plan: Plan, rows: list[int] | tuple[int, ...]) -> dict[str, LayerSpec]:

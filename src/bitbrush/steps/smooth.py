@@ -29,7 +29,6 @@ from bitbrush.network import wrap
 from bitbrush.network.layers import QuantLayer
 from bitbrush.network.survey import Survey
 from bitbrush.numbers.grid import LayerSpec, Plan
-from bitbrush.steps.fit import spread
 
 FLOOR = 1e-5
 """Smallest maximum of a channel, as a share of the layer's largest."""
@@ -75,7 +74,8 @@ class Smooth(Step):
 
     def run_unit(self, run: Run, unit: str, generator: torch.Generator) -> UnitResult:
         """Measure, and decide the factors."""
-        chosen = {name: layer for name, layer in run.layers().items() if self._concerns(name, layer)}
+        specs = self.foresee(run.survey, run.plan)
+        chosen = {n: layer for n, layer in run.layers().items() if n in specs and getattr(layer, "groups", 1) == 1}
         maxima = self._input_maxima(run, chosen)
         changes: dict[str, LayerSpec] = {}
         tensors: dict[str, Tensor] = {}
@@ -83,7 +83,7 @@ class Smooth(Step):
         for name, layer in chosen.items():
             factor = self.factors(maxima[name], weight_maxima(layer.weight))
             tensors[f"{name}/input_scale"] = factor.cpu()
-            changes[name] = layer.spec.model_copy(update={"input_scale": True})
+            changes[name] = specs[name]
             extremes.append((float(factor.min()), float(factor.max())))
         notes: dict[str, Any] = {"layers": len(chosen)}
         if extremes:
@@ -102,11 +102,14 @@ class Smooth(Step):
             return x.log().mean().exp() / x
         return w.pow(self.exponent) / x.pow(1 - self.exponent)
 
-    def _concerns(self, name: str, layer: QuantLayer) -> bool:
-        activation = layer.spec.activation
-        if layer.spec.weight is None or activation is None or activation.position == "output":
-            return False
-        return getattr(layer, "groups", 1) == 1 and matches(self.layers, name)
+    def foresee(self, survey: Survey, plan: Plan) -> dict[str, LayerSpec]:
+        """The layers with quantized weight and input that the pattern names (grouped convolutions are seen later)."""
+        return {
+            name: spec.model_copy(update={"input_scale": True})
+            for name, spec in plan.layers.items()
+            if self.enabled and spec.weight is not None and spec.activation is not None
+            and spec.activation.position == "input" and matches(self.layers, name)
+        }
 
     def _input_maxima(self, run: Run, chosen: dict[str, QuantLayer]) -> dict[str, Tensor]:
         """``max|X_c|`` of each layer in the float face, ``[C]`` by layer."""
@@ -125,7 +128,7 @@ class Smooth(Step):
         run.progress.start("channel ranges", limit)
         try:
             with wrap.show(run.model, "float"), torch.no_grad():
-                for batch in run.tape.select(spread(run, limit)):
+                for batch in run.tape.select(run.tape.spread(limit)):
                     args, kwargs = run.tape.inputs(batch)
                     run.model(*args, **kwargs)
                     run.progress.advance(len(batch["timestep"]))

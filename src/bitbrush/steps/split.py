@@ -11,6 +11,8 @@ import torch
 
 from bitbrush.engine.run import Run
 from bitbrush.engine.step import Step, UnitResult
+from bitbrush.network.survey import Survey
+from bitbrush.numbers.grid import LayerSpec, Plan
 
 
 class Split(Step):
@@ -27,11 +29,15 @@ class Split(Step):
         """Ranges belong to the segments."""
         return ("smooth", "fit weights", "fit activations", "pack")
 
+    def foresee(self, survey: Survey, plan: Plan) -> dict[str, LayerSpec]:
+        """Every such layer, in segments."""
+        return {
+            site.name: plan.layers[site.name].model_copy(update={"segments": site.boundary})
+            for site in survey.layers()
+            if self.enabled and site.boundary and site.name in plan.layers
+        }
+
     def run_unit(self, run: Run, unit: str, generator: torch.Generator) -> UnitResult:
         """Change the plan of every such layer."""
-        changes = {
-            site.name: run.plan.layers[site.name].model_copy(update={"segments": site.boundary})
-            for site in run.survey.layers()
-            if self.enabled and site.boundary and site.name in run.plan.layers
-        }
+        changes = self.foresee(run.survey, run.plan)
         return UnitResult(plan=changes, notes={"layers": len(changes)})

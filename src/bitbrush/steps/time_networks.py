@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from bitbrush.errors import InternalError
 from bitbrush.network.activation import ActivationQuantizer
-from bitbrush.steps.learners import SharedTables
+from bitbrush.steps.learners import SharedTables, parts_of
 
 CODE = 128
 """Width of the time code (that of the paper's CIFAR model), whatever the denoiser's own is."""
@@ -184,6 +184,4 @@ class NetworkScaleLearner:
         return torch.cat([part.t().flatten() for part in places.split(widths)])
 
     def _parts(self, flat: Tensor) -> dict[str, Tensor]:
-        shapes = [scale.shape for scale, _ in self.start.values()]
-        parts = flat.split([shape.numel() for shape in shapes])
-        return {n: part.view(shape) for n, part, shape in zip(self.start, parts, shapes, strict=True)}
+        return parts_of(flat, {name: scale.shape for name, (scale, _) in self.start.items()})
