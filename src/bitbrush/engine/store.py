@@ -46,6 +46,13 @@ class Store:
             return self.data.index_select(0, index.to(self.device))
         return self.data.index_select(0, index.cpu()).to(self.device)
 
+    def put(self, index: Tensor, rows: Tensor) -> None:
+        """Replace rows by index, in place: a CUDA graph that reads the store reads the new ones."""
+        if self.data is None:
+            raise IndexError("nothing has been appended")
+        device = self.data.device
+        self.data.index_copy_(0, index.to(device), rows.detach().to(device, self.data.dtype))
+
     def _allocate(self, rows: Tensor) -> Tensor:
         shape = (self.count, *rows.shape[1:])
         size = self.count * rows[0].numel() * rows.element_size()

@@ -142,16 +142,27 @@ class Tape:
         comes, in the order of their numbers.
         """
         steps = self.column("timestep").unique().flip(0)
-        numbers = self.column("trajectory")
-        names = {source: i for i, source in enumerate(dict.fromkeys(self.sources))}
-        groups = [torch.full((count,), names[s]) for s, (_, count) in zip(self.sources, self.shards, strict=True)]
-        keys = (torch.cat(groups) * (int(numbers.max()) + 1) + numbers)[:limit]
+        keys, _ = self._keys(limit)
         known, trajectory = keys.unique(return_inverse=True)
         step = len(steps) - 1 - torch.searchsorted(steps.flip(0), self.column("timestep", limit))
         half = self.column("half")
         table = torch.full((len(known), len(steps), int(half.max()) + 1), -1)
         table[trajectory, step, half[:limit]] = torch.arange(len(keys))
         return table
+
+    def trajectories(self, limit: int | None = None) -> list[tuple[str, int]]:
+        """(calibrate step, number) of the trajectories in the rows of `table`."""
+        keys, width = self._keys(limit)
+        names = list(dict.fromkeys(self.sources))
+        return [(names[key // width], key % width) for key in keys.unique().tolist()]
+
+    def _keys(self, limit: int | None) -> tuple[Tensor, int]:
+        """One number a sample that names its trajectory: number of the source * width + number; and the width."""
+        numbers = self.column("trajectory")
+        names = {source: i for i, source in enumerate(dict.fromkeys(self.sources))}
+        groups = [torch.full((count,), names[s]) for s, (_, count) in zip(self.sources, self.shards, strict=True)]
+        width = int(numbers.max()) + 1
+        return (torch.cat(groups) * width + numbers)[:limit], width
 
     def spread(self, limit: int | None = None) -> list[int]:
         """Numbers of ``limit`` samples, equally strided over the tape: over its trajectories and their times."""

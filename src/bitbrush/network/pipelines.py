@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator
@@ -72,6 +73,40 @@ def sample_latents(
     with torch.no_grad(), quiet(pipeline):
         out = pipeline(**{name: value for name, value in wanted.items() if name in accepted})
     return torch.as_tensor(out[0]).detach().float().cpu()
+
+
+def influence(pipeline: Any, steps: int) -> dict[float, float]:
+    """How far the sample at the end moves with the denoiser's answer at each timestep, all other answers held.
+
+    A scheduler is linear in what it is given, so this is its response to one small answer a timestep: for DDIM with
+    noise estimates, the differences of ``sigma / alpha`` between steps. What the network makes of a sample that has
+    moved does not count. The pipeline's own scheduler is not touched.
+
+    Args:
+        pipeline: Whose scheduler.
+        steps: Sampling steps.
+
+    Returns:
+        Timestep to absolute influence; calls at one timestep add up.
+    """
+    scheduler = copy.deepcopy(pipeline.scheduler)
+    scheduler.set_timesteps(steps)
+    times = list(scheduler.timesteps)
+    small = 1e-3  # far from where a scheduler clips
+    known = inspect.signature(scheduler.step).parameters
+    extra: dict[str, Any] = {}
+    if "generator" in known:  # the same noise in every row
+        extra["generator"] = [torch.Generator("cpu").manual_seed(0) for _ in range(len(times) + 1)]
+    sample = torch.zeros(len(times) + 1, 1, 1, 1)
+    for k, timestep in enumerate(times):
+        answer = torch.zeros_like(sample)
+        answer[k] = small
+        sample = scheduler.step(answer, timestep, sample, **extra, return_dict=False)[0]
+    moved = ((sample[:-1] - sample[-1]).flatten() / small).abs()
+    found: dict[float, float] = {}
+    for timestep, value in zip(times, moved.tolist(), strict=True):
+        found[float(timestep)] = found.get(float(timestep), 0.0) + value
+    return found
 
 
 @contextmanager

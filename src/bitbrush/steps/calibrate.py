@@ -67,7 +67,7 @@ class Calibrate(Step):
         low, high = (int(part) for part in unit.split()[1].split("-"))
         members = list(range(low, high + 1))
         wanted = [self.schedule(run)[i] for i in members]
-        keeper = _Keeper(run.model, wanted, self.timesteps(run), self._halves(run), first=low)
+        keeper = Keeper(run.model, wanted, self.timesteps(run), self.halves(run), first=low)
         with keeper, wrap.show(run.model, "float"):
             self.sample(run, members)
         tensors = keeper.tensors()
@@ -86,7 +86,7 @@ class Calibrate(Step):
 
     def some(self, run: Run, samples: int) -> int:
         """Trajectories whose calls make up ``samples`` samples; at least one, at most all."""
-        return max(1, min(self.trajectories, samples // (len(self.timesteps(run)) * self._halves(run))))
+        return max(1, min(self.trajectories, samples // (len(self.timesteps(run)) * self.halves(run))))
 
     def apply(self, run: Run, unit: str, result: UnitResult) -> None:
         """Put the shard on the tape; the time grid becomes known with the first."""
@@ -104,7 +104,7 @@ class Calibrate(Step):
         steps = len(self.timesteps(run))
         if self.samples == "all":
             return [set(range(steps)) for _ in range(self.trajectories)]
-        count = max(1, self.samples // self._halves(run))
+        count = max(1, self.samples // self.halves(run))
         if self.times == "uniform":
             moments = [i * steps // count for i in range(count)]
         else:
@@ -124,7 +124,7 @@ class Calibrate(Step):
             plan[free].add(moment)
         return plan
 
-    def _halves(self, run: Run) -> int:
+    def halves(self, run: Run) -> int:
         """Samples of one moment of one trajectory: two under classifier-free guidance."""
         return 2 if takes_prompt(run.pipeline) and self.guidance > 1 else 1
 
@@ -140,7 +140,7 @@ class Calibrate(Step):
         return [run.prompts[i] for i in members]
 
 
-class _Keeper:
+class Keeper:
     """A hook on the denoiser that keeps scheduled calls, by the timestep they are given."""
 
     def __init__(
@@ -160,7 +160,7 @@ class _Keeper:
 
     def _keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         given = dict(zip(("sample", "timestep"), args, strict=False)) | kwargs
-        answer = out.sample if hasattr(out, "sample") else out[0]
+        answer = self.answer(out)
         timestep = torch.as_tensor(given["timestep"]).float().reshape(-1)
         if not torch.isfinite(answer).all():
             self.handle.remove()
@@ -185,6 +185,11 @@ class _Keeper:
         for key, value in _conditions(given):
             row[key] = value[index] if value.shape[0] == batch else value.expand(batch, *value.shape[1:])[index]
         self.rows.append({k: v.detach().cpu() for k, v in row.items()})
+
+    def answer(self, out: Any) -> Tensor:
+        """What is kept as the denoiser's answer to a call."""
+        tensor: Tensor = out.sample if hasattr(out, "sample") else out[0]
+        return tensor
 
     def tensors(self) -> dict[str, Tensor]:
         """All kept calls, in sampling order."""

@@ -33,14 +33,16 @@ from bitbrush.network import wrap
 from bitbrush.network.activation import ActivationQuantizer
 from bitbrush.network.attention import SoftmaxForm, softmax_in_training
 from bitbrush.network.layers import QuantLayer
+from bitbrush.network.pipelines import influence
 from bitbrush.network.survey import Survey
 from bitbrush.numbers.grid import Plan
 from bitbrush.steps import teaching
 from bitbrush.steps.fit import apply_activations, apply_weights
 from bitbrush.steps.learners import Learner, ScaleLearner, Together, held_tables
-from bitbrush.steps.loop import Budget, Probe, Schedule, optimise
+from bitbrush.steps.loop import Budget, Probe, Refresh, Schedule, optimise
 from bitbrush.steps.losses import LossName, Objective
 from bitbrush.steps.reconstruct import half_precision
+from bitbrush.steps.replay import Replay
 from bitbrush.steps.time_networks import NetworkScaleLearner
 from bitbrush.steps.tuning_learners import BiasLearner, WeightLearner, mean_scale
 
@@ -80,6 +82,9 @@ class Finetune(Step):
             ``gradient``: the gradient times that (its equation 8; Adam takes it out again).
         losses: Loss to weight: ``output``, ``guided``, ``layers``, ``relation``, ``features``. See `losses`.
         guidance: For ``guided``; left out, that of the calibrate step.
+        importance: Exponent p of a timestep's weight in ``output`` and ``guided``: the p-th power of its influence on the
+            final sample (`network.pipelines.influence`), divided by the mean. 0 weighs all alike, as the papers do;
+            2 weighs squared errors as the sampler adds them up.
         relation_pool: Pool the features of ``relation`` to at most so many pixels a side; 0 does not.
         window: Consecutive sampling steps of a group.
         iterations: Adam steps.
@@ -87,6 +92,9 @@ class Finetune(Step):
         order: ``shuffled``, or ``sequential`` from noisy to clean.
         schedule: ``constant``, ``linear`` or ``cosine`` (both to 0).
         samples: Calibration samples used; left out, all.
+        replay: Iterations between two replays, in which the student itself walks some of the trajectories and the float
+            network answers to where it comes (`replay`); 0 trains on the float network's trajectories alone.
+        replay_share: Which share of the trajectories.
         evaluate_every: Iterations between two measurements.
         evaluate_rows: About how many rows are measured.
         checkpoint: Iterations between two saved states.
@@ -114,6 +122,7 @@ class Finetune(Step):
     scale_aware: Literal["none", "rate", "gradient"] = "none"
     losses: dict[LossName, float] = Field(default={"output": 1.0}, min_length=1)
     guidance: float | None = None
+    importance: float = Field(default=0.0, ge=0)
     relation_pool: int = Field(default=0, ge=0)
     window: int = Field(default=1, ge=1)
     iterations: int = Field(default=2000, ge=0)
@@ -121,6 +130,8 @@ class Finetune(Step):
     order: teaching.Order = "shuffled"
     schedule: Schedule = "linear"
     samples: int | None = Field(default=None, ge=1)
+    replay: int = Field(default=0, ge=0)
+    replay_share: float = Field(default=0.5, gt=0, lt=1)
     evaluate_every: int = Field(default=200, ge=1)
     evaluate_rows: int = Field(default=64, ge=1)
     checkpoint: int = Field(default=500, ge=1)
@@ -172,7 +183,8 @@ class Finetune(Step):
         run.forget_all()
         chosen = self.chosen(run)
         lessons = teaching.load(run, self.window, self.samples)
-        objective = Objective(run.model, lessons, self.losses, list(chosen), self._guidance(run), self.relation_pool)
+        objective = Objective(run.model, lessons, self.losses, list(chosen), self._guidance(run), self.relation_pool,
+                              self._importance(run, lessons))
         count = max(1, self.batch // lessons.width)
         index = lessons.schedule(self.iterations, count, self.order, generator)
         learner = self.learner(run, chosen, generator)
@@ -274,11 +286,22 @@ class Finetune(Step):
         given = [s.model_dump()["guidance"] for s in run.recipe.steps if s.do == "calibrate"]
         return float(given[0]) if self.guidance is None else self.guidance
 
+    def _importance(self, run: Run, lessons: teaching.Lessons) -> Tensor | None:
+        """Weight of each row, mean 1."""
+        if not self.importance:
+            return None
+        steps = next(int(s.model_dump()["steps"]) for s in run.recipe.steps if s.do == "calibrate")
+        of = influence(run.pipeline, steps)
+        found = torch.tensor([of[t] for t in lessons.timesteps.tolist()]).pow(self.importance)
+        return (found / found.mean()).to(run.device)
+
     # ---- training ----------------------------------------------------------------------------------------------
     def _train(
         self, run: Run, unit: str, objective: Objective, learner: Together, index: Tensor
     ) -> dict[str, Any]:
-        probe, size = objective.lessons.probe(self.evaluate_rows), index.shape[1]
+        replay = self._replay(run, objective)
+        probe = objective.lessons.probe(self.evaluate_rows, None if replay is None else replay.kept())
+        size = index.shape[1]
 
         def loss_at(groups: Tensor) -> Tensor:
             return objective.total(objective.parts(groups, half_precision(run.device, self.autocast)))
@@ -290,10 +313,12 @@ class Finetune(Step):
         if not math.isfinite(start["total"]):
             raise self._not_finite(run, objective, start)
         budget = Budget(self.iterations, self.checkpoint, 1.0, self.schedule, EPSILON)
+        refresh = None if replay is None else Refresh(replay.walk, self.replay)
         run.progress.start(f"{self.label}: {unit}", self.iterations)
         try:
             facts = optimise(learner, loss_at, index, budget, run, (self.label, unit),
-                             probe=Probe(measured, self.evaluate_every), capture=objective.lessons.resident)
+                             probe=Probe(measured, self.evaluate_every), refresh=refresh,
+                             capture=objective.lessons.resident)
         finally:
             run.progress.finish()
         facts |= learner.harden()
@@ -304,6 +329,11 @@ class Finetune(Step):
             end, facts = start, facts | {"codes_changed": 0.0}
         learner.release()
         return self._notes(run, learner, start, end) | {"kept": kept} | facts
+
+    def _replay(self, run: Run, objective: Objective) -> Replay | None:
+        if not 0 < self.replay < self.iterations:
+            return None
+        return Replay(run, objective.lessons, self.replay_share, self.label, self.autocast)
 
     def _notes(
         self, run: Run, learner: Learner, start: dict[str, float], end: dict[str, float]

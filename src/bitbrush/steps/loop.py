@@ -4,6 +4,12 @@ Blocks are small, so on a GPU an iteration is bound by kernel launches; capturin
 several times faster. What changes between iterations (rows of the minibatch, progress, learning rates) lives in tensors
 that the graph reads. Data that lie in a file cannot be read inside a graph: with ``capture=False`` nothing is captured.
 
+A `Refresh` changes the data now and then, by the parameters of that moment; a saved state holds these, too, so that a
+resumed run makes the same data again.
+
+An update whose gradients are not finite is left out and counted. On CUDA the backward of attention does not go through
+cuDNN, which answers NaN where a row of scores is far below zero (PyTorch issue 196678); low-bit networks meet that.
+
 A `Probe` measures the parameters now and then. The best ones so far are kept (they are part of the saved state, so a
 resumed run ends with the same bytes), and the loop ends with them. A probe that answers NaN or Inf ends the loop.
 """
@@ -12,11 +18,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import get_total_norm
 
 from bitbrush.engine.store import Store
 from bitbrush.steps.learners import Learner
@@ -25,6 +34,7 @@ if TYPE_CHECKING:
     from bitbrush.engine.run import Run
 
 WARM = 3
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 REPORT = 25
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -57,9 +67,17 @@ class Probe:
     every: int
 
 
+@dataclass(frozen=True)
+class Refresh:
+    """New data every so many iterations: what makes them, in place, for the parameters as they are (relaxed)."""
+
+    make: Callable[[int], None]
+    every: int
+
+
 def optimise(
     learner: Learner, loss_at: Callable[[Tensor], Tensor], index: Tensor, budget: Budget, run: Run,
-    unit: tuple[str, str], *, probe: Probe | None = None, capture: bool = True,
+    unit: tuple[str, str], *, probe: Probe | None = None, refresh: Refresh | None = None, capture: bool = True,
 ) -> dict[str, Any]:
     """Minimise ``loss_at(rows) + penalty`` over the learner's parameters.
 
@@ -71,20 +89,24 @@ def optimise(
         run: For the device, the progress bar and the state inside a unit.
         unit: (step, unit), the key of that state.
         probe: Measures before the first iteration, every so often, and after the last; the parameters end as the best.
+        refresh: Makes new data now and then. What ``probe`` measures must not depend on them.
         capture: On CUDA, capture an iteration as a graph; False where ``loss_at`` reads data from a file.
 
     Returns:
-        Facts: with a probe ``best_at`` (iterations done at the best), and ``diverged_at`` where it was not finite.
+        Facts: ``updates_left_out``, where there were any; with a probe ``best_at`` (iterations done at the best), and
+        ``diverged_at`` where it was not finite.
     """
     if budget.iterations == 0:
         return {}
     loop = _Loop(learner, loss_at, index.to(run.device), budget, capture)
-    begin = loop.load(run.load_carry(*unit))
+    begin = loop.load(run.load_carry(*unit), refresh)
     run.progress.advance(begin)
     facts: dict[str, Any] = {}
     if probe is not None and begin == 0:
         loop.look(probe, 0)
     for k in range(begin, budget.iterations):
+        if refresh is not None and k and k % refresh.every == 0:
+            loop.renew(refresh, k)
         loop.iterate(k)
         done, last = k + 1, k + 1 == budget.iterations
         if done % REPORT == 0 or last:
@@ -99,6 +121,8 @@ def optimise(
                 break
         if done % budget.checkpoint == 0 and not last:
             run.save_carry(*unit, loop.state(), done)
+    if int(loop.left_out):
+        facts["updates_left_out"] = int(loop.left_out)
     if probe is not None:
         facts["best_at"] = loop.return_to_best()
     return facts
@@ -120,6 +144,7 @@ class _Loop:
         device = index.device
         self.rows = index[0].clone()
         self.progress = torch.zeros((), device=device)
+        self.left_out = torch.zeros((), device=device)
         self.cuda = device.type == "cuda"
         self.captures = self.cuda and capture
         self.adam = self._optimizer(device)
@@ -127,6 +152,8 @@ class _Loop:
         self.done = 0
         self.best: list[Tensor] = []
         self.best_loss, self.best_at = math.inf, 0
+        self.renewed: list[Tensor] = []
+        self.renewed_at = 0
 
     def _optimizer(self, device: torch.device) -> torch.optim.Adam:
         """One group of parameters for each learning rate; the rates lie in one tensor, of which groups hold views."""
@@ -172,6 +199,14 @@ class _Loop:
             p.data.copy_(best)
         return self.best_at
 
+    def renew(self, refresh: Refresh, iteration: int) -> None:
+        """New data by the parameters as they are; these are remembered."""
+        self.renewed, self.renewed_at = [p.detach().clone() for p in self.tensors], iteration
+        self.progress.fill_(iteration / self.budget.iterations)
+        with torch.no_grad():
+            self.learner.relax(self.progress)
+            refresh.make(iteration)
+
     # ---- state -------------------------------------------------------------------------------------------------
     def state(self) -> dict[str, Tensor]:
         """Parameters, Adam's moments, and the best so far."""
@@ -181,21 +216,31 @@ class _Loop:
                 out[f"{key}/{name}"] = value.clone()
         for name, best in zip(self.names, self.best, strict=False):
             out[f"best/{name}"] = best
+        for name, renewed in zip(self.names, self.renewed, strict=False):
+            out[f"renewed/{name}"] = renewed
+        if self.renewed:
+            out["renewed"] = torch.tensor(self.renewed_at)
+        out["left_out"] = self.left_out.clone()
         if self.best:
             out["best"] = torch.tensor([self.best_loss, self.best_at], dtype=torch.float64)
         return out
 
-    def load(self, found: tuple[int, dict[str, Tensor]] | None) -> int:
-        """Take a saved state up; returns the iteration to begin with."""
+    def load(self, found: tuple[int, dict[str, Tensor]] | None, refresh: Refresh | None = None) -> int:
+        """Take a saved state up, and make the data that it had; returns the iteration to begin with."""
         if found is None:
             return 0
         iteration, saved = found
+        if refresh is not None and "renewed" in saved:
+            for name, p in zip(self.names, self.tensors, strict=True):
+                p.data.copy_(saved[f"renewed/{name}"])
+            self.renew(refresh, int(saved["renewed"]))
         for name, p in zip(self.names, self.tensors, strict=True):
             p.data.copy_(saved[f"p/{name}"])
             keys = ("step", "exp_avg", "exp_avg_sq")
             self.adam.state[p] = {
                 k: saved[f"{k}/{name}"].to(p.device if self.cuda or k != "step" else "cpu").clone() for k in keys
             }
+        self.left_out.copy_(saved["left_out"])
         if "best" in saved:
             self.best = [saved[f"best/{n}"].to(p.device) for n, p in zip(self.names, self.tensors, strict=True)]
             self.best_loss, self.best_at = float(saved["best"][0]), int(saved["best"][1])
@@ -205,9 +250,16 @@ class _Loop:
     def _step(self) -> None:
         self.adam.zero_grad(set_to_none=True)
         penalty = self.learner.relax(self.progress)  # first: it puts the relaxed form into the modules
-        loss = self.loss_at(self.rows) + penalty
-        loss.backward(inputs=self.tensors)  # and no gradients of norms and biases that are not trained
-        self.adam.step()
+        with sdpa_kernel(ATTENTION) if self.cuda else nullcontext():
+            loss = self.loss_at(self.rows) + penalty
+            loss.backward(inputs=self.tensors)  # and no gradients of norms and biases that are not trained
+        norm = get_total_norm([g for p in self.tensors if (g := p.grad) is not None], foreach=self.cuda)
+        bad = ~norm.isfinite()
+        self.left_out += bad
+        if self.cuda:
+            self.adam.found_inf = bad.float()  # type: ignore[attr-defined]  # the fused kernel then changes nothing
+        if self.cuda or not bool(bad):
+            self.adam.step()
 
     def _warm(self) -> None:
         if not self.captures:

@@ -33,9 +33,10 @@ FEATURES = "conv_norm_out"
 """The module whose input is the output of the last decoder block."""
 
 
-def mean_square(answer: Tensor, target: Tensor) -> Tensor:
-    """``mean (answer - target)^2`` in float32."""
-    return (answer.float() - target.float()).square().mean()
+def mean_square(answer: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """``mean (answer - target)^2`` in float32; squares are multiplied by ``weight``, which broadcasts."""
+    squares = (answer.float() - target.float()).square()
+    return squares.mean() if weight is None else (squares * weight).mean()
 
 
 def guided_estimate(answer: Tensor, guidance: float) -> Tensor:
@@ -125,6 +126,7 @@ class Objective:
         layers: Trained layers, for ``layers``.
         guidance: Guidance scale, for ``guided``.
         pool: Largest side of the features of ``relation``; 0 leaves them as they are.
+        importance: Of each row, ``[M]`` on the device: factor of its squared error in ``output`` and ``guided``.
 
     Raises:
         InputError: A loss that this model cannot have.
@@ -132,8 +134,9 @@ class Objective:
 
     def __init__(
         self, model: nn.Module, lessons: Lessons, weights: dict[LossName, float], layers: Sequence[str],
-        guidance: float, pool: int = 0,
+        guidance: float, pool: int = 0, importance: Tensor | None = None,
     ) -> None:
+        self.importance = importance
         self.model, self.lessons, self.weights = model, lessons, {n: w for n, w in weights.items() if w}
         self.guidance, self.pool = guidance, pool
         self.layers = tuple(layers) if "layers" in self.weights else ()
@@ -161,18 +164,27 @@ class Objective:
                 answer = first_tensor(self.model(*args, **kwargs))
         grouped = (-1, *self.lessons.groups.shape[1:], *answer.shape[1:])
         answer, target = answer.reshape(grouped), self.lessons.output.take(rows).reshape(grouped)
+        weight = self._weight(rows, answer.ndim)
         found: dict[str, Tensor] = {}
         for name in self.weights:
             if name == "output":
-                found[name] = mean_square(answer, target)
+                found[name] = mean_square(answer, target, weight)
             elif name == "guided":
-                found[name] = mean_square(*(guided_estimate(t, self.guidance) for t in (answer, target)))
+                one = None if weight is None else weight[:, :, 0]
+                found[name] = mean_square(*(guided_estimate(t, self.guidance) for t in (answer, target)), one)
             elif teacher is not None:
                 found[name] = self._inner(name, student, teacher)
         if "relation" in found:
             window, halves, channels = grouped[1:4]
             found["relation"] = found["relation"] * relation_unit(halves, window, channels)
         return found
+
+    def _weight(self, rows: Tensor, ndim: int) -> Tensor | None:
+        """Importance of rows, ``[g, window, halves, 1, ..]``."""
+        if self.importance is None:
+            return None
+        shape = (-1, *self.lessons.groups.shape[1:], *[1] * (ndim - 3))
+        return self.importance.index_select(0, rows).reshape(shape)
 
     def total(self, parts: dict[str, Tensor]) -> Tensor:
         """The weighted sum."""

@@ -40,6 +40,8 @@ class Lessons:
         sample, output: Inputs and float answers of the rows.
         conditions: Distinct conditions, by name.
         condition_of: Which one a row has, int64 ``[M]``, on the device.
+        table: Row of each moment of each trajectory, int64 ``[trajectories, steps, halves]`` on the CPU, -1 = absent.
+        trajectories: (calibrate step, number) of its rows.
     """
 
     tape: Tape
@@ -50,6 +52,8 @@ class Lessons:
     output: Store
     conditions: dict[str, Store]
     condition_of: Tensor
+    table: Tensor
+    trajectories: list[tuple[str, int]]
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -94,11 +98,15 @@ class Lessons:
             drawn.append(_permutations(members, share * count, generator).view(share, count))
         return torch.cat(drawn)
 
-    def probe(self, count: int) -> Tensor:
-        """About ``count`` rows' worth of groups, at least one, equally strided over time, on the device."""
-        number = min(len(self), max(1, count // self.width))
-        chosen = torch.argsort(self.moments, stable=True)[[i * len(self) // number for i in range(number)]]
-        return chosen.to(self.groups.device)
+    def probe(self, count: int, among: Tensor | None = None) -> Tensor:
+        """About ``count`` rows' worth of groups, at least one, equally strided over time, on the device.
+
+        ``among``: which groups may be taken, bool ``[G]`` on the CPU.
+        """
+        every = torch.arange(len(self)) if among is None else among.nonzero()[:, 0]
+        ordered = every[torch.argsort(self.moments[every], stable=True)]
+        number = min(len(ordered), max(1, count // self.width))
+        return ordered[[i * len(ordered) // number for i in range(number)]].to(self.groups.device)
 
 
 def load(run: Run, window: int, limit: int | None = None) -> Lessons:
@@ -112,7 +120,8 @@ def load(run: Run, window: int, limit: int | None = None) -> Lessons:
     Raises:
         InputError: No trajectory has a whole window.
     """
-    groups, moments = windows(run.tape.table(limit), window)
+    table = run.tape.table(limit)
+    groups, moments = windows(table, window)
     if not len(groups):
         raise InputError(
             f"no trajectory on the tape has {window} consecutive sampling steps", where="finetune: window",
@@ -130,7 +139,9 @@ def load(run: Run, window: int, limit: int | None = None) -> Lessons:
         if bool(mask.any()):
             reader.take({name: value[mask] for name, value in batch.items()})
         start = stop
-    return reader.lessons(place[groups], moments)
+    present = (table >= 0) & used[table.clamp(min=0)]
+    rows = place[table.clamp(min=0)].where(present, -1)
+    return reader.lessons(place[groups], moments, rows, run.tape.trajectories(limit))
 
 
 def windows(table: Tensor, window: int) -> tuple[Tensor, Tensor]:
@@ -189,8 +200,10 @@ class _Reader:
         self.left -= size if size <= self.left else 0
         return store
 
-    def lessons(self, groups: Tensor, moments: Tensor) -> Lessons:
-        """Everything that was taken; ``groups`` count rows in the order taken."""
+    def lessons(
+        self, groups: Tensor, moments: Tensor, table: Tensor, names: list[tuple[str, int]]
+    ) -> Lessons:
+        """Everything that was taken; ``groups`` and ``table`` count rows in the order taken."""
         conditions = {}
         for name, rows in self.found.items():
             conditions[name] = self._store(rows[0], len(rows))
@@ -199,7 +212,7 @@ class _Reader:
         device = self.run.device
         return Lessons(
             self.run.tape, groups.to(device), moments, torch.cat(self.times).to(device), self.own["sample"],
-            self.own["output"], conditions, torch.tensor(self.which, device=device),
+            self.own["output"], conditions, torch.tensor(self.which, device=device), table, names,
         )
 
 
