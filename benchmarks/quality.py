@@ -55,6 +55,7 @@ class Protocol:
     batch: int
     evaluators: Path | None
     device: str
+    cache: Path | None = None
 
     @property
     def autocast(self) -> torch.dtype | None:
@@ -146,6 +147,7 @@ def quantized(protocol: Protocol, arm: Arm, work: Path) -> dict[str, Any]:
             preset=arm.preset,
             settings=settings,
             progress=Silent(),
+            cache=protocol.cache,
         )
     size = sum(f.stat().st_size for f in (folder / "unet").glob("*.safetensors"))
     out = {
@@ -251,6 +253,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Do everything; returns the results, one a sampling seed."""
     weights, activations = parse_bits(args.bits)
     protocol = protocol_for(args)
+    protocol.cache = Path(args.cache) if args.cache else None
     work = Path(args.work)
     arm = Arm(args.recipe, weights, activations, args.arm, args.quantization_seed, args.preset, parse_set(args.set))
     baselines = {"rtn": Arm("rtn", weights, activations), "rtn_dynamic": Arm("rtn-dynamic", weights, activations)}
@@ -413,6 +416,7 @@ def main() -> None:
     parser.add_argument("--out", default=str(RESULTS))
     parser.add_argument("--no-baselines", action="store_true", help="leave rtn and rtn-dynamic out (ablation arms)")
     parser.add_argument("--baseline-seeds", type=int, nargs="*", help="sampling seeds of the baselines (default: all)")
+    parser.add_argument("--cache", help="share the first steps with other arms; seconds then say less (ablation arms)")
     parser.add_argument("--smoke", action="store_true", help="a few pictures and iterations on the CPU")
     args = parser.parse_args()
     if args.smoke:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from bitbrush import __version__, assets, inspection, loading
+from bitbrush.engine.cache import Cache
 from bitbrush.engine.disk import Disk
 from bitbrush.engine.estimate import activation_bits, estimate, in_words, peak_memory, weight_bits
 from bitbrush.engine.journal import Journal
@@ -116,7 +117,7 @@ def quantize(
     target: Any, recipe: str | Path = "qdiffusion", weights: int | None = None, activations: int | None = None, *,
     prompts: list[str] | None = None, seed: int = 0, device: str | None = None, output: str | Path | None = None,
     preset: str | None = None, settings: dict[str, Any] | None = None, progress: Progress | None = None,
-    disk: Disk | None = None, correct: str | None = None,
+    disk: Disk | None = None, correct: str | None = None, cache: str | Path | None = None,
 ) -> Result:
     """Quantize a pipeline's denoiser, prove it, and (with ``output``) save the artifact.
 
@@ -134,6 +135,8 @@ def quantize(
         settings: ``{"step.key": value}``.
         progress: Where to report; None: tqdm bars.
         correct: ``tac``: add a correction a timestep to the recipe, fitted on the packed network.
+        cache: Folder of results that runs which begin alike share (same model, prompts, seed, bits, layers and first
+            steps): arms of a comparison need not calibrate and round again. What is taken from it is not in ``costs``.
 
     Raises:
         InputError, ResourceError, NumericsError: Nothing is lost; a run with ``output`` can be resumed.
@@ -146,7 +149,7 @@ def quantize(
         "source": _source(target), "recipe": checked.to_toml(), "seed": seed,
         "prompts": prompts, "device": str(_device(opened.model)),
     }
-    return _run(opened, checked, asked, output, progress or TqdmProgress(), disk or Disk(), resume=False)
+    return _run(opened, checked, asked, output, progress or TqdmProgress(), disk or Disk(), resume=False, cache=cache)
 
 
 def resume(
@@ -196,7 +199,7 @@ def load(path: str | Path, **kwargs: Any) -> Any:
 # ---- inside ----------------------------------------------------------------------------------------------------
 def _run(
     opened: loading.Opened, recipe: Recipe, asked: dict[str, Any], output: str | Path | None, progress: Progress,
-    disk: Disk, *, resume: bool,
+    disk: Disk, *, resume: bool, cache: str | Path | None = None,
 ) -> Result:
     from bitbrush.artifact.save import save
 
@@ -208,10 +211,14 @@ def _run(
     _check_disk(opened, folder)
     journal = Journal(folder, disk)
     try:
-        journal.open(asked, _fingerprint(opened, recipe, asked, prompts), resume=resume)
+        fingerprint = _fingerprint(opened, recipe, asked, prompts)
+        journal.open(asked, fingerprint, resume=resume)
         with fast_matmul():
             run = Run(recipe, opened.model, opened.pipeline, journal, asked["seed"], prompts, progress, opened.tokens,
                       memory=_memory_budget(opened.model))
+            if cache is not None:
+                of_others = {k: v for k, v in fingerprint.items() if k != "recipe"}
+                run.cache = Cache(Path(cache), of_others, recipe, disk)
             if not resume:
                 progress.say(in_words(_estimate(run, opened)))
             run.execute()

@@ -123,7 +123,7 @@ def test_states_inside_a_unit(tmp_path: Path) -> None:
     assert got is not None and got[0] == 3 and torch.equal(got[1]["p"], torch.full((2,), 3.0))
     files = {p.name: p.read_bytes() for p in (tmp_path / "out" / ".run").glob("carry-*")}
     assert len(files) == 2
-    newest = next(n for n, d in files.items() if b'"iteration":"3"' in d)
+    newest = next(n for n, d in files.items() if rb'iteration\": 3' in d)
     ran = 0
     for damage in (b"", files[newest][:40], files[newest][:-1], files[newest][:-40] + b"x" * 40, b"x" * 100):
         (tmp_path / "out" / ".run" / newest).write_bytes(damage)

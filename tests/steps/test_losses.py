@@ -154,6 +154,29 @@ def test_values_on_a_network(run: Run) -> None:
         assert torch.allclose(only.parts(torch.tensor([1]))["layers"], mean_square(inner["sim"][0], inner["float"][0]))
 
 
+@pytest.mark.parametrize("window", [1, 2])
+def test_importance_weighs_the_squares_of_each_step(window: int, run: Run) -> None:
+    """By hand: the weighted losses are means over rows of weight times that row's own loss."""
+    lessons = teaching.load(run, window)
+    importance = 0.5 + torch.arange(len(lessons.timesteps)).float() / 8
+    losses = {"output": 1.0, "guided": 1.0}
+    groups = torch.arange(len(lessons))
+    with wrap.show(run.model, "sim"):
+        found = Objective(run.model, lessons, losses, [], 3.0, importance=importance).measure(groups, len(groups))
+        args, kwargs = lessons.inputs(lessons.rows(groups))
+        with torch.no_grad():
+            answer = run.model(*args, **kwargs).sample
+    rows = lessons.rows(groups)
+    delta, weight = answer - lessons.output.take(rows), importance[rows]
+    assert found["output"] == pytest.approx(float((weight * delta.square().flatten(1).mean(1)).mean()), rel=1e-5)
+    free, given = delta.unflatten(0, (-1, 2)).unbind(1)
+    one = weight.unflatten(0, (-1, 2))[:, 0]
+    guided = (free + 3 * (given - free)).square().flatten(1).mean(1)
+    # both halves of a step are weighed like its unconditional row
+    assert found["guided"] == pytest.approx(float((one * guided).mean()), rel=1e-5)
+    assert len(rows) == 16 and weight.unique().numel() == 16
+
+
 def test_a_window_of_two_over_four_steps_counts_twice_a_trajectory(run: Run) -> None:
     found = objective(run, **ALL)
     assert len(found.lessons) == 4 and sorted(found.lessons.groups.flatten().tolist()) == list(range(16))

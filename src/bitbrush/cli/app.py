@@ -91,6 +91,9 @@ def quantize(
     correct: Annotated[
         str | None, typer.Option("--correct", help="tac: also fit constants a timestep that correct the estimate.")
     ] = None,
+    cache: Annotated[
+        Path | None, typer.Option("--cache", help="Folder of results that runs which begin alike share.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the recipe and the estimates, and stop.")] = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -119,6 +122,7 @@ def quantize(
         "output": output,
     }
     options |= {} if correct is None else {"correct": correct}
+    options |= {} if cache is None else {"cache": cache}
     screen = _heavy(as_json, debug)
     import bitbrush
 

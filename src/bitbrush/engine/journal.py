@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from bitbrush.engine.disk import Disk
+from bitbrush.engine.sealed import seal, unseal
 from bitbrush.engine.step import UnitResult
 from bitbrush.errors import InputError, ResourceError
 from bitbrush.numbers.grid import LayerSpec
@@ -148,10 +148,8 @@ class Journal:
     # ---- carry -------------------------------------------------------------------------------------------------
     def save_carry(self, step: str, unit: str, tensors: dict[str, Tensor], iteration: int) -> None:
         """Keep the state inside a long unit; two files alternate, so a torn write never loses the last one."""
-        meta = {"step": step, "unit": unit, "iteration": str(iteration)}
-        body = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-        data = save(body, metadata=meta)
-        self.disk.write(self.folder / f"carry-{self._carries % 2}.safetensors", data + hashlib.sha256(data).digest())
+        data = seal(tensors, {"step": step, "unit": unit, "iteration": iteration})
+        self.disk.write(self.folder / f"carry-{self._carries % 2}.safetensors", data)
         self._carries += 1
 
     def load_carry(self, step: str, unit: str) -> tuple[int, dict[str, Tensor]] | None:
@@ -207,17 +205,10 @@ def _unbegun(folder: Path) -> bool:
 
 
 def _read_carry(path: Path, step: str, unit: str) -> tuple[int, dict[str, Tensor]] | None:
-    data = path.read_bytes()
-    body, digest = data[:-32], data[-32:]
-    if hashlib.sha256(body).digest() != digest:
+    whole = unseal(path.read_bytes())
+    if whole is None or (whole[1].get("step"), whole[1].get("unit")) != (step, unit):
         return None
-    try:
-        header = json.loads(body[8 : 8 + int.from_bytes(body[:8], "little")])["__metadata__"]
-        tensors = load(body)
-    except (SafetensorError, KeyError, ValueError):
-        return None
-    same = (header["step"], header["unit"]) == (step, unit)
-    return (int(header["iteration"]), tensors) if same else None
+    return int(whole[1]["iteration"]), whole[0]
 
 
 def _check(entry: dict[str, Any]) -> str:

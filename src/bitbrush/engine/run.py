@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitbrush.engine.cache import Cache
 from bitbrush.engine.journal import Journal, generator
 from bitbrush.engine.memo import Memo
 from bitbrush.engine.planning import make_plan
@@ -51,6 +52,8 @@ class Run:
         prompts: Calibration prompts (empty for unconditional pipelines).
         progress: Where to say how far it is.
         tokens: Length of the text condition.
+        memory: Bytes that recordings may take.
+        cache: Results of other runs that began alike.
     """
 
     recipe: Recipe
@@ -62,6 +65,7 @@ class Run:
     progress: Progress
     tokens: int = 77
     memory: int = 2 << 30
+    cache: Cache | None = None
     plan: Plan = field(default_factory=Plan)
     kept_float: dict[str, str] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
@@ -100,6 +104,10 @@ class Run:
 
     def _one(self, step: Step, unit: str) -> None:
         result = self.journal.find(step.label, unit)
+        if result is None and self.cache is not None:
+            result = self.cache.find(step.label, unit)
+            if result is not None:
+                self.journal.commit(step.label, unit, result, 0.0)
         if result is None:
             start = time.perf_counter()
             with self._peak(step.label):
@@ -108,6 +116,8 @@ class Run:
             cost = self.costs.setdefault(step.label, {"seconds": 0.0})
             cost["seconds"] = round(cost["seconds"] + seconds, 3)
             self.journal.commit(step.label, unit, result, seconds)
+            if self.cache is not None:
+                self.cache.keep(step.label, unit, result)
         if result.plan:
             self.change_plan(result.plan)
         step.apply(self, unit, result)

@@ -82,9 +82,9 @@ class Finetune(Step):
             ``gradient``: the gradient times that (its equation 8; Adam takes it out again).
         losses: Loss to weight: ``output``, ``guided``, ``layers``, ``relation``, ``features``. See `losses`.
         guidance: For ``guided``; left out, that of the calibrate step.
-        importance: Exponent p of a timestep's weight in ``output`` and ``guided``: the p-th power of its influence on the
-            final sample (`network.pipelines.influence`), divided by the mean. 0 weighs all alike, as the papers do;
-            2 weighs squared errors as the sampler adds them up.
+        importance: Exponent p of a timestep's weight in ``output`` and ``guided``: the p-th power of its influence on
+            the final sample (`network.pipelines.influence`), divided by the mean. 0 weighs all alike, as the papers
+            do; 2 weighs squared errors as the sampler adds them up.
         relation_pool: Pool the features of ``relation`` to at most so many pixels a side; 0 does not.
         window: Consecutive sampling steps of a group.
         iterations: Adam steps.

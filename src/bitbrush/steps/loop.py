@@ -16,6 +16,7 @@ resumed run ends with the same bytes), and the loop ends with them. A probe that
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -131,6 +132,12 @@ def optimise(
 def on_device(*stores: Store) -> bool:
     """Whether the rows of all stores lie on their device: what a CUDA graph needs to read them."""
     return all(store.data is None or store.data.device == store.device for store in stores)
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all loops: cuBLAS keeps a workspace (32 MiB on Hopper) for every stream that it has ever seen."""
+    return torch.cuda.Stream(device)
 
 
 class _Loop:
@@ -266,7 +273,7 @@ class _Loop:
             self._step()
             return
         self.learner.release()  # no graph of an iteration before, made on another stream, may be alive
-        side = torch.cuda.Stream()
+        side = _side_stream(self.index.device)
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             self._step()

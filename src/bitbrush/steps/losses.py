@@ -171,7 +171,8 @@ class Objective:
                 found[name] = mean_square(answer, target, weight)
             elif name == "guided":
                 one = None if weight is None else weight[:, :, 0]
-                found[name] = mean_square(*(guided_estimate(t, self.guidance) for t in (answer, target)), one)
+                ours, theirs = (guided_estimate(t, self.guidance) for t in (answer, target))
+                found[name] = mean_square(ours, theirs, one)
             elif teacher is not None:
                 found[name] = self._inner(name, student, teacher)
         if "relation" in found:

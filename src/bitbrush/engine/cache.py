@@ -1,0 +1,66 @@
+"""Results of units that runs which begin alike share: arms of a comparison need not calibrate and round again.
+
+A unit's result depends on the model, prompts, seed, kind of device and versions, on the recipe's layers and bits, and
+on the steps up to its own; its key is the hash of all that. Later steps do not count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from bitbrush.engine.disk import Disk
+from bitbrush.engine.recipe import Recipe
+from bitbrush.engine.sealed import seal, unseal
+from bitbrush.engine.step import UnitResult
+from bitbrush.numbers.grid import LayerSpec
+
+NOT_OF_THE_RESULT = ("step", "name", "title", "paper")
+"""Keys of a recipe that say nothing of what a step does."""
+
+
+class Cache:
+    """A folder of results.
+
+    Args:
+        folder: Created where it is missing; several runs may use it, and it may be removed at any time.
+        fingerprint: What the run depends on, beside the recipe.
+        recipe: Its steps.
+        disk: The writer.
+    """
+
+    def __init__(self, folder: Path, fingerprint: dict[str, str], recipe: Recipe, disk: Disk) -> None:
+        self.folder, self.disk = folder, disk
+        self.found = 0
+        table = {k: v for k, v in recipe.to_dict().items() if k not in NOT_OF_THE_RESULT}
+        key = _hash([fingerprint, table])
+        self.keys: dict[str, str] = {}
+        for step in recipe.steps:
+            key = _hash([key, step.model_dump(mode="json")])
+            self.keys[step.label] = key
+
+    def find(self, step: str, unit: str) -> UnitResult | None:
+        """The result of a unit in another run that began alike, or None."""
+        path = self._path(step, unit)
+        whole = unseal(path.read_bytes()) if path.exists() else None
+        if whole is None:
+            return None
+        tensors, facts = whole
+        self.found += 1
+        plan = {name: LayerSpec.model_validate(spec, strict=False) for name, spec in facts["plan"].items()}
+        return UnitResult(tensors, plan, facts["notes"])
+
+    def keep(self, step: str, unit: str, result: UnitResult) -> None:
+        """Keep a result for other runs."""
+        self.disk.make(self.folder)
+        plan = {name: spec.model_dump(mode="json") for name, spec in result.plan.items()}
+        self.disk.write(self._path(step, unit), seal(result.tensors, {"plan": plan, "notes": result.notes}))
+
+    def _path(self, step: str, unit: str) -> Path:
+        return self.folder / f"{_hash([self.keys[step], unit])}.unit"
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
