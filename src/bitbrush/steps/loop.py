@@ -4,8 +4,8 @@ Blocks are small, so on a GPU an iteration is bound by kernel launches; capturin
 several times faster. What changes between iterations (rows of the minibatch, progress, learning rates) lives in tensors
 that the graph reads. Data that lie in a file cannot be read inside a graph: with ``capture=False`` nothing is captured.
 
-A `Refresh` changes the data now and then, by the parameters of that moment; a saved state holds these, too, so that a
-resumed run makes the same data again.
+A `Refresh` changes the data now and then, by the parameters of that moment. A saved state holds what was changed where
+that is small, else these parameters, so that a resumed run makes the same data again.
 
 An update whose gradients are not finite is left out and counted. On CUDA the backward of attention does not go through
 cuDNN, which answers NaN where a row of scores is far below zero (PyTorch issue 196678); low-bit networks meet that.
@@ -20,7 +20,7 @@ import functools
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -70,10 +70,23 @@ class Probe:
 
 @dataclass(frozen=True)
 class Refresh:
-    """New data every so many iterations: what makes them, in place, for the parameters as they are (relaxed)."""
+    """New data every so many iterations.
+
+    Args:
+        make: Makes them, in place, for the parameters as they are (relaxed) at an iteration.
+        every: Iterations in between.
+        at_start: Before the first iteration, too.
+        changed: The tensors that ``make`` changes, where they are small enough for the saved state; else none.
+    """
 
     make: Callable[[int], None]
     every: int
+    at_start: bool = False
+    changed: dict[str, Tensor] = field(default_factory=dict)
+
+    def due(self, iteration: int) -> bool:
+        """Whether new data are wanted before an iteration."""
+        return iteration % self.every == 0 and (iteration > 0 or self.at_start)
 
 
 def optimise(
@@ -99,14 +112,14 @@ def optimise(
     """
     if budget.iterations == 0:
         return {}
-    loop = _Loop(learner, loss_at, index.to(run.device), budget, capture)
-    begin = loop.load(run.load_carry(*unit), refresh)
+    loop = _Loop(learner, loss_at, index.to(run.device), budget, capture, refresh)
+    begin = loop.load(run.load_carry(*unit))
     run.progress.advance(begin)
     facts: dict[str, Any] = {}
     if probe is not None and begin == 0:
         loop.look(probe, 0)
     for k in range(begin, budget.iterations):
-        if refresh is not None and k and k % refresh.every == 0:
+        if refresh is not None and refresh.due(k):
             loop.renew(refresh, k)
         loop.iterate(k)
         done, last = k + 1, k + 1 == budget.iterations
@@ -143,9 +156,9 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 class _Loop:
     def __init__(
         self, learner: Learner, loss_at: Callable[[Tensor], Tensor], index: Tensor, budget: Budget,
-        capture: bool = True,
+        capture: bool = True, refresh: Refresh | None = None,
     ) -> None:
-        self.learner, self.loss_at, self.index, self.budget = learner, loss_at, index, budget
+        self.learner, self.loss_at, self.index, self.budget, self.refresh = learner, loss_at, index, budget, refresh
         self.names = list(learner.parameters())
         self.tensors = list(learner.parameters().values())
         device = index.device
@@ -207,8 +220,9 @@ class _Loop:
         return self.best_at
 
     def renew(self, refresh: Refresh, iteration: int) -> None:
-        """New data by the parameters as they are; these are remembered."""
-        self.renewed, self.renewed_at = [p.detach().clone() for p in self.tensors], iteration
+        """New data by the parameters as they are; these are remembered, unless the state holds the data."""
+        if not refresh.changed:
+            self.renewed, self.renewed_at = [p.detach().clone() for p in self.tensors], iteration
         self.progress.fill_(iteration / self.budget.iterations)
         with torch.no_grad():
             self.learner.relax(self.progress)
@@ -227,20 +241,20 @@ class _Loop:
             out[f"renewed/{name}"] = renewed
         if self.renewed:
             out["renewed"] = torch.tensor(self.renewed_at)
+        for name, changed in ({} if self.refresh is None else self.refresh.changed).items():
+            out[f"changed/{name}"] = changed.clone()
         out["left_out"] = self.left_out.clone()
         if self.best:
             out["best"] = torch.tensor([self.best_loss, self.best_at], dtype=torch.float64)
         return out
 
-    def load(self, found: tuple[int, dict[str, Tensor]] | None, refresh: Refresh | None = None) -> int:
+    def load(self, found: tuple[int, dict[str, Tensor]] | None) -> int:
         """Take a saved state up, and make the data that it had; returns the iteration to begin with."""
         if found is None:
             return 0
         iteration, saved = found
-        if refresh is not None and "renewed" in saved:
-            for name, p in zip(self.names, self.tensors, strict=True):
-                p.data.copy_(saved[f"renewed/{name}"])
-            self.renew(refresh, int(saved["renewed"]))
+        if self.refresh is not None:
+            self._load_data(self.refresh, saved)
         for name, p in zip(self.names, self.tensors, strict=True):
             p.data.copy_(saved[f"p/{name}"])
             keys = ("step", "exp_avg", "exp_avg_sq")
@@ -252,6 +266,14 @@ class _Loop:
             self.best = [saved[f"best/{n}"].to(p.device) for n, p in zip(self.names, self.tensors, strict=True)]
             self.best_loss, self.best_at = float(saved["best"][0]), int(saved["best"][1])
         return iteration
+
+    def _load_data(self, refresh: Refresh, saved: dict[str, Tensor]) -> None:
+        for name, changed in refresh.changed.items():
+            changed.copy_(saved[f"changed/{name}"])
+        if "renewed" in saved:
+            for name, p in zip(self.names, self.tensors, strict=True):
+                p.data.copy_(saved[f"renewed/{name}"])
+            self.renew(refresh, int(saved["renewed"]))
 
     # ---- one iteration -----------------------------------------------------------------------------------------
     def _step(self) -> None:
