@@ -20,8 +20,9 @@ from bitbrush.network.activation import ActivationQuantizer
 from bitbrush.network.clock import Clock
 from bitbrush.network.pipelines import sample_latents
 from bitbrush.steps import loop, teaching
-from bitbrush.steps.finetune import PRESETS, Finetune, student
+from bitbrush.steps.finetune import PRESETS, Finetune
 from bitbrush.steps.losses import Objective
+from bitbrush.steps.student import student
 from small import (
     FIT,
     HEAD,

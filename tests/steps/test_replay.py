@@ -13,8 +13,8 @@ from bitbrush.engine.journal import generator
 from bitbrush.network import wrap
 from bitbrush.network.pipelines import sample_latents
 from bitbrush.steps import teaching
-from bitbrush.steps.finetune import student
 from bitbrush.steps.replay import Replay
+from bitbrush.steps.student import student
 from small import FIT, HEAD, RANGES, SPLIT, execute, least_pipeline
 
 HEAD4 = HEAD.replace("activations = 8", "activations = 4").replace("activation = {}", "activation = { timed = true }")

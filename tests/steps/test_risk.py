@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
+from bitbrush.errors import InputError
+from bitbrush.steps import loop
 from bitbrush.steps.risk import Rounds, choose
+from small import FIT, HEAD, RANGES, SPLIT, Killed, begin, execute, kill_training, least_pipeline, recipe
 
 
 def rounds(index: torch.Tensor, steps: int, uncertainty: torch.Tensor | None, **more: float) -> Rounds:
@@ -72,3 +78,74 @@ def test_a_search_that_goes_on_chooses_the_same(cut: int) -> None:
     for start in range(cut, 24, 4):
         again.begin(start)
     assert torch.equal(part, whole) and len(want) == 6
+
+
+# ---- in a whole run ----------------------------------------------------------------------------------------------
+HEAD4 = HEAD.replace("activations = 8", "activations = 4").replace("activation = {}", "activation = { timed = true }")
+CALIBRATE = '[[step]]\ndo = "calibrate"\nsamples = "all"\ntrajectories = 4\nsteps = 5\nbatch = 4\n'
+
+
+def search(order: str, iterations: int = 20) -> str:
+    return HEAD4 + CALIBRATE + SPLIT + FIT + RANGES + (
+        f'[[step]]\ndo = "finetune"\nid = "tune"\nweights = "none"\nscales = "all"\nscale_form = "groups"\ngroups = 2\n'
+        f'order = "{order}"\nround_length = 2\niterations = {iterations}\nbatch = 3\n'
+        "evaluate_every = 10\ncheckpoint = 7\n"
+    )
+
+
+def seen_steps(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The steps of every iteration's groups, in the runs that follow."""
+    seen: list[list[int]] = []
+    begin_round, iterate = Rounds.begin, loop._Loop.iterate
+    found: list[Rounds] = []
+
+    def watched(self: Rounds, iteration: int) -> None:
+        found.append(self)
+        begin_round(self, iteration)
+
+    def recorded(self: Any, k: int) -> None:
+        seen.append(found[-1].moments[self.index[k].cpu()].tolist())
+        iterate(self, k)
+
+    monkeypatch.setattr(Rounds, "begin", watched)
+    monkeypatch.setattr(loop._Loop, "iterate", recorded)
+    return seen
+
+
+@pytest.mark.parametrize("order", ["risk", "random"])
+def test_each_round_of_a_run_learns_from_one_step(
+    order: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = seen_steps(monkeypatch)
+    run = execute(tmp_path, least_pipeline(), search(order))
+    assert len(seen) == 20 and all(len(set(a + b)) == 1 for a, b in zip(seen[::2], seen[1::2], strict=True))
+    steps = [a[0] for a in seen[::2]]
+    assert len(set(steps)) == 5 if order == "risk" else len(set(steps)) > 1
+    if order == "risk":
+        assert steps[:5] == [4, 3, 2, 1, 0], "equal logits are equally uncertain"
+    assert next(e for e in run.done if e["step"] == "tune")["kept"] in ("trained", "start")
+
+
+def test_a_killed_search_by_risk_ends_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "whole").mkdir()
+    whole = execute(tmp_path / "whole", least_pipeline(), search("risk"))
+    began = kill_training(monkeypatch, 16)
+    run = begin(tmp_path, least_pipeline(), recipe(tmp_path, search("risk")))
+    with pytest.raises(Killed):
+        run.execute()
+    run.journal.release()
+    again = begin(tmp_path, least_pipeline(), recipe(tmp_path, search("risk")), resume=True)
+    again.execute()
+    again.journal.release()
+    assert began[17] == 14, "in the middle between two saved states, at the start of a round"
+    files = {p.name: p.read_bytes() for p in (whole.journal.folder / "units").iterdir()}
+    assert len(files) > 3
+    assert all((again.journal.folder / "units" / name).read_bytes() == data for name, data in files.items())
+
+
+@pytest.mark.parametrize("change", ['window = 2', 'replay = 5', 'scale_form = "table"'])
+def test_what_does_not_go_with_rounds_is_refused(change: str, tmp_path: Path) -> None:
+    key = change.split(" ")[0]
+    text = "\n".join(line for line in search("risk").splitlines() if not line.startswith(f"{key} ="))
+    with pytest.raises(InputError, match="order = risk"):
+        recipe(tmp_path, text + "\n" + change + "\n")

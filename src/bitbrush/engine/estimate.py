@@ -47,7 +47,7 @@ def layer_bytes(shape: tuple[int, ...], spec: LayerSpec, bias: bool, times: int 
     if spec.activation is not None and spec.activation.mode == "static":
         wide = channels if spec.activation.position == "input" else rows
         columns = wide if spec.activation.granularity == "channel" else len(segments)
-        total += 9 * columns * (times if spec.activation.timed else 1)
+        total += 9 * columns * spec.activation.table_rows(times)
     return total
 
 

@@ -169,7 +169,8 @@ class _Probe:
             return a.cpu(), b.cpu(), c.cpu()
         rows = [0]
         if quantizer.spec.timed:
-            rows = _rows(quantizer)
+            groups = quantizer.spec.time_groups
+            rows = [groups[row] if groups else row for row in _rows(quantizer)]
         tables = (quantizer.scale.cpu(), reciprocal(quantizer.scale.cpu()), quantizer.zero_point.cpu().float())
         a, b, c = (expand_activation_scale(t[rows], quantizer.segments, x.ndim, channel) for t in tables)
         return a, b, c

@@ -41,18 +41,21 @@ class ActivationQuantizer(nn.Module):
     Static scales are buffers ``scale``, ``inverse_scale`` (float32) and ``zero_point`` (uint8), all ``[T, S]`` with T
     rows over time (1 unless timed) and S channel segments; with granularity ``channel`` every channel is a segment.
     Dynamic scales are computed from the tensor at hand. With ``spec.time_bits`` the largest code is looked up in a
-    table like the scale (`row_tops`, not stored: it follows from the spec).
+    table like the scale (`row_tops`, not stored: it follows from the spec). With ``spec.time_groups`` T is the number
+    of groups, and the row of a sample is the group of its timestep (`rows`).
 
     While a step trains them, ``trial_scale`` and ``trial_zero_point`` (float, both ``[T, S]``, either may be None)
     stand in for the tables; the trial zero-point is rounded (straight-through) and clamped to the codes before use.
     ``trial_rows`` takes the place of all of that: it gives the rows in force, ``[B or 1, S]`` each, of scale, its
     reciprocal and integer zero-point, so that a step may look the rows of many quantizers up at once.
+    ``trial_mixture`` comes before both: it gives shares ``[B or 1, K]`` with the scales and integer-valued zero-points
+    ``[K, S]`` of K candidates, and the answer is the sum of what the candidates make of the input, by their shares.
 
     Args:
         spec: Grid and partition.
         segments: Channel counts of the segments; empty means one segment.
         clock: Where timed tables look their row up; required when ``spec.timed``.
-        rows: T, number of rows of the table.
+        rows: Timesteps of the grid that a timed table is for; the table has one row for each, or one a group (K).
         channels: Channels of the activation; needed for granularity ``channel`` only.
     """
 
@@ -73,9 +76,11 @@ class ActivationQuantizer(nn.Module):
         self.trial_scale: Tensor | None = None  # set while a step trains the scale
         self.trial_zero_point: Tensor | None = None  # float; set while a step trains the zero-point
         self.trial_rows: Callable[[], tuple[Tensor, Tensor, Tensor]] | None = None
+        self.trial_mixture: Callable[[], tuple[Tensor, Tensor, Tensor]] | None = None
         self._tops: dict[str, Tensor] = {}  # by what and where; see `row_tops`
+        self._groups: dict[str, Tensor] = {}  # likewise; see `rows`
         if spec.mode == "static":
-            shape = (rows, max(len(segments), 1))
+            shape = (spec.table_rows(rows) if spec.time_groups else rows, max(len(segments), 1))
             self.register_buffer("scale", torch.ones(shape, device=device))
             self.register_buffer("inverse_scale", torch.ones(shape, device=device))
             self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.uint8, device=device))
@@ -104,7 +109,7 @@ class ActivationQuantizer(nn.Module):
         """Largest code at the time of this call; where bits change over time, shaped to broadcast against an activation
         of ``ndim`` dimensions."""
         tops = self.row_tops()
-        row = None if isinstance(tops, int) else self.rows()
+        row = None if isinstance(tops, int) else self.times()
         if isinstance(tops, int) or row is None:
             return tops
         return expand_activation_scale(tops.index_select(0, row), (), ndim, channel_dim)
@@ -122,9 +127,23 @@ class ActivationQuantizer(nn.Module):
         """Where the time of the current call stands; None where the table has one row for all times."""
         return self._clock[0] if self.spec.timed else None
 
-    def rows(self) -> Tensor | None:
-        """Row of the table for each sample, or None when the table has one row for all times."""
+    def times(self) -> Tensor | None:
+        """Row of the time grid for each sample, or None when the table has one row for all times."""
         return None if self.clock is None else self.clock.rows(self.spec.lookup)
+
+    def rows(self) -> Tensor | None:
+        """Row of the table for each sample: of the time grid, or its group; None when one row holds for all times.
+
+        The groups are kept as a tensor, so that a CUDA graph may be captured after the first call.
+        """
+        row, groups = self.times(), self.spec.time_groups
+        if row is None or not groups:
+            return row
+        key = f"{groups} {row.device}"
+        if key not in self._groups:
+            with torch.inference_mode(False):  # what is kept must serve training, too
+                self._groups[key] = torch.tensor(groups, device=row.device)
+        return self._groups[key].index_select(0, row)
 
     def parameters_for(self, x: Tensor, channel_dim: int) -> tuple[Tensor, Tensor, Tensor]:
         """(scale, inverse_scale, zero_point), float32, shaped to broadcast against ``x``."""
@@ -147,6 +166,8 @@ class ActivationQuantizer(nn.Module):
         """``decode(encode(x))`` in the dtype of ``x``."""
         if not self.enabled:
             return x
+        if self.trial_mixture is not None:
+            return self._mixed(x, channel_dim, *self.trial_mixture())
         top = self.top_for(x.ndim, channel_dim)
         trial = self.trial_tables(x.ndim, channel_dim)
         if trial is not None:
@@ -156,6 +177,15 @@ class ActivationQuantizer(nn.Module):
         if torch.is_grad_enabled() and x.requires_grad:
             return fake_quantize(x, scale, zero, top, fused_form(x))
         return round_trip(x, scale, inverse, zero, top)
+
+    def _mixed(self, x: Tensor, channel_dim: int, share: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """``sum_k share_k Q(x; scale_k, zero_k)`` for shares ``[B or 1, K]``, scales and zero-points ``[K, S]``."""
+        from bitbrush.numbers.mixture import mixture
+
+        shares = share.t().reshape(share.shape[1], share.shape[0], *([1] * (x.ndim - 1)))
+        dim = channel_dim % x.ndim + 1  # behind that of the candidates
+        a, b = (expand_activation_scale(t, self.segments, x.ndim + 1, dim) for t in (scale, zero))
+        return mixture(x, shares, a, b, self.top, fused_form(x))
 
     def trial_tables(self, ndim: int, channel_dim: int) -> tuple[Tensor, Tensor, Tensor] | None:
         """(scale, inverse_scale, zero_point) while a step trains them, shaped to broadcast against an activation of

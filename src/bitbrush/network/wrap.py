@@ -137,11 +137,22 @@ def _check(name: str, spec: LayerSpec, times: int) -> None:
             why="the layer spec asks for a partition or grid that a later release brings",
             try_="bitbrush recipes show NAME, and choose another setting",
         )
-    bits = spec.activation.time_bits if spec.activation is not None else ()
-    if bits and len(bits) != times:
+    if spec.activation is None:
+        return
+    for what, table in (("bits", spec.activation.time_bits), ("groups", spec.activation.time_groups)):
+        if table and len(table) != times:
+            raise InputError(
+                f"{what} a timestep do not fit the time grid", where=name,
+                why=f"{len(table)} entries for {times} timesteps",
+                try_="give one entry for each of the plan's timesteps",
+            )
+    used = sorted(set(spec.activation.time_groups))
+    gap = next((i for i, group in enumerate(used) if group != i), None)
+    if gap is not None:
         raise InputError(
-            "bits a timestep do not fit the time grid", where=name, why=f"{len(bits)} entries for {times} timesteps",
-            try_="give one entry for each of the plan's timesteps",
+            "the groups of timesteps are not numbered 0 .. K-1", where=name,
+            why=f"no timestep is in group {gap}, but one is in group {used[-1]}",
+            try_="number the groups that are used from 0, without gaps",
         )
 
 

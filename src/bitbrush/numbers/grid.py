@@ -5,7 +5,8 @@ their scales are partitioned:
 
     N   output rows            a scale a row, optionally bits a row (``WeightSpec.row_bits``)
     K   input channels         ``LayerSpec.segments``: consecutive channel counts after sorting by segment
-    T   time buckets           ``ActivationSpec.timed``: a row of the scale table for each entry of ``Plan.timesteps``
+    T   time buckets           ``ActivationSpec.timed``: a row of the scale table for each entry of ``Plan.timesteps``,
+                               or for each group of them (``ActivationSpec.time_groups``)
     token / pixel              scales found at run time (``mode = "dynamic"``)
 
 Fields that no recipe of this release can run are carried because the format is written once; `LayerSpec.unsupported`
@@ -74,8 +75,9 @@ class ActivationSpec(BaseModel):
     """Grid and partition of a layer's input (or output) activation.
 
     ``timed`` says that the scale table has one row for each timestep of the plan; ``time_bits`` gives bits a row (in
-    the order of `Plan.timesteps`, ascending), where they are not those of ``grid``. ``lookup`` says what a timestep
-    outside the table means.
+    the order of `Plan.timesteps`, ascending), where they are not those of ``grid``. ``time_groups`` gives the group of
+    each timestep, in the same order: integers ``0 .. K-1``, each of them used; the table then has K rows, one a group.
+    ``lookup`` says what a timestep outside the table means.
     """
 
     model_config = _FROZEN
@@ -85,6 +87,7 @@ class ActivationSpec(BaseModel):
     position: Literal["input", "output"] = "input"
     timed: bool = False
     time_bits: tuple[Annotated[int, Field(ge=1, le=8)], ...] = ()
+    time_groups: tuple[Annotated[int, Field(ge=0)], ...] = ()
     lookup: Lookup = "nearest"
 
     def grids(self) -> tuple[Grid, ...]:
@@ -100,6 +103,16 @@ class ActivationSpec(BaseModel):
     def average_bits(self) -> float:
         """Bits of the rows, their mean: every timestep of the plan counts once."""
         return sum(self.time_bits) / len(self.time_bits) if self.time_bits else float(self.grid.bits)
+
+    def table_rows(self, times: int) -> int:
+        """Rows of the scale table on a grid of ``times`` timesteps: one, one a timestep, or one a group of them."""
+        if not self.timed:
+            return 1
+        return max(self.time_groups) + 1 if self.time_groups else times
+
+    def runnable_times(self, table: tuple[int, ...]) -> bool:
+        """Whether something given a timestep (or nothing) belongs to a scale table that has rows over time."""
+        return not table or (self.timed and self.mode == "static")
 
     def runnable_granularity(self) -> bool:
         """Whether this release has such scales: a tensor always, a token at run time only, a channel static only."""
@@ -134,8 +147,11 @@ class LayerSpec(BaseModel):
             ("exempt", bool(self.exempt)),
             ("weight.grid.kind", self.weight is not None and self.weight.grid.kind != "affine"),
             ("activation.grid.kind", self.activation is not None and self.activation.grid.kind != "affine"),
-            ("activation.time_bits", self.activation is not None and bool(self.activation.time_bits)
-             and not (self.activation.timed and self.activation.mode == "static")),
+            ("activation.time_bits", self.activation is not None
+             and not self.activation.runnable_times(self.activation.time_bits)),
+            ("activation.time_groups", self.activation is not None
+             and (not self.activation.runnable_times(self.activation.time_groups)
+                  or bool(self.activation.time_groups and self.activation.time_bits))),
             ("activation.granularity", self.activation is not None and not self.activation.runnable_granularity()),
             ("activation.lookup", self.activation is not None and self.activation.lookup == "interpolate"),
         ]
@@ -193,4 +209,6 @@ def _spec_json(spec: LayerSpec) -> dict[str, Any]:
     data = spec.model_dump(mode="json")
     if spec.weight is not None and spec.weight.binary == "affine":
         del data["weight"]["binary"]
+    if spec.activation is not None and not spec.activation.time_groups:
+        del data["activation"]["time_groups"]
     return data

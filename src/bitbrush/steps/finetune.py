@@ -1,11 +1,11 @@
 """finetune: train chosen parameters of the whole denoiser against the float network, on trajectories of the tape.
 
-One step serves four papers. QuEST trains the weights, biases and activation scales of few layers by layer outputs and
+One step serves five papers. QuEST trains the weights, biases and activation scales of few layers by layer outputs and
 the noise estimate. EfficientDM trains low-rank adapters that are merged before quantization, with the weight scales and
 the activation tables, by the guided estimate. MPQ-DM adds the relations between pixels, averaged over a window of
-steps. TDQ trains small networks that give the activation scales of a timestep. The student is the sim face of the whole
-network; the teacher is the float face, whose own trajectories `calibrate` has recorded, so x_t and the teacher's
-answers need not be computed again.
+steps. TDQ trains small networks that give the activation scales of a timestep. ADP-DM finds the timesteps that share a
+scale. The student is the sim face of the whole network; the teacher is the float face, whose own trajectories
+`calibrate` has recorded, so x_t and the teacher's answers need not be computed again.
 
 The unit never ends worse than it starts: the parameters are measured before, every ``evaluate_every`` iterations and
 after, on rows spread over time; the best are hardened, and if even these do not beat the stored start, that is kept.
@@ -17,14 +17,14 @@ once for the unit (float32: in bf16 the layer would convert them back and forth)
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from bitbrush.engine.journal import generator as derived
 from bitbrush.engine.planning import check_pattern, matches, site_names
 from bitbrush.engine.run import Run, find_nonfinite
 from bitbrush.engine.step import Step, UnitResult
@@ -38,11 +38,16 @@ from bitbrush.network.survey import Survey
 from bitbrush.numbers.grid import Plan
 from bitbrush.steps import teaching
 from bitbrush.steps.fit import apply_activations, apply_weights
+from bitbrush.steps.layer_sets import PRESETS as PRESETS
+from bitbrush.steps.layer_sets import leaf, site_of
 from bitbrush.steps.learners import Learner, ScaleLearner, Together, held_tables
 from bitbrush.steps.loop import Budget, Probe, Refresh, Schedule, optimise
 from bitbrush.steps.losses import LossName, Objective
 from bitbrush.steps.reconstruct import half_precision
 from bitbrush.steps.replay import Replay
+from bitbrush.steps.risk import Rounds
+from bitbrush.steps.student import student
+from bitbrush.steps.time_groups import Clustering, GroupLearner, groupable, grouped
 from bitbrush.steps.time_networks import NetworkScaleLearner
 from bitbrush.steps.tuning_learners import BiasLearner, WeightLearner, mean_scale
 
@@ -70,14 +75,20 @@ class Finetune(Step):
             (inputs of these layers), ``not_time`` (all, attention operands too, but not the time embedding's), ``all``.
         scale_form: ``table``: every row of a table is trained by itself; ``network``: the rows of a timed table come
             from one small network of the timestep (TDQ, `time_networks`), which is folded into the table at the end.
-            Zero-points stay those of the table. Tables with one row for all times are trained as ever.
+            ``groups``: timesteps of a layer's input are put into groups, a row each (ADP-DM, `time_groups`); the result
+            changes the plan. Zero-points stay those of the table (of its clusters). Tables with one row for all times
+            are trained as ever, as are those of attention's operands with ``groups``.
         warm_start: Of the networks: iterations that regress the logarithm of the fitted table first.
+        groups: Of ``groups``: how many, at most. With ``iterations = 0`` they are those of the clustering.
+        cluster: Where a search of groups begins: contiguous ``runs`` of timesteps, or ``kmeans`` of ranges.
+        entropy: Of ``groups``: weight of the entropy at the end, in units of the loss at the start; it rises from 0.
         zero_points: Train the zero-points of the same quantizers.
         softmax: ``exact``, or ``float``: in training the softmax of attention is not rounded (fused kernels: less
             memory and time), and its scale is not trained. What is measured and stored rounds it either way.
         lr_weights: Adam's rate for weights, adapters and biases.
         lr_scales, lr_weight_scale: Rates relative to each scale; ``lr_scales`` is the networks' rate, too.
         lr_zero_points: In codes.
+        lr_groups: Of the logits of groups.
         scale_aware: ``rate``: ``lr_weights`` times the layer's mean weight scale (EfficientDM's code, 1/2500);
             ``gradient``: the gradient times that (its equation 8; Adam takes it out again).
         losses: Loss to weight: ``output``, ``guided``, ``layers``, ``relation``, ``features``. See `losses`.
@@ -89,7 +100,10 @@ class Finetune(Step):
         window: Consecutive sampling steps of a group.
         iterations: Adam steps.
         batch: Rows of the denoiser an iteration; groups have window * halves rows, at least one group is taken.
-        order: ``shuffled``, or ``sequential`` from noisy to clean.
+        order: ``shuffled``; ``sequential`` from noisy to clean; for groups of timesteps ``risk``, where each round of
+            iterations learns from the step of the largest structural risk, or ``random`` steps a round (`risk`).
+        round_length: Iterations of a round.
+        risk_penalty: What a round takes from the risk of its step; left out, a share of the spread of the risks.
         schedule: ``constant``, ``linear`` or ``cosine`` (both to 0).
         samples: Calibration samples used; left out, all.
         replay: Iterations between two replays, in which the student itself walks some of the trajectories and the float
@@ -111,14 +125,18 @@ class Finetune(Step):
     base: Literal["float", "quantized"] = "float"
     weight_scale: bool = False
     scales: Literal["none", "own", "not_time", "all"] = "own"
-    scale_form: Literal["table", "network"] = "table"
+    scale_form: Literal["table", "network", "groups"] = "table"
     warm_start: int = Field(default=500, ge=0)
+    groups: int = Field(default=8, ge=1)
+    cluster: Clustering = "runs"
+    entropy: float = Field(default=1.0, ge=0)
     zero_points: bool = False
     softmax: SoftmaxForm = "exact"
     lr_weights: float = Field(default=1e-5, gt=0)
     lr_scales: float = Field(default=1e-3, gt=0)
     lr_weight_scale: float = Field(default=1e-4, gt=0)
     lr_zero_points: float = Field(default=5e-4, gt=0)
+    lr_groups: float = Field(default=0.05, gt=0)
     scale_aware: Literal["none", "rate", "gradient"] = "none"
     losses: dict[LossName, float] = Field(default={"output": 1.0}, min_length=1)
     guidance: float | None = None
@@ -128,6 +146,8 @@ class Finetune(Step):
     iterations: int = Field(default=2000, ge=0)
     batch: int = Field(default=16, ge=1)
     order: teaching.Order = "shuffled"
+    round_length: int = Field(default=25, ge=1)
+    risk_penalty: float | None = Field(default=None, ge=0)
     schedule: Schedule = "linear"
     samples: int | None = Field(default=None, ge=1)
     replay: int = Field(default=0, ge=0)
@@ -141,8 +161,12 @@ class Finetune(Step):
     def _sensible(self) -> Finetune:
         if self.zero_points and self.scales == "none":
             raise ValueError("zero_points needs scales: they are those of the same quantizers")
-        if self.scale_form == "network" and (self.zero_points or self.scales == "none"):
-            raise ValueError("scale_form = network trains scales (not none), and zero_points stay as fitted")
+        if self.scale_form != "table" and (self.zero_points or self.scales == "none"):
+            raise ValueError(f"scale_form = {self.scale_form} trains scales (not none), and zero_points stay as fitted")
+        if self.order in ("risk", "random") and (self.window > 1 or self.replay):
+            raise ValueError(f"order = {self.order} chooses single steps of the tape: window must be 1, and replay 0")
+        if self.order == "risk" and self.scale_form != "groups":
+            raise ValueError("order = risk goes by the uncertainty of a search: it needs scale_form = groups")
         if min(self.losses.values()) < 0 or max(self.losses.values()) == 0:
             raise ValueError("weights of losses must not be negative, and one must be positive")
         return self
@@ -169,8 +193,9 @@ class Finetune(Step):
             check_pattern(self.frozen, names, f"step {self.label}: frozen")
         self._selected(name for name in plan.layers if not wrap.is_operand(name))
         static = [a for s in plan.layers.values() if (a := s.activation) is not None and a.mode == "static"]
-        if self.scale_form == "network" and static and not any(a.timed for a in static):
-            raise InputError("networks of the time need scales a timestep", where=f"step {self.label}: scale_form",
+        if self.scale_form != "table" and static and not any(a.timed for a in static):
+            what = "networks of the time" if self.scale_form == "network" else "groups of timesteps"
+            raise InputError(f"{what} need scales a timestep", where=f"step {self.label}: scale_form",
                              why="every static scale of this plan holds for all timesteps",
                              try_='give the layers activation = { timed = true }, or scale_form = "table"')
 
@@ -192,7 +217,12 @@ class Finetune(Step):
         with student(run, trained), softmax_in_training(run.model, self.softmax), held_tables(self.still(run, chosen)):
             notes = self._train(run, unit, objective, learner, index)
         notes |= {"groups": len(lessons), "rows": len(lessons.timesteps)}
-        return UnitResult(learner.result(), notes=notes)
+        result = UnitResult(learner.result(), notes=notes)
+        for part in _groups(learner):
+            specs, tables = grouped(run.plan, part)
+            result.plan |= specs
+            result.tensors |= tables
+        return result
 
     def apply(self, run: Run, unit: str, result: UnitResult) -> None:
         """Store the outcome; no output that was remembered holds any more."""
@@ -226,7 +256,7 @@ class Finetune(Step):
         static = {
             name: m for name, m in run.model.named_modules()
             if isinstance(m, ActivationQuantizer) and m.spec.mode == "static"
-            and not (self.softmax == "float" and _leaf(name) == "softmax")
+            and not (self.softmax == "float" and leaf(name) == "softmax")
         }
         own = {f"{name}.input" for name in chosen}
         if self.scales == "own":
@@ -235,11 +265,11 @@ class Finetune(Step):
             return {}
         free = {
             name: q for name, q in static.items()
-            if not (self._is_frozen(_site(name)) or self._is_frozen(name.rpartition(".")[0]))
+            if not (self._is_frozen(site_of(name)) or self._is_frozen(name.rpartition(".")[0]))
         }
         if self.scales == "all":
             return free
-        return {name: q for name, q in free.items() if not PRESETS["time"](_site(name))}
+        return {name: q for name, q in free.items() if not PRESETS["time"](site_of(name))}
 
     def still(self, run: Run, chosen: dict[str, QuantLayer]) -> list[ActivationQuantizer]:
         """The static quantizers that are not trained."""
@@ -262,10 +292,15 @@ class Finetune(Step):
             }
             parts.append(BiasLearner(biased, rates))
         quantizers = self.quantizers(run, chosen)
-        timed = {n: q for n, q in quantizers.items() if q.spec.timed and self.scale_form == "network"}
+        timed = {n: q for n, q in quantizers.items() if self._formed(n, q)}
         if timed:
-            parts.append(NetworkScaleLearner(timed, generator, warm_start=self.warm_start, rate=self.lr_scales))
             quantizers = {n: q for n, q in quantizers.items() if n not in timed}
+            parts.append(
+                NetworkScaleLearner(timed, generator, warm_start=self.warm_start, rate=self.lr_scales)
+                if self.scale_form == "network" else
+                GroupLearner(timed, self.groups, self.cluster, entropy=self.entropy, rate=self.lr_scales,
+                             group_rate=self.lr_groups)
+            )
         if quantizers:
             parts.append(ScaleLearner(quantizers, zero_points=self.zero_points, rate=self.lr_scales,
                                       zero_rate=self.lr_zero_points))
@@ -275,9 +310,15 @@ class Finetune(Step):
                              try_=f"--set {self.label}.iterations=0 leaves the step out")
         return Together(*parts)
 
+    def _formed(self, name: str, quantizer: ActivationQuantizer) -> bool:
+        """Whether `scale_form` is for this quantizer; the others are trained as tables."""
+        if self.scale_form == "network":
+            return quantizer.spec.timed and not quantizer.spec.time_groups
+        return self.scale_form == "groups" and groupable(name, quantizer)
+
     def _trains(self, plan: Plan) -> bool:
         anything = self.weights != "none" or self.bias or self.weight_scale or self.scales != "none"
-        return bool(self.iterations and anything and plan.layers)
+        return bool((self.iterations or self.scale_form == "groups") and anything and plan.layers)
 
     def _is_frozen(self, name: str) -> bool:
         return bool(self.frozen) and matches(self.frozen, name)
@@ -299,9 +340,11 @@ class Finetune(Step):
     def _train(
         self, run: Run, unit: str, objective: Objective, learner: Together, index: Tensor
     ) -> dict[str, Any]:
-        replay = self._replay(run, objective)
-        probe = objective.lessons.probe(self.evaluate_rows, None if replay is None else replay.kept())
-        size = index.shape[1]
+        size, index = index.shape[1], index.to(run.device)  # there, because rounds are written into it
+        refresh, unchanged = self._refresh(run, objective.lessons, index, learner)
+        probe = objective.lessons.probe(self.evaluate_rows, unchanged)
+        if not self.replay and index.numel() > len(objective.lessons):
+            objective.remember(run.tape.scratch, run.memory, size, half_precision(run.device, self.autocast))
 
         def loss_at(groups: Tensor) -> Tensor:
             return objective.total(objective.parts(groups, half_precision(run.device, self.autocast)))
@@ -312,8 +355,9 @@ class Finetune(Step):
         start = objective.measure(probe, size)
         if not math.isfinite(start["total"]):
             raise self._not_finite(run, objective, start)
+        for part in _groups(learner):
+            part.unit = start["total"]
         budget = Budget(self.iterations, self.checkpoint, 1.0, self.schedule, EPSILON)
-        refresh = None if replay is None else Refresh(replay.walk, self.replay)
         run.progress.start(f"{self.label}: {unit}", self.iterations)
         try:
             facts = optimise(learner, loss_at, index, budget, run, (self.label, unit),
@@ -326,14 +370,24 @@ class Finetune(Step):
         kept = "trained" if end["total"] < start["total"] else "start"  # NaN compares false: the start is kept
         if kept == "start":
             learner.restore()
-            end, facts = start, facts | {"codes_changed": 0.0}
+            end, facts = start, facts | {"codes_changed": 0.0} | dict.fromkeys({"steps_regrouped"} & set(facts), 0.0)
         learner.release()
         return self._notes(run, learner, start, end) | {"kept": kept} | facts
 
-    def _replay(self, run: Run, objective: Objective) -> Replay | None:
-        if not 0 < self.replay < self.iterations:
-            return None
-        return Replay(run, objective.lessons, self.replay_share, self.label, self.autocast)
+    def _refresh(
+        self, run: Run, lessons: teaching.Lessons, index: Tensor, learner: Together
+    ) -> tuple[Refresh | None, Tensor | None]:
+        """What changes the data while it trains, and the groups whose rows never change (None: all)."""
+        if 0 < self.replay < self.iterations:
+            replay = Replay(run, lessons, self.replay_share, self.label, self.autocast)
+            return Refresh(replay.walk, self.replay), replay.kept()
+        if self.order not in ("risk", "random") or not self.iterations:
+            return None, None
+        search = _groups(learner)[0] if self.order == "risk" else None
+        rounds = Rounds(index, lessons.moments, self.round_length,
+                        None if search is None else lambda: search.uncertainty().flip(0),
+                        derived(run.seed, self.label, "rounds"), self.risk_penalty)
+        return Refresh(rounds.begin, self.round_length, at_start=True, changed={"index": index}), None
 
     def _notes(
         self, run: Run, learner: Learner, start: dict[str, float], end: dict[str, float]
@@ -369,59 +423,8 @@ def apply_tuned(run: Run, tensors: dict[str, Tensor]) -> None:
             layers[name].set_bias(tensor)
 
 
-@contextmanager
-def student(run: Run, trained: dict[str, QuantLayer]) -> Iterator[None]:
-    """The sim face of the whole network, ready for training: evaluation mode, none of the model's own parameters wants
-    gradients, and weights that are not trained are decoded once."""
-    model, training = run.model, run.model.training
-    wanted = [p for p in model.parameters() if p.requires_grad]
-    constant = [layer for n, layer in run.layers().items() if n not in trained and layer.spec.weight is not None]
-    try:
-        model.eval()
-        for p in wanted:
-            p.requires_grad_(False)
-        with torch.no_grad():
-            for layer in constant:
-                layer.trial_weight = layer.decoded_weight()
-        with wrap.show(model, "sim"):
-            yield
-    finally:
-        for layer in constant:
-            layer.trial_weight = None
-        for p in wanted:
-            p.requires_grad_(True)
-        model.train(training)
-
-
-def _leaf(name: str) -> str:
-    return name.rpartition(".")[2]
-
-
-def _site(quantizer: str) -> str:
-    """The plan's name of what a quantizer belongs to: ``<layer>``, or ``<attention>:q``."""
-    owner, _, leaf = quantizer.rpartition(".")
-    attention = owner.removesuffix(".processor")
-    return owner if attention == owner else f"{attention}:{leaf}"
-
-
-def _is_query(name: str) -> bool:
-    """Projections of attention from the picture: not keys and values of cross-attention, which come from the text."""
-    return _leaf(name) == "to_q" or (_leaf(name) in ("to_k", "to_v") and ".attn2." not in name)
-
-
-PRESETS: dict[str, Callable[[str], bool]] = {
-    "time_proj": lambda name: _leaf(name) == "time_emb_proj",
-    "time_mlp": lambda name: name.startswith("time_embedding."),
-    "time": lambda name: _leaf(name) == "time_emb_proj" or name.startswith("time_embedding."),
-    "qkv": _is_query,
-    "ff": lambda name: ".ff.net." in name,
-    "qkv_ff": lambda name: _is_query(name) or ".ff.net." in name,
-    "attention": lambda name: ".attentions." in f".{name}",
-    "all": lambda name: True,
-}
-"""Sets of layers by name, as QuEST's code chooses them (its names in diffusers' words): ``time_proj`` is stage 1,
-``qkv_ff`` stage 2 for class-conditional and (``to_q``, ``to_k``, ``to_v``) unconditional models, ``ff`` stage 2 for
-Stable Diffusion."""
+def _groups(learner: Together) -> list[GroupLearner]:
+    return [part for part in learner.learners if isinstance(part, GroupLearner)]
 
 
 def _short(value: float) -> float:

@@ -32,7 +32,7 @@ from bitbrush.network.activation import ActivationQuantizer
 from bitbrush.network.layers import QuantLayer
 from bitbrush.network.survey import Survey
 from bitbrush.numbers import ranges
-from bitbrush.numbers.grid import Grid, Plan, WeightSpec
+from bitbrush.numbers.grid import ActivationSpec, Grid, Plan, WeightSpec
 from bitbrush.numbers.straight_through import encode_weight
 
 CHUNK = 1 << 24  # values searched together
@@ -180,6 +180,11 @@ class Fit(Step):
         from bitbrush.steps.progressive import walk
 
         static = quantizers(run, "static")
+        grouped = next((name for name, q in static.items() if q.spec.time_groups), None)
+        if grouped is not None:
+            raise InputError("progressive calibration cannot fit scales a group of timesteps", where=grouped,
+                             why="a row that serves several calls of the sampler is needed before the last of them",
+                             try_=f'step {self.label}: inputs = "float", or put it before the groups are made')
         start = UnitResult()
         if any(not q.spec.timed for q in static.values()):
             start = self.activations(run, generator)
@@ -198,13 +203,11 @@ class Fit(Step):
         if not quantizer.spec.timed:
             scale, zero = self.row(values, quantizer.spec.grid)
             return scale[None], zero[None]
-        grid = torch.tensor(run.plan.timesteps, device=times.device)
-        apart = (times[None] - grid[:, None]).abs()
-        nearest = apart == apart.amin(dim=1, keepdim=True)  # [T, samples]
+        nearest = samples_of(quantizer.spec, torch.tensor(run.plan.timesteps, device=times.device), times)
         counts = nearest.sum(dim=1)
         grids = quantizer.spec.grids()
-        if self.ema == 0 and bool((counts == counts[0]).all()):  # as many samples of each time: searched together
-            chosen = nearest.nonzero()[:, 1].reshape(len(grid), -1)
+        if self.ema == 0 and bool((counts == counts[0]).all()):  # as many samples of each row: searched together
+            chosen = nearest.nonzero()[:, 1].reshape(len(nearest), -1)
             return self._by_class(values, chosen, grids)
         rows = [self.row(values[:, here], grids[i % len(grids)]) for i, here in enumerate(nearest)]
         return torch.stack([r[0] for r in rows]), torch.stack([r[1] for r in rows])
@@ -296,6 +299,28 @@ class Watcher:
         times = sorted(self.low)
         return {"timesteps": times, "low": [float(f"{self.low[t]:.5g}") for t in times],
                 "high": [float(f"{self.high[t]:.5g}") for t in times]}
+
+
+def samples_of(spec: ActivationSpec, grid: Tensor, times: Tensor) -> Tensor:
+    """Which samples each row of a timed table is fitted to, bool ``[rows, samples]``; at least one in each row.
+
+    A row of one timestep has the samples nearest to it. A row of a group of timesteps has those whose nearest timestep
+    is in the group; where there are none, the samples nearest to each timestep of the group.
+
+    Args:
+        spec: Says the groups.
+        grid: The plan's timesteps ``[T]``, ascending.
+        times: Timesteps of the samples ``[samples]``.
+    """
+    apart = (times[None] - grid[:, None]).abs()
+    nearest = apart == apart.amin(dim=1, keepdim=True)  # [T, samples]
+    if not spec.time_groups:
+        return nearest
+    group = torch.tensor(spec.time_groups, device=times.device)
+    of_group = group == torch.arange(spec.table_rows(len(grid)), device=times.device)[:, None]  # [K, T]
+    own = of_group[:, apart.argmin(dim=0)]
+    lent = torch.stack([nearest[row].any(dim=0) for row in of_group])
+    return torch.where(own.any(dim=1, keepdim=True), own, lent)
 
 
 def quantizers(run: Run, mode: str = "") -> dict[str, ActivationQuantizer]:

@@ -163,7 +163,8 @@ class SharedTables:
     """Tables of several static quantizers in one flat tensor, which hands every quantizer its rows.
 
     Reciprocals are taken once for all, and the rows of all timed tables are looked up together, once a call of the
-    network: an iteration then takes the same few operations for this however many quantizers there are.
+    network: an iteration then takes the same few operations for this however many quantizers there are. Tables of
+    groups of timesteps are among them, whatever their groups: where each entry lies at each timestep is known before.
 
     Args:
         quantizers: Static activation quantizers; their tables ``[T, S]`` follow each other, row by row.
@@ -214,23 +215,29 @@ class SharedTables:
 
     def _lookup(self, members: list[int]) -> _Lookup:
         device = self.quantizers[members[0]].scale.device
-        start = [self.starts[i] + s for i in members for s in range(self.shapes[i][1])]
-        stride = [self.shapes[i][1] for i in members for s in range(self.shapes[i][1])]
-        return _Lookup(
-            self.quantizers[members[0]], members, [self.shapes[i][1] for i in members],
-            torch.tensor(start, device=device)[:, None], torch.tensor(stride, device=device)[:, None],
-        )
+        widths = [self.shapes[i][1] for i in members]
+        start = torch.tensor([self.starts[i] + s for i in members for s in range(self.shapes[i][1])])[:, None]
+        stride = torch.tensor([width for width in widths for _ in range(width)])[:, None]
+        found = _Lookup(self.quantizers[members[0]], members, widths, start.to(device), stride.to(device))
+        groups = [self.quantizers[i].spec.time_groups for i in members]
+        if any(groups):
+            times = max(self.shapes[i][0] if not own else len(own) for i, own in zip(members, groups, strict=True))
+            row = torch.tensor([own or tuple(range(times)) for own in groups])  # [members, T]
+            found.places = (start + row.repeat_interleave(torch.tensor(widths), dim=0) * stride).to(device)
+        return found
 
 
 @dataclass
 class _Lookup:
-    """Timed tables that are read at the same rows: entry (t, s) of each lies at ``start[s] + t * stride[s]``."""
+    """Timed tables that are read at the same times: entry (t, s) of each lies at ``start[s] + t * stride[s]``; where
+    any has a row a group of timesteps, at ``places[s, t]``."""
 
     quantizer: ActivationQuantizer
     members: list[int]
     widths: list[int]
     start: Tensor
     stride: Tensor
+    places: Tensor | None = None
     now: tuple[Tensor, bool] | None = None
     found: dict[int, Tables] | None = None
 
@@ -240,10 +247,10 @@ class _Lookup:
         now = None if clock is None else clock.now
         known = self.now is not None and self.now[0] is now and self.now[1] == torch.is_grad_enabled()
         if self.found is None or not known:
-            row = self.quantizer.rows()
+            row = self.quantizer.times()
             if row is None or now is None:
                 raise InternalError("a quantizer without a clock was taken for a timed one")
-            index = self.start + row * self.stride
+            index = self.start + row * self.stride if self.places is None else self.places.index_select(1, row)
             taken = (t.index_select(0, index.flatten()).view(index.shape) for t in flat)
             a, b, c = ([part.t() for part in t.split(self.widths)] for t in taken)
             self.found = dict(zip(self.members, zip(a, b, c, strict=True), strict=True))

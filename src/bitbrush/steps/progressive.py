@@ -17,8 +17,8 @@ from torch import Tensor
 from bitbrush.network import wrap
 from bitbrush.network.pipelines import answered
 from bitbrush.steps.calibrate import Calibrate
-from bitbrush.steps.finetune import student
 from bitbrush.steps.fit import Watcher, quantizers
+from bitbrush.steps.student import student
 
 if TYPE_CHECKING:
     from bitbrush.engine.run import Run

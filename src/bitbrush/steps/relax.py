@@ -28,9 +28,9 @@ from bitbrush.network import wrap
 from bitbrush.network.survey import Survey
 from bitbrush.numbers.grid import ActivationSpec, LayerSpec, Plan
 from bitbrush.steps.calibrate import Calibrate
-from bitbrush.steps.finetune import student
 from bitbrush.steps.fit import Fit, apply_activations, quantizers, tables
 from bitbrush.steps.progressive import walk
+from bitbrush.steps.student import student
 
 Bits = tuple[int, ...]
 

@@ -23,7 +23,7 @@ from bitbrush.steps.loop import on_device
 if TYPE_CHECKING:
     from bitbrush.engine.run import Run
 
-Order = Literal["shuffled", "sequential"]
+Order = Literal["shuffled", "sequential", "risk", "random"]
 OWN = ("sample", "output", "timestep", "trajectory", "half")
 """Entries of a sample that are its own; all others are conditions."""
 
@@ -87,11 +87,12 @@ class Lessons:
         """Groups of every iteration, int64 ``[iterations, count]`` on the CPU.
 
         ``shuffled``: permutations of all groups, one after another. ``sequential``: the windows in sampling order,
-        from noisy to clean, an equal share of the iterations each, shuffled within (QuEST, stage 1).
+        from noisy to clean, an equal share of the iterations each, shuffled within (QuEST, stage 1). With ``risk`` and
+        ``random`` what is drawn here is replaced round by round (`bitbrush.steps.risk`).
         """
         count = min(count, len(self))
         every = torch.arange(len(self))
-        parts = [every] if order == "shuffled" else [every[self.moments == m] for m in self.moments.unique()]
+        parts = [every] if order != "sequential" else [every[self.moments == m] for m in self.moments.unique()]
         drawn = []
         for i, members in enumerate(parts):
             share = iterations * (i + 1) // len(parts) - iterations * i // len(parts)

@@ -1,0 +1,36 @@
+"""The network as a student: quantized, in evaluation mode, with decoded constants."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from bitbrush.engine.run import Run
+from bitbrush.network import wrap
+from bitbrush.network.layers import QuantLayer
+
+
+@contextmanager
+def student(run: Run, trained: dict[str, QuantLayer]) -> Iterator[None]:
+    """The sim face of the whole network, ready for training: evaluation mode, none of the model's own parameters wants
+    gradients, and weights that are not trained are decoded once."""
+    model, training = run.model, run.model.training
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    constant = [layer for n, layer in run.layers().items() if n not in trained and layer.spec.weight is not None]
+    try:
+        model.eval()
+        for p in wanted:
+            p.requires_grad_(False)
+        with torch.no_grad():
+            for layer in constant:
+                layer.trial_weight = layer.decoded_weight()
+        with wrap.show(model, "sim"):
+            yield
+    finally:
+        for layer in constant:
+            layer.trial_weight = None
+        for p in wanted:
+            p.requires_grad_(True)
+        model.train(training)

@@ -1,0 +1,165 @@
+"""The mixture of quantizers: forward is the codec, backward the naive autograd build; memory does not grow with K."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from bitbrush.numbers import codec
+from bitbrush.numbers.mixture import mixture
+from bitbrush.numbers.straight_through import Fused, fake_quantize
+
+SHAPE = (3, 5, 4, 6)
+TABLES = {"one": (1, 1, 1, 1), "channel": (1, 5, 1, 1), "last": (1, 1, 1, 6)}
+SHARES = {"all": (1, 1, 1, 1), "sample": (3, 1, 1, 1)}
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _made(
+    count: int, table: str, share: str, bits: int, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
+    """x, shares that sum to 1, scales and zero-points."""
+    g = torch.Generator().manual_seed(seed)
+    x = (torch.randn(SHAPE, generator=g) * 2).to(dtype)
+    shares = torch.softmax(torch.randn((count, *SHARES[share]), generator=g), dim=0)
+    scale = torch.rand((count, *TABLES[table]), generator=g) * 0.3 + 1.5 / (1 << bits)
+    return [x, shares, scale, torch.randint(0, 1 << bits, scale.shape, generator=g).float()]
+
+
+def _naive(x: Tensor, share: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:
+    """K straight-through quantizers, each kept by autograd."""
+    parts = [share[k] * fake_quantize(x, scale[k], zero[k], top).float() for k in range(len(share))]
+    return torch.stack(parts).sum(0).to(x.dtype)
+
+
+def test_forward_is_a_sum_of_codecs() -> None:
+    ran = 0
+    for count, table, share, bits, dtype in itertools.product((1, 2, 5), TABLES, SHARES, (1, 4, 8), DTYPES):
+        x, shares, scale, zero = _made(count, table, share, bits, ran, dtype)
+        top = (1 << bits) - 1
+        got = mixture(x, shares, scale, zero, top)
+        want = torch.zeros(SHAPE)
+        for k in range(count):
+            want = want + shares[k] * codec.decode(
+                codec.encode(x, codec.reciprocal(scale[k]), zero[k], top), scale[k], zero[k])
+        assert got.dtype == dtype and torch.equal(got, want.to(dtype)), (count, table, share, bits, dtype)
+        ran += 1
+    assert ran == 3 * 3 * 2 * 3 * 3
+
+
+def test_one_member_is_the_plain_quantizer_bit_for_bit() -> None:
+    """K = 1 has share 1; and one-hot shares of several are their one member."""
+    ran = 0
+    for table, bits, dtype in itertools.product(TABLES, range(1, 9), DTYPES):
+        x, _, scale, zero = _made(4, table, "sample", bits, ran, dtype)
+        top = (1 << bits) - 1
+        for k in range(4):
+            plain = fake_quantize(x, scale[k], zero[k], top)
+            one = slice(k, k + 1)
+            assert torch.equal(mixture(x, torch.ones(1, 1, 1, 1, 1), scale[one], zero[one], top), plain)
+            shares = torch.zeros(4, 3, 1, 1, 1)
+            shares[k] = 1
+            assert torch.equal(mixture(x, shares, scale, zero, top), plain)
+            ran += 1
+    assert ran == 3 * 8 * 3 * 4
+
+
+def test_gradients_equal_the_naive_build() -> None:
+    ran = 0
+    for count, table, share, bits in itertools.product((1, 3), TABLES, SHARES, (2, 6)):
+        for needs in itertools.product((False, True), repeat=4):
+            if not any(needs):
+                continue
+            given, up = _made(count, table, share, bits, ran), torch.randn(SHAPE)
+            grads = []
+            for form in (mixture, _naive):
+                leaves = [t.clone().requires_grad_(need) for t, need in zip(given, needs, strict=True)]
+                (form(leaves[0], leaves[1], leaves[2], leaves[3], (1 << bits) - 1) * up).sum().backward()
+                grads.append([leaf.grad for leaf in leaves])
+            for got, want, need in zip(*grads, needs, strict=True):
+                assert (got is not None) == need
+                if need:
+                    assert got.shape == want.shape and torch.allclose(got, want, atol=2e-4, rtol=1e-4)
+            ran += 1
+    assert ran == 2 * 3 * 2 * 2 * 15
+
+
+def test_gradients_by_hand() -> None:
+    """To x: the shares of those in whose range it lies. To a share: grad times what its quantizer answers."""
+    x = torch.tensor([[0.6], [5.2]], requires_grad=True)
+    share = torch.tensor([0.25, 0.75]).view(2, 1, 1).requires_grad_()
+    scale = torch.tensor([0.5, 2.0]).view(2, 1, 1)
+    zero = torch.zeros(2, 1, 1)
+    out = mixture(x, share, scale, zero, 3)  # ranges [0, 1.5] and [0, 6]
+    assert torch.allclose(out.detach(), torch.tensor([[0.125], [0.25 * 1.5 + 0.75 * 6.0]]), atol=1e-6)
+    out.backward(torch.tensor([[1.0], [2.0]]))
+    assert x.grad is not None and torch.allclose(x.grad, torch.tensor([[1.0], [1.5]]))
+    assert share.grad is not None and torch.allclose(share.grad.flatten(), torch.tensor([0.5 + 2 * 1.5, 2 * 6.0]))
+
+
+def test_gradients_of_half_precision_come_in_its_dtype() -> None:
+    for dtype in DTYPES[1:]:
+        x, share, scale, zero = _made(3, "one", "sample", 4, 7, dtype)
+        x.requires_grad_()
+        share.requires_grad_()
+        mixture(x, share, scale, zero, 15).sum().backward()
+        assert x.grad is not None and x.grad.dtype == dtype
+        assert share.grad is not None and share.grad.dtype == torch.float32
+
+
+def test_what_is_kept_for_backward_does_not_grow_with_the_count() -> None:
+    sizes: dict[int, int] = {}
+    for count in (1, 16):
+        x, share, scale, zero = (t.requires_grad_() for t in _made(count, "one", "sample", 4))
+        kept: list[Tensor] = []
+
+        def keep(t: Tensor, kept: list[Tensor] = kept) -> Tensor:
+            kept.append(t)
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            mixture(x, share, scale, zero, 15).sum().backward()
+        sizes[count] = sum(t.numel() for t in kept) - count * 6  # 3 shares, a scale, its reciprocal, a zero-point
+        assert len(kept) == 5
+    assert sizes == {1: 360, 16: 360}, "x, once"
+
+
+@pytest.mark.parametrize("tables", [False, True])
+def test_fused_kernels_give_the_same(tables: bool) -> None:
+    """Kernels as `Fused` describes them, made of the plain form."""
+    calls = {"forward": 0, "backward": 0}
+
+    def forward(x: Tensor, scale: Tensor, inverse: Tensor, zero: Tensor, top: int) -> Tensor:
+        calls["forward"] += 1
+        return codec.decode(codec.encode(x, inverse, zero, top), scale, zero).to(x.dtype)
+
+    def backward(
+        grad: Tensor, x: Tensor, scale: Tensor, inverse: Tensor, zero: Tensor, top: int, wanted: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        calls["backward"] += 1
+        assert wanted == tables and grad.dtype == x.dtype
+        leaves = [t.detach().clone().requires_grad_() for t in (x, scale, zero)]
+        with torch.enable_grad():
+            found = torch.autograd.grad(fake_quantize(leaves[0], leaves[1], leaves[2], top), leaves, grad)
+        return (found[0], found[1].view(-1), found[2].view(-1)) if wanted else (found[0], None, None)
+
+    fused = Fused(lambda x, scale, zero: scale.numel() == 1, forward, backward)
+    results = []
+    for kernels in (fused, None):
+        leaves = _made(3, "one", "sample", 4)
+        for leaf, need in zip(leaves, (True, True, tables, tables), strict=True):
+            leaf.requires_grad_(need)
+        out = mixture(leaves[0], leaves[1], leaves[2], leaves[3], 15, kernels)
+        out.square().sum().backward()
+        results.append([out.detach(), *(leaf.grad for leaf in leaves)])
+    assert calls == {"forward": 6, "backward": 3}
+    assert torch.equal(results[0][0], results[1][0])
+    for got, want in zip(results[0][1:], results[1][1:], strict=True):
+        assert (got is None) == (want is None)
+        assert got is None or torch.allclose(got, want, atol=1e-4, rtol=1e-4)
+    x, share, scale, zero = _made(3, "channel", "all", 4)
+    mixture(x, share, scale, zero, 15, fused)
+    assert calls["forward"] == 6, "tables of a channel do not fit"
