@@ -29,7 +29,10 @@ activations = 8
 "*" = { weight = {}, activation = {} }
 "conv_in | conv_out" = { weight = { bits = 8 } }
 """
+TIMED = HEAD.replace("activations = 8", "activations = 4").replace("activation = {}", "activation = { timed = true }")
 CALIBRATE = '[[step]]\ndo = "calibrate"\nsamples = 12\ntrajectories = 4\nsteps = 3\nbatch = 2\n'
+# all four moments of four walks
+WALKS = '[[step]]\ndo = "calibrate"\nsamples = 16\ntrajectories = 4\nsteps = 4\nbatch = 4\n'
 SPLIT = '[[step]]\ndo = "split"\n'
 FIT = '[[step]]\ndo = "fit"\nid = "weights-fit"\nwhat = "weights"\npoints = 8\nstep = 0.08\n'
 ROUND = '[[step]]\ndo = "reconstruct"\nid = "weights"\ntrain = "rounding"\niterations = 4\nbatch = 4\nlr = 0.02\n'
@@ -91,6 +94,19 @@ def kill_training(monkeypatch: pytest.MonkeyPatch, stop: int) -> list[int]:
 
     monkeypatch.setattr(loop._Loop, "iterate", dying)
     return began
+
+
+def loops_made(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Every optimisation loop that is made from now on, in order."""
+    loops: list[Any] = []
+    make = loop._Loop.__init__
+
+    def spy(self: Any, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        loops.append(self)
+
+    monkeypatch.setattr(loop._Loop, "__init__", spy)
+    return loops
 
 
 def least_unet(seed: int = 0, channels: int = 4) -> UNet2DModel:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import bitbrush.assets
 from bitbrush.network import wrap
-from bitbrush.network.layers import QuantLayer
+from bitbrush.network.activation import ActivationQuantizer
+from bitbrush.network.clock import Clock
+from bitbrush.network.layers import QuantConv2d, QuantLayer, QuantLinear
 from bitbrush.network.survey import Survey, example_inputs, survey
 from bitbrush.numbers import ranges
 from bitbrush.numbers.codec import encode, expand_weight_scale, reciprocal
@@ -167,6 +170,24 @@ def fit_weight(layer: QuantLayer) -> None:
             scale[rows, i], zero[rows, i] = ranges.search(part[rows].flatten(1), Grid(bits=width), method="minmax")
     wide, wide_zero = (expand_weight_scale(t, layer.segments, weight.ndim) for t in (scale, zero))
     layer.set_weight(encode(weight, reciprocal(wide), wide_zero, layer.top()), scale, zero)
+
+
+def packed_pair(kind: str, spec: LayerSpec, fill: Callable[[ActivationQuantizer], None]) -> tuple[Clock, Any, Any]:
+    """(clock, a layer of 24 input channels in sim face, its packed copy); ``fill`` sets the scales."""
+    clock, g = Clock(TIMES), torch.Generator().manual_seed(4)
+    module = nn.Linear(24, 9) if kind == "linear" else nn.Conv2d(24, 9, 3, padding=1)
+    for p in module.parameters():
+        p.data.copy_(torch.randn(p.shape, generator=g) * 0.3)
+        p.requires_grad_(False)
+    wrapper: Any = QuantLinear if kind == "linear" else QuantConv2d
+    layer = wrapper.wrap(module, spec, clock, len(TIMES))
+    fit_weight(layer)
+    fill(layer.input)
+    layer.face = "sim"
+    packed = copy.deepcopy(layer)
+    packed.pack()
+    packed.input._clock = layer.input._clock
+    return clock, layer, packed
 
 
 def _fit_activations(model: nn.Module, plan: Plan) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import Tensor
 
 import bitbrush  # noqa: F401  (registers the plug-in)
 import tiny
@@ -22,7 +21,6 @@ from bitbrush.kernels.proof import prove_layer
 from bitbrush.network import wrap
 from bitbrush.network.activation import ActivationQuantizer
 from bitbrush.network.clock import Clock
-from bitbrush.network.layers import QuantConv2d, QuantLinear
 from bitbrush.numbers import ranges
 from bitbrush.numbers.codec import decode, encode, reciprocal
 from bitbrush.numbers.grid import ActivationSpec, Grid, LayerSpec, Plan, WeightSpec
@@ -165,25 +163,11 @@ def test_one_compiled_graph_serves_all_rows() -> None:
 # ---- packed ------------------------------------------------------------------------------------------------------
 def layer_of(kind: str, segments: tuple[int, ...]) -> tuple[Clock, Any, Any]:
     """(clock, layer in sim face, its packed copy)."""
-    clock, g = Clock(TIMES), torch.Generator().manual_seed(4)
     spec = LayerSpec(
         weight=WeightSpec(grid=Grid(bits=4)), segments=segments,
         activation=ActivationSpec(grid=Grid(bits=6), timed=True, time_bits=BITS),
     )
-    module = nn.Linear(24, 9) if kind == "linear" else nn.Conv2d(24, 9, 3, padding=1)
-    for p in module.parameters():
-        p.data.copy_(torch.randn(p.shape, generator=g) * 0.3)
-        p.requires_grad_(False)
-    wrapper: Any = QuantLinear if kind == "linear" else QuantConv2d
-    layer = wrapper.wrap(module, spec, clock, len(TIMES))
-    tiny.fit_weight(layer)
-    assert layer.input is not None
-    fill(layer.input)
-    layer.face = "sim"
-    packed = copy.deepcopy(layer)
-    packed.pack()
-    packed.input._clock = layer.input._clock
-    return clock, layer, packed
+    return tiny.packed_pair(kind, spec, fill)
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])

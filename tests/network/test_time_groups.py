@@ -23,7 +23,6 @@ from bitbrush.kernels.proof import prove_layer
 from bitbrush.network import wrap
 from bitbrush.network.activation import ActivationQuantizer
 from bitbrush.network.clock import Clock
-from bitbrush.network.layers import QuantConv2d, QuantLinear
 from bitbrush.numbers import ranges
 from bitbrush.numbers.codec import decode, encode, reciprocal
 from bitbrush.numbers.grid import ActivationSpec, Grid, LayerSpec, Plan, WeightSpec
@@ -370,23 +369,9 @@ def test_bytes_of_tables() -> None:
 # ---- packed ------------------------------------------------------------------------------------------------------
 def layer_of(kind: str, segments: tuple[int, ...], granularity: Any = "tensor") -> tuple[Clock, Any, Any]:
     """(clock, layer in sim face, its packed copy)."""
-    clock, g = Clock(TIMES), torch.Generator().manual_seed(4)
     activation = ActivationSpec(grid=Grid(bits=6), timed=True, time_groups=GROUPS, granularity=granularity)
     spec = LayerSpec(weight=WeightSpec(grid=Grid(bits=4)), segments=segments, activation=activation)
-    module = nn.Linear(24, 9) if kind == "linear" else nn.Conv2d(24, 9, 3, padding=1)
-    for p in module.parameters():
-        p.data.copy_(torch.randn(p.shape, generator=g) * 0.3)
-        p.requires_grad_(False)
-    wrapper: Any = QuantLinear if kind == "linear" else QuantConv2d
-    layer = wrapper.wrap(module, spec, clock, len(TIMES))
-    tiny.fit_weight(layer)
-    assert layer.input is not None
-    fill(layer.input)
-    layer.face = "sim"
-    packed = copy.deepcopy(layer)
-    packed.pack()
-    packed.input._clock = layer.input._clock
-    return clock, layer, packed
+    return tiny.packed_pair(kind, spec, fill)
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])

@@ -29,20 +29,21 @@ from small import (
     PACK,
     RANGES,
     SPLIT,
+    TIMED,
+    WALKS,
     Killed,
     begin,
     complete,
     execute,
     kill_training,
     least_pipeline,
+    loops_made,
     recipe,
 )
 
 W4A4 = HEAD.replace("activations = 8", "activations = 4")
-TIMED = W4A4.replace("activation = {}", "activation = { timed = true }")
-CALIBRATE = '[[step]]\ndo = "calibrate"\nsamples = 16\ntrajectories = 4\nsteps = 4\nbatch = 4\n'
-GUIDED = CALIBRATE.replace("trajectories = 4", "trajectories = 2\nguidance = 3.0")
-START = CALIBRATE + SPLIT + FIT + RANGES
+GUIDED = WALKS.replace("trajectories = 4", "trajectories = 2\nguidance = 3.0")
+START = WALKS + SPLIT + FIT + RANGES
 LORA = {
     "weights": "lora", "rank": 4, "scale_aware": "rate", "lr_weights": 0.05, "lr_scales": 0.01, "iterations": 12,
     "batch": 4, "evaluate_every": 6, "checkpoint": 4,
@@ -157,7 +158,7 @@ def test_quests_stages_move_only_their_own(pipe: Any, tmp_path: Path) -> None:
     one = tune(FULL, id="one", layers="time_proj", scales="own", losses=losses, order="sequential", iterations=8)
     two = tune(FULL, id="two", layers="qkv_ff", scales="not_time", losses=losses, iterations=8)
     head = TIMED + '"*:q | *:k | *:v | *:softmax" = { activation = { bits = 8, timed = true } }\n'
-    start, first, second = pair(tmp_path, head, (GUIDED if guided else CALIBRATE) + SPLIT + FIT + RANGES, one, two,
+    start, first, second = pair(tmp_path, head, (GUIDED if guided else WALKS) + SPLIT + FIT + RANGES, one, two,
                                 pipe=pipe)
     for a, b, preset in ((start, first, "time_proj"), (first, second, "qkv_ff")):
         moved = changed(a, b)
@@ -404,14 +405,7 @@ def test_on_a_gpu_an_iteration_is_one_graph(tmp_path: Path, monkeypatch: pytest.
     step = tune(FULL, losses={"guided": 1.0, "layers": 1.0, "relation": 5.0}, window=2, iterations=40, zero_points=True)
     found: dict[str, tuple[bool, dict[str, Any]]] = {}
     peaks: list[float] = []
-    loops: list[Any] = []
-    make = loop._Loop.__init__
-
-    def spy(self: Any, *args: Any, **kwargs: Any) -> None:
-        make(self, *args, **kwargs)
-        loops.append(self)
-
-    monkeypatch.setattr(loop._Loop, "__init__", spy)
+    loops = loops_made(monkeypatch)
     for name, memory, warm in (("graph", 1 << 30, loop.WARM), ("eager", 1 << 30, 99), ("file", 0, loop.WARM)):
         monkeypatch.setattr(loop, "WARM", warm)
         (tmp_path / name).mkdir()

@@ -20,10 +20,9 @@ from bitbrush.network.pipelines import answered, first_output, sample_latents
 from bitbrush.steps import progressive
 from bitbrush.steps.calibrate import Calibrate
 from bitbrush.steps.fit import Fit, Watcher, quantizers, tables
-from small import FIT, HEAD, PACK, SPLIT, begin, complete, execute, least_pipeline, recipe
+from small import FIT, HEAD, PACK, SPLIT, TIMED, begin, complete, execute, least_pipeline, recipe
 
 STEPS = 4
-TIMED = HEAD.replace("activations = 8", "activations = 4").replace("activation = {}", "activation = { timed = true }")
 CALIBRATE = f'[[step]]\ndo = "calibrate"\nsamples = 12\ntrajectories = 3\nsteps = {STEPS}\nbatch = 2\nguidance = 3.0\n'
 RANGES = '[[step]]\ndo = "fit"\nid = "ranges"\nwhat = "activations"\nmethod = "minmax"\nvalues = 16\nsamples = 99\n'
 PROGRESSIVE = RANGES + 'inputs = "progressive"\n'

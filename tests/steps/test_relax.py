@@ -17,9 +17,8 @@ from bitbrush.network import wrap
 from bitbrush.numbers.grid import Plan
 from bitbrush.steps.fit import quantizers, tables
 from bitbrush.steps.relax import Relax, ends, relaxed_number
-from small import FIT, HEAD, PACK, SPLIT, begin, complete, execute, least_pipeline, recipe
+from small import FIT, HEAD, PACK, SPLIT, TIMED, begin, complete, execute, least_pipeline, recipe
 
-TIMED = HEAD.replace("activations = 8", "activations = 4").replace("activation = {}", "activation = { timed = true }")
 CALIBRATE = '[[step]]\ndo = "calibrate"\nsamples = "all"\ntrajectories = 3\nsteps = 5\nbatch = 2\nguidance = 1.0\n'
 RANGES = '[[step]]\ndo = "fit"\nid = "ranges"\nwhat = "activations"\nmethod = "minmax"\nvalues = 16\nsamples = 99\n'
 PROGRESSIVE = RANGES + 'inputs = "progressive"\n'

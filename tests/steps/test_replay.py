@@ -15,16 +15,15 @@ from bitbrush.network.pipelines import sample_latents
 from bitbrush.steps import teaching
 from bitbrush.steps.replay import Replay
 from bitbrush.steps.student import student
-from small import FIT, HEAD, RANGES, SPLIT, execute, least_pipeline
+from small import FIT, RANGES, SPLIT, TIMED, execute, least_pipeline
 
-HEAD4 = HEAD.replace("activations = 8", "activations = 4").replace("activation = {}", "activation = { timed = true }")
 PLAIN = '[[step]]\ndo = "calibrate"\nsamples = "all"\ntrajectories = 4\nsteps = 4\nbatch = 3\n'
 GUIDED = PLAIN + "guidance = 3.0\n"
 
 
 def walked(folder: Path, pipe: Any, calibrate: str, share: float = 0.5) -> tuple[Any, Any, Any, Any]:
     """Run, lessons before and after one walk, and the replay."""
-    run = execute(folder, pipe, HEAD4 + calibrate + SPLIT + FIT + RANGES)
+    run = execute(folder, pipe, TIMED + calibrate + SPLIT + FIT + RANGES)
     before, lessons = teaching.load(run, 1), teaching.load(run, 1)
     replay = Replay(run, lessons, share, "tune", autocast=False)
     with student(run, {}):

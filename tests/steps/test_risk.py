@@ -11,7 +11,7 @@ import torch
 from bitbrush.errors import InputError
 from bitbrush.steps import loop
 from bitbrush.steps.risk import Rounds, choose
-from small import FIT, HEAD, RANGES, SPLIT, Killed, begin, execute, kill_training, least_pipeline, recipe
+from small import FIT, RANGES, SPLIT, TIMED, Killed, begin, execute, kill_training, least_pipeline, recipe
 
 
 def rounds(index: torch.Tensor, steps: int, uncertainty: torch.Tensor | None, **more: float) -> Rounds:
@@ -81,12 +81,11 @@ def test_a_search_that_goes_on_chooses_the_same(cut: int) -> None:
 
 
 # ---- in a whole run ----------------------------------------------------------------------------------------------
-HEAD4 = HEAD.replace("activations = 8", "activations = 4").replace("activation = {}", "activation = { timed = true }")
 CALIBRATE = '[[step]]\ndo = "calibrate"\nsamples = "all"\ntrajectories = 4\nsteps = 5\nbatch = 4\n'
 
 
 def search(order: str, iterations: int = 20) -> str:
-    return HEAD4 + CALIBRATE + SPLIT + FIT + RANGES + (
+    return TIMED + CALIBRATE + SPLIT + FIT + RANGES + (
         f'[[step]]\ndo = "finetune"\nid = "tune"\nweights = "none"\nscales = "all"\nscale_form = "groups"\ngroups = 2\n'
         f'order = "{order}"\nround_length = 2\niterations = {iterations}\nbatch = 3\n'
         "evaluate_every = 10\ncheckpoint = 7\n"

@@ -35,18 +35,19 @@ from small import (
     PACK,
     RANGES,
     SPLIT,
+    TIMED,
+    WALKS,
     Killed,
     begin,
     complete,
     execute,
     kill_training,
     least_pipeline,
+    loops_made,
     recipe,
 )
 
-TIMED = HEAD.replace("activations = 8", "activations = 4").replace("activation = {}", "activation = { timed = true }")
-CALIBRATE = '[[step]]\ndo = "calibrate"\nsamples = 16\ntrajectories = 4\nsteps = 4\nbatch = 4\n'
-START = TIMED + CALIBRATE + SPLIT + FIT + RANGES
+START = TIMED + WALKS + SPLIT + FIT + RANGES
 TUNE = (
     '[[step]]\ndo = "finetune"\nid = "tune"\nweights = "none"\nscales = "all"\nscale_form = "groups"\ngroups = 2\n'
     "iterations = 12\nbatch = 4\nevaluate_every = 3\ncheckpoint = 4\nlr_scales = 0.002\n"
@@ -516,7 +517,7 @@ def test_weights_and_biases_may_be_trained_along(tmp_path: Path) -> None:
 
 def test_operands_of_attention_and_tables_of_one_row_are_trained_as_tables(tmp_path: Path) -> None:
     head = TIMED + '"*:q | *:softmax" = { activation = { timed = true } }\n"conv_in" = { activation = { bits = 8 } }\n'
-    run = execute(tmp_path, tiny.pipeline("text"), head + CALIBRATE + SPLIT + FIT + RANGES)
+    run = execute(tmp_path, tiny.pipeline("text"), head + WALKS + SPLIT + FIT + RANGES)
     step = Finetune(do="finetune", weights="none", scales="all", scale_form="groups")
     groups, plain = step.learner(run, step.chosen(run), generator(0, "a", "b")).learners
     assert isinstance(groups, GroupLearner) and isinstance(plain, ScaleLearner)
@@ -524,7 +525,7 @@ def test_operands_of_attention_and_tables_of_one_row_are_trained_as_tables(tmp_p
     assert len(plain.quantizers) > 8 and len(groups.quantizers) == len(run.layers()) - 1
     groups.release()
     (tmp_path / "tuned").mkdir()
-    tuned = execute(tmp_path / "tuned", tiny.pipeline("text"), head + CALIBRATE + SPLIT + FIT + RANGES + TUNE)
+    tuned = execute(tmp_path / "tuned", tiny.pipeline("text"), head + WALKS + SPLIT + FIT + RANGES + TUNE)
     assert note(tuned)["time_groups"] == len(groups.quantizers)
     rows = {n: m.scale.shape[0] for n, m in tuned.model.named_modules() if isinstance(m, ActivationQuantizer)}
     assert rows["conv_in.input"] == 1 and rows["conv_out.input"] <= 2
@@ -536,14 +537,7 @@ def test_operands_of_attention_and_tables_of_one_row_are_trained_as_tables(tmp_p
 def test_on_a_gpu_an_iteration_is_one_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Captured and eager searches agree but for rounding."""
     found: dict[str, tuple[bool, dict[str, Any]]] = {}
-    loops: list[Any] = []
-    make = loop._Loop.__init__
-
-    def spy(self: Any, *args: Any, **kwargs: Any) -> None:
-        make(self, *args, **kwargs)
-        loops.append(self)
-
-    monkeypatch.setattr(loop._Loop, "__init__", spy)
+    loops = loops_made(monkeypatch)
     text = START + TUNE.replace("iterations = 12", "iterations = 40")
     for name, warm in (("graph", loop.WARM), ("eager", 99)):
         monkeypatch.setattr(loop, "WARM", warm)
@@ -559,7 +553,7 @@ def test_what_cannot_be_asked_for(tmp_path: Path) -> None:
     for wrong in ({"zero_points": True}, {"scales": "none"}, {"groups": 0}, {"entropy": -1.0}, {"cluster": "some"}):
         with pytest.raises(ValidationError):
             Finetune(do="finetune", **{"scale_form": "groups", "scales": "all", **wrong})  # type: ignore[arg-type]
-    static = HEAD + CALIBRATE + SPLIT + FIT + RANGES + TUNE
+    static = HEAD + WALKS + SPLIT + FIT + RANGES + TUNE
     with pytest.raises(InputError, match="groups of timesteps need") as caught:
         begin(tmp_path, least_pipeline(), recipe(tmp_path, static))
     assert complete(caught.value)

@@ -28,6 +28,8 @@ from small import (
     PACK,
     RANGES,
     SPLIT,
+    TIMED,
+    WALKS,
     Killed,
     begin,
     complete,
@@ -37,9 +39,7 @@ from small import (
     recipe,
 )
 
-TIMED = HEAD.replace("activations = 8", "activations = 4").replace("activation = {}", "activation = { timed = true }")
-CALIBRATE = '[[step]]\ndo = "calibrate"\nsamples = 16\ntrajectories = 4\nsteps = 4\nbatch = 4\n'
-START = TIMED + CALIBRATE + SPLIT + FIT + RANGES
+START = TIMED + WALKS + SPLIT + FIT + RANGES
 TUNE = (
     '[[step]]\ndo = "finetune"\nid = "tune"\nweights = "none"\nscales = "all"\nscale_form = "network"\n'
     "warm_start = 20\niterations = 12\nbatch = 4\nevaluate_every = 3\ncheckpoint = 4\nlr_scales = 0.002\n"
@@ -280,7 +280,7 @@ def test_killed_and_resumed_ends_with_the_same_bytes(
 
 def test_tables_of_one_row_are_trained_as_such(tmp_path: Path) -> None:
     head = TIMED + '"conv_in" = { activation = { bits = 8 } }\n'
-    run = execute(tmp_path, least_pipeline(), head + CALIBRATE + SPLIT + FIT + RANGES)
+    run = execute(tmp_path, least_pipeline(), head + WALKS + SPLIT + FIT + RANGES)
     step = Finetune(do="finetune", weights="none", scales="all", scale_form="network", warm_start=0)
     networks, plain = step.learner(run, step.chosen(run), generator(0, "a", "b")).learners
     assert isinstance(networks, NetworkScaleLearner) and isinstance(plain, ScaleLearner)
@@ -291,7 +291,7 @@ def test_what_cannot_be_asked_for(tmp_path: Path) -> None:
     for wrong in ({"zero_points": True}, {"scales": "none"}, {"warm_start": -1}):
         with pytest.raises(ValidationError):
             Finetune(do="finetune", **{"scale_form": "network", "scales": "all", **wrong})  # type: ignore[arg-type]
-    static = HEAD + CALIBRATE + SPLIT + FIT + RANGES + TUNE
+    static = HEAD + WALKS + SPLIT + FIT + RANGES + TUNE
     with pytest.raises(InputError, match="networks of the time need") as caught:
         begin(tmp_path, least_pipeline(), recipe(tmp_path, static))
     assert complete(caught.value)

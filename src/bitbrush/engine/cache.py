@@ -15,7 +15,6 @@ from bitbrush.engine.disk import Disk
 from bitbrush.engine.recipe import Recipe
 from bitbrush.engine.sealed import seal, unseal
 from bitbrush.engine.step import UnitResult
-from bitbrush.numbers.grid import LayerSpec
 
 NOT_OF_THE_RESULT = ("step", "name", "title", "paper")
 """Keys of a recipe that say nothing of what a step does."""
@@ -47,16 +46,13 @@ class Cache:
         whole = unseal(path.read_bytes()) if path.exists() else None
         if whole is None:
             return None
-        tensors, facts = whole
         self.found += 1
-        plan = {name: LayerSpec.model_validate(spec, strict=False) for name, spec in facts["plan"].items()}
-        return UnitResult(tensors, plan, facts["notes"])
+        return UnitResult.of(*whole)
 
     def keep(self, step: str, unit: str, result: UnitResult) -> None:
         """Keep a result for other runs."""
         self.disk.make(self.folder)
-        plan = {name: spec.model_dump(mode="json") for name, spec in result.plan.items()}
-        self.disk.write(self._path(step, unit), seal(result.tensors, {"plan": plan, "notes": result.notes}))
+        self.disk.write(self._path(step, unit), seal(result.tensors, result.facts()))
 
     def _path(self, step: str, unit: str) -> Path:
         return self.folder / f"{_hash([self.keys[step], unit])}.unit"

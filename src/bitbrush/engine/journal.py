@@ -27,7 +27,6 @@ from bitbrush.engine.disk import Disk
 from bitbrush.engine.sealed import seal, unseal
 from bitbrush.engine.step import UnitResult
 from bitbrush.errors import InputError, ResourceError
-from bitbrush.numbers.grid import LayerSpec
 
 
 class Journal:
@@ -109,8 +108,7 @@ class Journal:
             except OSError:
                 data = b""
             if hashlib.sha256(data).hexdigest() == entry["sha256"]:
-                plan = {k: LayerSpec.model_validate(v, strict=False) for k, v in entry["plan"].items()}
-                return UnitResult(load(data), plan, entry["notes"])
+                return UnitResult.of(load(data), entry)
             self._truncate(i)
             return None
         return None
@@ -122,8 +120,7 @@ class Journal:
         self.disk.write(self.folder / name, data)
         entry = {
             "step": step, "unit": unit, "file": name, "sha256": hashlib.sha256(data).hexdigest(),
-            "plan": {k: v.model_dump(mode="json") for k, v in result.plan.items()}, "notes": result.notes,
-            "seconds": round(seconds, 3),
+            "seconds": round(seconds, 3), **result.facts(),
         }
         entry["check"] = _check(entry)
         self.disk.append(self.folder / "journal.jsonl", json.dumps(entry, sort_keys=True).encode() + b"\n")

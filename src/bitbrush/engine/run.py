@@ -15,7 +15,6 @@ Long units may keep their inner state with `Run.save_carry` every so often and t
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -88,7 +87,6 @@ class Run:
         """Run every step; units already in the journal are restored instead of done."""
         for step in self.recipe.steps:
             units = step.units(self)
-            gc.collect()  # what an earlier step left in reference cycles may hold much memory of the device
             self.progress.start(step.label, len(units))
             try:
                 for unit in units:

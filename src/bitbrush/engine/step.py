@@ -7,7 +7,7 @@ computed or read back after a crash. That is why a resumed run ends with the sam
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -27,6 +27,16 @@ class UnitResult:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     plan: dict[str, LayerSpec] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
+
+    def facts(self) -> dict[str, Any]:
+        """What is not a tensor, as JSON: ``plan`` and ``notes``."""
+        return {"plan": {k: spec.model_dump(mode="json") for k, spec in self.plan.items()}, "notes": self.notes}
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Self:
+        """Inverse of `facts`; other keys are left alone."""
+        plan = {k: LayerSpec.model_validate(spec, strict=False) for k, spec in facts["plan"].items()}
+        return cls(tensors, plan, facts["notes"])
 
 
 class Step(BaseModel):

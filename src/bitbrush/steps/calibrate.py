@@ -140,6 +140,11 @@ class Calibrate(Step):
         return [run.prompts[i] for i in members]
 
 
+def calibration(run: Run) -> Calibrate:
+    """The recipe's first calibrate step: prompts, noise, steps and guidance of its trajectories."""
+    return next(step for step in run.recipe.steps if isinstance(step, Calibrate))
+
+
 class Keeper:
     """A hook on the denoiser that keeps scheduled calls, by the timestep they are given."""
 

@@ -23,7 +23,7 @@ from bitbrush.network import correction
 from bitbrush.network.correction import CorrectionSpec
 from bitbrush.network.pipelines import takes_prompt
 from bitbrush.steps import chain
-from bitbrush.steps.calibrate import Calibrate
+from bitbrush.steps.calibrate import Calibrate, calibration
 
 
 class Trajectories(Step):
@@ -64,7 +64,7 @@ class Trajectories(Step):
 
     def sampler(self, run: Run) -> Calibrate:
         """The calibrate step that does the work, under this step's label."""
-        base = next(step for step in run.recipe.steps if isinstance(step, Calibrate))
+        base = calibration(run)
         return Calibrate(
             do="calibrate", id=self.label, samples="all", trajectories=self.samples, batch=self.batch,
             steps=base.steps if self.steps is None else self.steps,

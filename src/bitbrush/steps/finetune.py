@@ -37,6 +37,7 @@ from bitbrush.network.pipelines import influence
 from bitbrush.network.survey import Survey
 from bitbrush.numbers.grid import Plan
 from bitbrush.steps import teaching
+from bitbrush.steps.calibrate import calibration
 from bitbrush.steps.fit import apply_activations, apply_weights
 from bitbrush.steps.layer_sets import PRESETS as PRESETS
 from bitbrush.steps.layer_sets import leaf, site_of
@@ -324,15 +325,13 @@ class Finetune(Step):
         return bool(self.frozen) and matches(self.frozen, name)
 
     def _guidance(self, run: Run) -> float:
-        given = [s.model_dump()["guidance"] for s in run.recipe.steps if s.do == "calibrate"]
-        return float(given[0]) if self.guidance is None else self.guidance
+        return calibration(run).guidance if self.guidance is None else self.guidance
 
     def _importance(self, run: Run, lessons: teaching.Lessons) -> Tensor | None:
         """Weight of each row, mean 1."""
         if not self.importance:
             return None
-        steps = next(int(s.model_dump()["steps"]) for s in run.recipe.steps if s.do == "calibrate")
-        of = influence(run.pipeline, steps)
+        of = influence(run.pipeline, calibration(run).steps)
         found = torch.tensor([of[t] for t in lessons.timesteps.tolist()]).pow(self.importance)
         return (found / found.mean()).to(run.device)
 

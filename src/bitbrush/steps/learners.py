@@ -151,6 +151,13 @@ def parts_of(flat: Tensor, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
     return {name: part.view(shapes[name]) for name, part in zip(shapes, parts, strict=True)}
 
 
+def table_order(widths: Iterable[int], times: int) -> Tensor:
+    """Where each entry of tables ``[T, S]``, in order, lies among their columns ``[C, T]`` (C: all S): int64."""
+    given = list(widths)
+    places = torch.arange(sum(given) * times).view(-1, times)
+    return torch.cat([part.t().flatten() for part in places.split(given)])
+
+
 def _flat(tensors: Iterable[Tensor]) -> Tensor:
     return torch.cat([t.reshape(-1) for t in tensors])
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bitbrush.network import wrap
 from bitbrush.network.pipelines import answered
-from bitbrush.steps.calibrate import Calibrate
+from bitbrush.steps.calibrate import calibration
 from bitbrush.steps.fit import Watcher, quantizers
 from bitbrush.steps.student import student
 
@@ -41,7 +41,7 @@ def walk(
     Returns:
         Extremes a timestep for each quantizer, and the number of trajectories.
     """
-    source = next(step for step in run.recipe.steps if isinstance(step, Calibrate))
+    source = calibration(run)
     timed = {name: q for name, q in quantizers(run, "static").items() if q.spec.timed}
     grid, left = list(run.plan.timesteps), set(wanted)
     history: dict[str, dict[str, list[float]]] = {}

@@ -27,7 +27,7 @@ from bitbrush.errors import InputError
 from bitbrush.network import wrap
 from bitbrush.network.survey import Survey
 from bitbrush.numbers.grid import ActivationSpec, LayerSpec, Plan
-from bitbrush.steps.calibrate import Calibrate
+from bitbrush.steps.calibrate import calibration
 from bitbrush.steps.fit import Fit, apply_activations, quantizers, tables
 from bitbrush.steps.progressive import walk
 from bitbrush.steps.student import student
@@ -174,7 +174,7 @@ class Relax(Step):
 
     def _sample(self, run: Run, face: Literal["float", "sim"]) -> Tensor:
         """Final latents of the measured trajectories."""
-        source = next(step for step in run.recipe.steps if isinstance(step, Calibrate))
+        source = calibration(run)
         members = list(range(min(self.trajectories, source.trajectories)))
         with wrap.show(run.model, face):
             parts = [source.sample(run, members[i : i + source.batch], self.label)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bitbrush.network import wrap
 from bitbrush.network.pipelines import answered
-from bitbrush.steps.calibrate import Calibrate, Keeper
+from bitbrush.steps.calibrate import Keeper, calibration
 from bitbrush.steps.reconstruct import half_precision
 from bitbrush.steps.teaching import Lessons
 
@@ -38,7 +38,7 @@ class Replay:
 
     def __init__(self, run: Run, lessons: Lessons, share: float, label: str, autocast: bool) -> None:
         self.run, self.lessons, self.label, self.autocast = run, lessons, label, autocast
-        self.source = next(step for step in run.recipe.steps if isinstance(step, Calibrate))
+        self.source = calibration(run)
         found = enumerate(lessons.trajectories)
         own = [(row, number) for row, (source, number) in found if source == self.source.label]
         self.row_of = {number: row for row, number in own[len(own) - max(1, int(len(own) * share)):]}

@@ -28,7 +28,7 @@ from bitbrush.errors import InternalError
 from bitbrush.network.activation import ActivationQuantizer
 from bitbrush.numbers.grid import Grid, LayerSpec, Plan
 from bitbrush.numbers.ranges import affine_parameters
-from bitbrush.steps.learners import SharedTables, parts_of
+from bitbrush.steps.learners import SharedTables, parts_of, table_order
 
 Clustering = Literal["runs", "kmeans"]
 START = 0.01
@@ -188,7 +188,7 @@ class GroupLearner:
         self.home = torch.stack(homes).to(device)  # [Q, T]
         self.base, self.zero = torch.cat(scales, dim=1).to(device), torch.cat(zeros, dim=1).to(device)  # [K, C]
         self.owner = torch.arange(len(homes)).repeat_interleave(torch.tensor(self.widths)).to(device)  # [C]
-        self.order = self._order(times).to(device)
+        self.order = table_order(self.widths, times).to(device)
         self.logits = nn.Parameter(torch.full((len(homes), times, count), START, device=device))
         self.theta = nn.Parameter(torch.zeros_like(self.base))
         self.tables = SharedTables(quantizers.values())
@@ -303,11 +303,6 @@ class GroupLearner:
     def _flat(self, columns: Tensor) -> Tensor:
         """Tables ``[T, S]``, one after another, of columns ``[C, T]``."""
         return columns.flatten().index_select(0, self.order)
-
-    def _order(self, times: int) -> Tensor:
-        """Where each entry of the flat tables lies in ``[C, T]``."""
-        places = torch.arange(sum(self.widths) * times).view(-1, times)
-        return torch.cat([part.t().flatten() for part in places.split(self.widths)])
 
 
 def grouped(plan: Plan, learner: GroupLearner) -> tuple[dict[str, LayerSpec], dict[str, Tensor]]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from bitbrush.errors import InternalError
 from bitbrush.network.activation import ActivationQuantizer
-from bitbrush.steps.learners import SharedTables, parts_of
+from bitbrush.steps.learners import SharedTables, parts_of, table_order
 
 CODE = 128
 """Width of the time code (that of the paper's CIFAR model), whatever the denoiser's own is."""
@@ -115,7 +115,7 @@ class NetworkScaleLearner:
         self.base = fitted.double().log().mean(dim=1, keepdim=True).exp().float()
         widths = torch.tensor([scale.shape[1] for scale, _ in self.start.values()])
         owner = torch.arange(len(widths)).repeat_interleave(widths).to(fitted.device)
-        self.order = self._order(fitted)
+        self.order = table_order(widths.tolist(), fitted.shape[1]).to(fitted.device)
         code = time_code(clocks[0].timesteps.to(fitted.device))
         self.networks = TimeNetworks(code, owner, generator)
         self.warm_error = self._warm(fitted, warm_start)
@@ -176,12 +176,6 @@ class NetworkScaleLearner:
         adam.zero_grad(set_to_none=True)
         with torch.no_grad():
             return float((self.networks().log() - target).square().mean().sqrt())
-
-    def _order(self, fitted: Tensor) -> Tensor:
-        """Where each entry of the flat tables lies in ``[C, T]``."""
-        places = torch.arange(fitted.numel(), device=fitted.device).view(fitted.shape)
-        widths = [scale.shape[1] for scale, _ in self.start.values()]
-        return torch.cat([part.t().flatten() for part in places.split(widths)])
 
     def _parts(self, flat: Tensor) -> dict[str, Tensor]:
         return parts_of(flat, {name: scale.shape for name, (scale, _) in self.start.items()})
