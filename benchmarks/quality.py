@@ -343,7 +343,7 @@ def smoke_settings(arm: Arm) -> dict[str, Any]:
     """Few samples and iterations, to see that everything runs."""
     recipe = bitbrush.read_recipe(arm.recipe, preset=arm.preset)
     small = {
-        "calibrate": {"samples": 16, "trajectories": 2, "steps": 4},
+        "calibrate": {"samples": "all", "trajectories": 2, "steps": 4},
         "reconstruct": {"iterations": 3, "batch": 2, "samples": 16},
         "fit": {"samples": 8},
         "smooth": {"samples": 8},

@@ -66,7 +66,8 @@ def section(model: str, recipe: str, weights: int, activations: int, rows: Resul
             values = [r[key][name]["value"] for r in rows if name in r[key]]
             note = f" ({len(values)} of {len(rows)} seeds)" if 0 < len(values) < len(rows) else ""
             cells.append(f"{sum(values) / len(values):.4f}{note}" if values else "")
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+        if any(cells):
+            lines.append(f"| {label} | " + " | ".join(cells) + " |")
     lines += ["", *bars(model, recipe, weights, activations, rows), *cost(rows[0])]
     return lines
 

@@ -206,7 +206,7 @@ def _run(
     started = time.perf_counter()
     prompts = _prompts(opened, recipe, asked["prompts"])
     if asked["prompts"] is None and prompts:
-        progress.say(f"No prompts given: using {recipe.prompts_needed()} of the {len(prompts)} bundled ones.")
+        progress.say("No prompts given: using the bundled ones.")
     folder = Path(output) if output is not None else Path(tempfile.mkdtemp(prefix="bitbrush-"))
     _check_disk(opened, folder)
     journal = Journal(folder, disk)
@@ -305,9 +305,11 @@ def _prompts(opened: loading.Opened, recipe: Recipe, prompts: list[str] | None) 
     if prompts is None:
         return assets.prompts("calibration")
     if len(prompts) < recipe.prompts_needed():
-        raise InputError(f"{recipe.prompts_needed()} prompts are needed, {len(prompts)} were given", where="prompts",
-                         why="every calibration trajectory takes its own prompt",
-                         try_=f"give more prompts, or --set calibrate.trajectories={len(prompts)}")
+        raise InputError(
+            f"{recipe.prompts_needed()} prompts are needed, {len(prompts)} were given", where="prompts",
+            why="calibration trajectories start from them",
+            try_=f"give more prompts, or --set calibrate.prompts={len(prompts)} to use each more than once",
+        )
     return list(prompts)
 
 

@@ -21,7 +21,7 @@ from diffusers import (
 import tiny
 from bitbrush.errors import InputError
 from bitbrush.steps.calibrate import Calibrate
-from small import CALIBRATE, HEAD, begin, execute, least_pipeline, recipe
+from small import CALIBRATE, HEAD, begin, complete, execute, least_pipeline, recipe
 
 
 def step(**choices: Any) -> Calibrate:
@@ -242,4 +242,30 @@ def test_units_are_bounded_pieces(tmp_path: Path) -> None:
     run = begin(tmp_path, least_pipeline(), recipe(tmp_path, text(trajectories=5, samples=10, batch=2)))
     assert run.recipe.steps[0].units(run) == ["trajectories 0-1", "trajectories 2-3", "trajectories 4-4"]
     assert run.recipe.prompts_needed() == 5 and CALIBRATE
+    run.journal.release()
+
+
+def test_fewer_prompts_than_trajectories_serve_again_with_other_noise(tmp_path: Path) -> None:
+    pipe = tiny.pipeline("text")
+    choices = {"trajectories": 6, "samples": 12, "batch": 3, "steps": 2, "prompts": 2, "guidance": 1.0}
+    run = begin(tmp_path, pipe, recipe(tmp_path, text(**choices)))
+    run.prompts = run.prompts[:4]
+    assert run.recipe.prompts_needed() == 2
+    run.execute()
+    batches = list(run.tape.batches())
+    batch = {k: torch.cat([b[k] for b in batches]) for k in batches[0]}
+    first = batch["timestep"] == batch["timestep"].max()
+    order = batch["trajectory"][first].argsort()
+    noise, condition = (batch[k][first][order] for k in ("sample", "encoder_hidden_states"))
+    assert len(noise) == 6 and len({tuple(x.flatten().tolist()) for x in noise}) == 6
+    assert torch.equal(condition[:2], condition[4:]) and len({tuple(c.flatten().tolist()) for c in condition}) == 4
+    run.journal.release()
+
+
+def test_fewer_prompts_than_are_wanted_are_refused(tmp_path: Path) -> None:
+    run = begin(tmp_path, tiny.pipeline("text"), recipe(tmp_path, text(trajectories=6, prompts=5)))
+    run.prompts = run.prompts[:4]
+    with pytest.raises(InputError, match="5 prompts are needed, 4 are there") as caught:
+        run.execute()
+    assert complete(caught.value)
     run.journal.release()

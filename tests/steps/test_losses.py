@@ -177,34 +177,6 @@ def test_importance_weighs_the_squares_of_each_step(window: int, run: Run) -> No
     assert len(rows) == 16 and weight.unique().numel() == 16
 
 
-@pytest.mark.parametrize("pool", [0, 2])
-@pytest.mark.parametrize("losses", [{"relation": 1.0}, {"guided": 1.0, "relation": 2.0, "features": 1.0}])
-def test_features_that_were_kept_give_the_same_losses(losses: dict[str, float], pool: int, run: Run) -> None:
-    """Training then asks the float network no more; a measurement does."""
-    lessons = teaching.load(run, 2)
-    plain, kept = (Objective(run.model, lessons, losses, [], 3.0, pool) for _ in range(2))
-    assert kept.remember(run.tape.scratch, 1 << 30, 2) and not plain.remember(run.tape.scratch, 64, 2)
-    groups = torch.tensor([3, 0, 2])
-    asked = [0]
-    teacher = kept._teacher
-
-    def counted(*args: object) -> Watch:
-        asked[0] += 1
-        return teacher(*args)  # type: ignore[arg-type]
-
-    kept._teacher = counted  # type: ignore[method-assign]
-    with wrap.show(run.model, "sim"):
-        want, got = plain.parts(groups), kept.parts(groups)
-        assert asked == [0] and want.keys() == got.keys() == losses.keys()
-        for name, value in want.items():
-            torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-7)
-            assert value.item() > 0
-        kept.measure(groups, 3)
-    assert asked == [1]
-    assert not Objective(run.model, lessons, {"relation": 1.0, "layers": 1.0}, ["conv_in"], 3.0).remember(
-        run.tape.scratch, 1 << 30, 2), "the float network has to answer for the layers anyway"
-
-
 def test_a_window_of_two_over_four_steps_counts_twice_a_trajectory(run: Run) -> None:
     found = objective(run, **ALL)
     assert len(found.lessons) == 4 and sorted(found.lessons.groups.flatten().tolist()) == list(range(16))

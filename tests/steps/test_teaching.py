@@ -137,3 +137,26 @@ def test_the_probe_is_spread_over_time(plain: Run) -> None:
     for count, want in ((5, [0, 1, 2, 3, 4]), (10, [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]), (99, sorted([0, 1, 2, 3, 4] * 4))):
         assert lessons.moments[lessons.probe(count)].tolist() == want
     assert len(lessons.probe(1)) == 1 and len(teaching.load(plain, 5).probe(1)) == 1
+
+
+# ---- held out ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("window", [1, 2])
+@pytest.mark.parametrize("order", ["shuffled", "sequential"])
+def test_trajectories_that_are_held_out_are_measured_and_not_trained_on(order: Any, window: int, plain: Run) -> None:
+    lessons = teaching.load(plain, window, held_out=0.3)
+    mine = set(lessons.table[0].flatten().tolist())
+    assert lessons.held_out == 1
+    assert [bool(h) for h in lessons.held] == [bool(set(g.flatten().tolist()) & mine) for g in lessons.groups]
+    index = lessons.schedule(40, 3, order, torch.Generator().manual_seed(0))
+    assert set(index.flatten().tolist()) == set((~lessons.held).nonzero()[:, 0].tolist())
+    probe = lessons.probe(99)
+    assert sorted(probe.tolist()) == lessons.held.nonzero()[:, 0].tolist() and len(probe) == 5 // window
+
+
+def test_none_is_held_out_where_a_timestep_would_lose_its_last_group(tmp_path: Path, plain: Run) -> None:
+    sparse = execute(tmp_path, least_pipeline(), HEAD + SPARSE)
+    assert teaching.load(sparse, 1, held_out=0.5).held_out == 0
+    for share, want in ((0.0, 0), (0.24, 0), (0.5, 2), (0.99, 3)):
+        lessons = teaching.load(plain, 1, held_out=share)
+        assert (lessons.held_out, int(lessons.held.sum())) == (want, 5 * want)
+    assert len(teaching.load(plain, 1).probe(99)) == 20, "then everything may be measured"

@@ -30,7 +30,8 @@ class Calibrate(Step):
     Args:
         samples: Denoiser calls kept (a guided step counts one for each half); ``all`` keeps every step of every
             trajectory.
-        trajectories: Sampling runs they come from; one prompt each.
+        trajectories: Sampling runs they come from, each from its own noise.
+        prompts: Fewest prompts; given fewer than ``trajectories``, they are used again. Left out: one a trajectory.
         steps: Sampling steps of a trajectory.
         guidance: Guidance scale of the trajectories.
         times: How samples spread over the steps.
@@ -40,6 +41,7 @@ class Calibrate(Step):
 
     samples: Annotated[int, Field(ge=1)] | Literal["all"] = 256
     trajectories: int = Field(default=32, ge=1)
+    prompts: int | None = Field(default=None, ge=1)
     steps: int = Field(default=25, ge=1)
     guidance: float = 4.0
     times: Literal["uniform", "normal"] = "uniform"
@@ -53,8 +55,8 @@ class Calibrate(Step):
         return ("smooth", "fit weights", "fit activations", "pack")
 
     def needs_prompts(self) -> int:
-        """One prompt a trajectory."""
-        return self.trajectories
+        """One a trajectory, or the fewest that are enough."""
+        return min(self.prompts or self.trajectories, self.trajectories)
 
     def units(self, run: Run) -> list[str]:
         """Batches of trajectories, those from which something is kept."""
@@ -68,6 +70,9 @@ class Calibrate(Step):
         members = list(range(low, high + 1))
         wanted = [self.schedule(run)[i] for i in members]
         keeper = Keeper(run.model, wanted, self.timesteps(run), self.halves(run), first=low)
+        if low == 0 and takes_prompt(run.pipeline) and len(run.prompts) < self.trajectories:
+            run.progress.say(f"{len(run.prompts):,} prompts for {self.trajectories:,} calibration trajectories: each "
+                             "is used more than once, with other noise")
         with keeper, wrap.show(run.model, "float"):
             self.sample(run, members)
         tensors = keeper.tensors()
@@ -131,13 +136,13 @@ class Calibrate(Step):
     def _prompts(self, run: Run, members: list[int]) -> list[str] | None:
         if not takes_prompt(run.pipeline):
             return None
-        if len(run.prompts) <= members[-1]:
+        if len(run.prompts) < self.needs_prompts():
             raise InputError(
-                f"{self.trajectories} prompts are needed, {len(run.prompts)} are there", where=f"step {self.label}",
-                why="every trajectory takes its own prompt",
-                try_=f"give more prompts, or --set {self.label}.trajectories={len(run.prompts)}",
+                f"{self.needs_prompts()} prompts are needed, {len(run.prompts)} are there",
+                where=f"step {self.label}", why=f"{self.trajectories} trajectories start from them",
+                try_=f"give more prompts, or --set {self.label}.prompts={len(run.prompts)} to use each more than once",
             )
-        return [run.prompts[i] for i in members]
+        return [run.prompts[i % len(run.prompts)] for i in members]
 
 
 def calibration(run: Run) -> Calibrate:

@@ -107,6 +107,8 @@ class Finetune(Step):
         risk_penalty: What a round takes from the risk of its step; left out, a share of the spread of the risks.
         schedule: ``constant``, ``linear`` or ``cosine`` (both to 0).
         samples: Calibration samples used; left out, all.
+        held_out: Share of the trajectories (rounded down) that is not trained on: what is measured, and so which state
+            is kept, then says how the network does on others.
         replay: Iterations between two replays, in which the student itself walks some of the trajectories and the float
             network answers to where it comes (`replay`); 0 trains on the float network's trajectories alone.
         replay_share: Which share of the trajectories.
@@ -151,6 +153,7 @@ class Finetune(Step):
     risk_penalty: float | None = Field(default=None, ge=0)
     schedule: Schedule = "linear"
     samples: int | None = Field(default=None, ge=1)
+    held_out: float = Field(default=1 / 32, ge=0, lt=1)
     replay: int = Field(default=0, ge=0)
     replay_share: float = Field(default=0.5, gt=0, lt=1)
     evaluate_every: int = Field(default=200, ge=1)
@@ -208,7 +211,7 @@ class Finetune(Step):
         """Train."""
         run.forget_all()
         chosen = self.chosen(run)
-        lessons = teaching.load(run, self.window, self.samples)
+        lessons = teaching.load(run, self.window, self.samples, self.held_out)
         objective = Objective(run.model, lessons, self.losses, list(chosen), self._guidance(run), self.relation_pool,
                               self._importance(run, lessons))
         count = max(1, self.batch // lessons.width)
@@ -342,8 +345,6 @@ class Finetune(Step):
         size, index = index.shape[1], index.to(run.device)  # there, because rounds are written into it
         refresh, unchanged = self._refresh(run, objective.lessons, index, learner)
         probe = objective.lessons.probe(self.evaluate_rows, unchanged)
-        if not self.replay and index.numel() > len(objective.lessons):
-            objective.remember(run.tape.scratch, run.memory, size, half_precision(run.device, self.autocast))
 
         def loss_at(groups: Tensor) -> Tensor:
             return objective.total(objective.parts(groups, half_precision(run.device, self.autocast)))
@@ -383,7 +384,7 @@ class Finetune(Step):
         if self.order not in ("risk", "random") or not self.iterations:
             return None, None
         search = _groups(learner)[0] if self.order == "risk" else None
-        rounds = Rounds(index, lessons.moments, self.round_length,
+        rounds = Rounds(index, lessons.moments.where(~lessons.held, -1), self.round_length,
                         None if search is None else lambda: search.uncertainty().flip(0),
                         derived(run.seed, self.label, "rounds"), self.risk_penalty)
         return Refresh(rounds.begin, self.round_length, at_start=True, changed={"index": index}), None

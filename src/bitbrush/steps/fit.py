@@ -204,23 +204,22 @@ class Fit(Step):
             scale, zero = self.row(values, quantizer.spec.grid)
             return scale[None], zero[None]
         nearest = samples_of(quantizer.spec, torch.tensor(run.plan.timesteps, device=times.device), times)
-        counts = nearest.sum(dim=1)
-        grids = quantizer.spec.grids()
-        if self.ema == 0 and bool((counts == counts[0]).all()):  # as many samples of each row: searched together
-            chosen = nearest.nonzero()[:, 1].reshape(len(nearest), -1)
-            return self._by_class(values, chosen, grids)
-        rows = [self.row(values[:, here], grids[i % len(grids)]) for i, here in enumerate(nearest)]
+        given = quantizer.spec.grids()
+        grids = given if len(given) == len(nearest) else given * len(nearest)
+        if self.ema == 0:
+            return self._by_class(values, nearest, grids)
+        rows = [self.row(values[:, here], grid) for here, grid in zip(nearest, grids, strict=True)]
         return torch.stack([r[0] for r in rows]), torch.stack([r[1] for r in rows])
 
-    def _by_class(self, values: Tensor, chosen: Tensor, grids: tuple[Grid, ...]) -> tuple[Tensor, Tensor]:
-        """`_together`, rows of equal bits at a time."""
-        if len(grids) == 1:
-            return self._together(values, chosen, grids[0])
-        scale = torch.empty(len(chosen), values.shape[0], device=values.device)
+    def _by_class(self, values: Tensor, nearest: Tensor, grids: tuple[Grid, ...]) -> tuple[Tensor, Tensor]:
+        """`_together`, rows of one grid and as many samples at a time."""
+        classes = list(zip(grids, nearest.sum(dim=1).tolist(), strict=True))
+        scale = torch.empty(len(nearest), values.shape[0], device=values.device)
         zero = torch.empty_like(scale)
-        for grid in dict.fromkeys(grids):
-            here = torch.tensor([g == grid for g in grids], device=values.device)
-            scale[here], zero[here] = self._together(values, chosen[here], grid)
+        for kind in dict.fromkeys(classes):
+            here = torch.tensor([c == kind for c in classes], device=values.device)
+            chosen = nearest[here].nonzero()[:, 1].reshape(-1, kind[1])
+            scale[here], zero[here] = self._together(values, chosen, kind[0])
         return scale, zero
 
     def _together(self, values: Tensor, chosen: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -24,9 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from bitbrush.engine.store import Store
 from bitbrush.engine.tape import first_tensor
-from bitbrush.errors import InputError, InternalError
+from bitbrush.errors import InputError
 from bitbrush.network import wrap
 from bitbrush.steps.teaching import Lessons
 
@@ -143,7 +141,6 @@ class Objective:
         guidance: float, pool: int = 0, importance: Tensor | None = None,
     ) -> None:
         self.importance = importance
-        self.taught: Store | None = None
         self.model, self.lessons, self.weights = model, lessons, {n: w for n, w in weights.items() if w}
         self.guidance, self.pool = guidance, pool
         self.layers = tuple(layers) if "layers" in self.weights else ()
@@ -161,40 +158,12 @@ class Objective:
         """Whether the float network has to answer again: the tape keeps its output, but not what lies inside."""
         return bool(self.layers) or self.features
 
-    def remember(self, scratch: Path, budget: int, size: int, half: AbstractContextManager[Any] | None = None) -> bool:
-        """Keep the float network's features of every group, averaged and pooled: training need not ask it again.
-
-        Only on the device: where they do not fit into ``budget`` bytes, or other losses ask the float network anyway,
-        nothing is kept. Measurements do not use them. Rows must not change afterwards.
-
-        Args:
-            scratch: As of `Store`.
-            budget: Bytes.
-            size: Groups a forward.
-            half: The autocast context of training.
-        """
-        if not self.features or self.layers:
-            return False
-        every = torch.arange(len(self.lessons), device=self.lessons.groups.device)
-        with half or nullcontext():
-            for groups in every.split(size):
-                args, kwargs = self.lessons.inputs(self.lessons.rows(groups))
-                features = self._smoothed(self._teacher(args, kwargs)).unflatten(0, (len(groups), -1))
-                features = features.to(torch.bfloat16) if every.is_cuda else features
-                if self.taught is None:
-                    if len(every) * features[0].numel() * features.element_size() > budget:
-                        return False
-                    self.taught = Store(scratch, every.device, budget, len(every))
-                self.taught.append(features)
-        return True
-
     def parts(self, groups: Tensor, half: AbstractContextManager[Any] | None = None) -> dict[str, Tensor]:
         """Each loss, unweighted, on groups ``[g]``; ``half`` is an autocast context for the two forwards."""
         rows = self.lessons.rows(groups)
         args, kwargs = self.lessons.inputs(rows)
         with half or nullcontext():
-            known = self.taught is not None and torch.is_grad_enabled()
-            teacher = self._teacher(args, kwargs) if self.teaches and not known else None
+            teacher = self._teacher(args, kwargs) if self.teaches else None
             with Watch(self.model, self.layers, self.features) as student:
                 answer = first_tensor(self.model(*args, **kwargs))
         grouped = (-1, *self.lessons.groups.shape[1:], *answer.shape[1:])
@@ -211,9 +180,8 @@ class Objective:
             elif name == "layers" and teacher is not None:
                 pairs = [mean_square(student.answers[n], teacher.answers[n]) for n in self.layers]
                 found[name] = torch.stack(pairs).sum()
-            else:
-                taught = self._smoothed(teacher) if teacher is not None else self._known(groups)
-                ours = self._smoothed(student)
+            elif teacher is not None:
+                taught, ours = self._smoothed(teacher), self._smoothed(student)
                 if name == "features":
                     found[name] = mean_square(ours, taught)
                 else:
@@ -259,9 +227,3 @@ class Objective:
         shape = self.lessons.groups.shape[1:]
         pool = 0 if "features" in self.weights else self.pool
         return smoothed(watch.features.reshape(-1, *shape, *watch.features.shape[1:]), pool)
-
-    def _known(self, groups: Tensor) -> Tensor:
-        """The float network's features of groups, as they were kept."""
-        if self.taught is None:
-            raise InternalError("no features were kept")
-        return self.taught.take(groups).flatten(0, 1)

@@ -40,15 +40,13 @@ class Replay:
         self.run, self.lessons, self.label, self.autocast = run, lessons, label, autocast
         self.source = calibration(run)
         found = enumerate(lessons.trajectories)
-        own = [(row, number) for row, (source, number) in found if source == self.source.label]
+        own = [(row, number) for row, (source, number) in found
+               if source == self.source.label and row >= lessons.held_out]
         self.row_of = {number: row for row, number in own[len(own) - max(1, int(len(own) * share)):]}
 
     def kept(self) -> Tensor:
         """Which groups are never replaced, bool ``[G]`` on the CPU: what is measured must not change meanwhile."""
-        rows = self.lessons.table[list(self.row_of.values())]
-        replaced = torch.zeros(len(self.lessons.timesteps), dtype=torch.bool)
-        replaced[rows[rows >= 0]] = True
-        return ~replaced[self.lessons.groups.cpu()].flatten(1).any(dim=1)
+        return ~self.lessons.groups_of(list(self.row_of.values()))
 
     def walk(self, iteration: int) -> None:
         """Sample with the network as it is, from noise that belongs to the iteration, and replace the rows."""

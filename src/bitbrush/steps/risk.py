@@ -47,7 +47,7 @@ class Rounds:
 
     Args:
         index: Groups of every iteration, int64 ``[iterations, count]``, on the device.
-        moments: Sampling step of each group (0 = noisiest), int64 ``[G]`` on the CPU.
+        moments: Sampling step of each group (0 = noisiest; -1: never chosen), int64 ``[G]`` on the CPU.
         length: Iterations of a round.
         uncertainty: U of each step as the search stands, ``[T]``; None: steps are drawn (``random``).
         generator: For the draws.

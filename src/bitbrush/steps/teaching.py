@@ -9,6 +9,7 @@ step of a trajectory), so conditions are kept once each.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -42,6 +43,7 @@ class Lessons:
         condition_of: Which one a row has, int64 ``[M]``, on the device.
         table: Row of each moment of each trajectory, int64 ``[trajectories, steps, halves]`` on the CPU, -1 = absent.
         trajectories: (calibrate step, number) of its rows.
+        held_out: So many trajectories, the first of the table, are measured and never trained on.
     """
 
     tape: Tape
@@ -54,6 +56,7 @@ class Lessons:
     condition_of: Tensor
     table: Tensor
     trajectories: list[tuple[str, int]]
+    held_out: int = 0
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -73,6 +76,24 @@ class Lessons:
         """Whether all rows lie on the device: a CUDA graph can read them."""
         return on_device(self.sample, self.output, *self.conditions.values())
 
+    def groups_of(self, trajectories: Sequence[int]) -> Tensor:
+        """Which groups have rows of these trajectories (rows of the table), bool ``[G]`` on the CPU."""
+        rows = self.table[list(trajectories)]
+        there = torch.zeros(len(self.timesteps), dtype=torch.bool)
+        there[rows[rows >= 0]] = True
+        return there[self.groups.cpu()].flatten(1).any(dim=1)
+
+    @property
+    def held(self) -> Tensor:
+        """Which groups are held out, bool ``[G]`` on the CPU."""
+        return self.groups_of(range(self.held_out))
+
+    def hold_out(self, share: float) -> None:
+        """Hold out a share of the trajectories, rounded down; none where a moment would have no group left."""
+        self.held_out = int(share * len(self.table))
+        if len(self.moments[~self.held].unique()) < len(self.moments.unique()):
+            self.held_out = 0
+
     def rows(self, groups: Tensor) -> Tensor:
         """Rows of groups ``[g]``, flat: group by group, step by step, half by half."""
         return self.groups.index_select(0, groups).reshape(-1)
@@ -84,15 +105,15 @@ class Lessons:
         return self.tape.inputs(batch | {name: store.take(which) for name, store in self.conditions.items()})
 
     def schedule(self, iterations: int, count: int, order: Order, generator: torch.Generator) -> Tensor:
-        """Groups of every iteration, int64 ``[iterations, count]`` on the CPU.
+        """Groups of every iteration, int64 ``[iterations, count]`` on the CPU; none that is held out.
 
-        ``shuffled``: permutations of all groups, one after another. ``sequential``: the windows in sampling order,
+        ``shuffled``: permutations of these groups, one after another. ``sequential``: the windows in sampling order,
         from noisy to clean, an equal share of the iterations each, shuffled within (QuEST, stage 1). With ``risk`` and
         ``random`` what is drawn here is replaced round by round (`bitbrush.steps.risk`).
         """
-        count = min(count, len(self))
-        every = torch.arange(len(self))
-        parts = [every] if order != "sequential" else [every[self.moments == m] for m in self.moments.unique()]
+        every = (~self.held).nonzero()[:, 0]
+        count = min(count, len(every))
+        parts = [every] if order != "sequential" else [every[self.moments[every] == m] for m in self.moments.unique()]
         drawn = []
         for i, members in enumerate(parts):
             share = iterations * (i + 1) // len(parts) - iterations * i // len(parts)
@@ -102,21 +123,23 @@ class Lessons:
     def probe(self, count: int, among: Tensor | None = None) -> Tensor:
         """About ``count`` rows' worth of groups, at least one, equally strided over time, on the device.
 
-        ``among``: which groups may be taken, bool ``[G]`` on the CPU.
+        Those held out; where none are, those ``among`` which a choice is left (bool ``[G]`` on the CPU; None: all).
         """
-        every = torch.arange(len(self)) if among is None else among.nonzero()[:, 0]
+        free = torch.ones(len(self), dtype=torch.bool) if among is None else among
+        every = (self.held if self.held_out else free).nonzero()[:, 0]
         ordered = every[torch.argsort(self.moments[every], stable=True)]
         number = min(len(ordered), max(1, count // self.width))
         return ordered[[i * len(ordered) // number for i in range(number)]].to(self.groups.device)
 
 
-def load(run: Run, window: int, limit: int | None = None) -> Lessons:
+def load(run: Run, window: int, limit: int | None = None, held_out: float = 0.0) -> Lessons:
     """Groups of the first ``limit`` samples of the tape.
 
     Args:
         run: Tape, device and memory.
         window: Consecutive sampling steps of a group.
         limit: Samples looked at; None means all.
+        held_out: Share of the trajectories that is not trained on.
 
     Raises:
         InputError: No trajectory has a whole window.
@@ -142,7 +165,9 @@ def load(run: Run, window: int, limit: int | None = None) -> Lessons:
         start = stop
     present = (table >= 0) & used[table.clamp(min=0)]
     rows = place[table.clamp(min=0)].where(present, -1)
-    return reader.lessons(place[groups], moments, rows, run.tape.trajectories(limit))
+    lessons = reader.lessons(place[groups], moments, rows, run.tape.trajectories(limit))
+    lessons.hold_out(held_out)
+    return lessons
 
 
 def windows(table: Tensor, window: int) -> tuple[Tensor, Tensor]:
