@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import platform
 import re
 import sys
@@ -102,6 +103,7 @@ class Arm:
     name: str = "bar"
     seed: int = 0
     preset: str | None = None
+    correct: str | None = None
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -145,6 +147,7 @@ def quantized(protocol: Protocol, arm: Arm, work: Path) -> dict[str, Any]:
             seed=arm.seed,
             output=folder,
             preset=arm.preset,
+            correct=arm.correct,
             settings=settings,
             progress=Silent(),
             cache=protocol.cache,
@@ -192,7 +195,9 @@ def full_precision(protocol: Protocol, seed: int, work: Path) -> Tensor:
     file = work / protocol.model / f"fp-s{seed}-n{protocol.n}.safetensors"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"pictures": protocol.draw(protocol.pipeline(protocol.folder), seed)}, file)
+        part = file.with_suffix(f".{os.getpid()}.part")  # runs side by side share the folder
+        save_file({"pictures": protocol.draw(protocol.pipeline(protocol.folder), seed)}, part)
+        part.replace(file)
     return load_file(file)["pictures"]
 
 
@@ -255,7 +260,8 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     protocol = protocol_for(args)
     protocol.cache = Path(args.cache) if args.cache else None
     work = Path(args.work)
-    arm = Arm(args.recipe, weights, activations, args.arm, args.quantization_seed, args.preset, parse_set(args.set))
+    choices = {"preset": args.preset, "correct": args.correct, "settings": parse_set(args.set)}
+    arm = Arm(args.recipe, weights, activations, args.arm, args.quantization_seed, **choices)
     baselines = {"rtn": Arm("rtn", weights, activations), "rtn_dynamic": Arm("rtn-dynamic", weights, activations)}
     if args.smoke:
         for item in (arm, *baselines.values()):
@@ -300,7 +306,7 @@ def record(
         "rtn": summary(arms.get("rtn", {})),
         "rtn_dynamic": summary(arms.get("rtn_dynamic", {})),
         "settings": protocol.settings()
-        | {"quantization_seed": arm.seed, "preset": arm.preset, "recipe": facts["recipe"]},
+        | {"quantization_seed": arm.seed, "preset": arm.preset, "correct": arm.correct, "recipe": facts["recipe"]},
         "seconds": facts["seconds"],
         "draw_seconds": own["draw_seconds"],
         "per_picture": {k: own[k] for k in ("clip", "psnr") if k in own},
@@ -333,6 +339,7 @@ def command(args: argparse.Namespace) -> str:
     parts = [args.model, args.recipe, args.bits, "--seeds", *map(str, args.seeds), "--arm", args.arm]
     parts += ["--quantization-seed", str(args.quantization_seed)]
     parts += ["--preset", args.preset] if args.preset else []
+    parts += ["--correct", args.correct] if args.correct else []
     for item in args.set:
         parts += ["--set", item]
     parts += ["--zoo", "ZOO"] if args.model != "emoji-sd-tiny" else []
@@ -341,13 +348,14 @@ def command(args: argparse.Namespace) -> str:
 
 def smoke_settings(arm: Arm) -> dict[str, Any]:
     """Few samples and iterations, to see that everything runs."""
-    recipe = bitbrush.read_recipe(arm.recipe, preset=arm.preset)
+    recipe = bitbrush.read_recipe(arm.recipe, preset=arm.preset, correct=arm.correct)
     small = {
         "calibrate": {"samples": "all", "trajectories": 2, "steps": 4},
         "reconstruct": {"iterations": 3, "batch": 2, "samples": 16},
         "fit": {"samples": 8},
         "smooth": {"samples": 8},
         "allocate": {"samples": 4, "points": 4},
+        "trajectories": {"samples": 2},
         "finetune": {"iterations": 3, "batch": 4, "evaluate_every": 2, "evaluate_rows": 4},
     }
     return {f"{step.label}.{key}": value for step in recipe.steps for key, value in small.get(step.do, {}).items()}
@@ -409,6 +417,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="sampling seeds")
     parser.add_argument("--quantization-seed", type=int, default=0)
     parser.add_argument("--preset")
+    parser.add_argument("--correct", help="tac: a correction a timestep on top")
     parser.add_argument("--set", action="append", default=[], metavar="step.key=value")
     parser.add_argument("--n", type=int, help="pictures (default: the protocol's)")
     parser.add_argument("--batch", type=int)

@@ -294,7 +294,7 @@ def test_a_fit_of_groups_in_a_run(tmp_path: Path) -> None:
 def test_a_row_is_the_search_over_its_samples(counts: tuple[int, ...], choices: Any, tmp_path: Path) -> None:
     """Whether groups have as many samples as each other (the last case: 6 each) or not."""
     clock, g = Clock(TIMES), torch.Generator().manual_seed(1)
-    fit = Fit(do="fit", what="activations", points=20, step=0.04, extremes=False, **choices)
+    fit = Fit(do="fit", what="activations", points=20, step=0.04, extremes_from=9, **choices)
     made, _ = pair(clock, segments=(4, 2))
     times = torch.cat([torch.full((n,), t) for n, t in zip(counts, TIMES, strict=True)])
     times = times[torch.randperm(len(times), generator=g)]

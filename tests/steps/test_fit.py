@@ -86,6 +86,23 @@ def test_activation_ranges_hold_what_was_seen(tmp_path: Path) -> None:
     assert ran == len(seen) > 50
 
 
+def test_extremes_are_kept_from_some_bits_on(tmp_path: Path) -> None:
+    """Here from 8: the ends have 8 bits and hold all that was seen; with 4 bits two random values seldom do."""
+    rules = '"conv_in | conv_out" = { weight = { bits = 8 }, activation = { bits = 8 } }\n'
+    text = TEXT.replace("activations = 8", "activations = 4")
+    text = text.replace('"conv_in | conv_out" = { weight = { bits = 8 } }\n', rules)
+    run = execute(tmp_path, least_pipeline(), text + RANGES.replace("values = 32", "values = 2\nextremes_from = 8"))
+    seen = {k: v for e in run.done for k, v in e.get("ranges", {}).items()}
+    holds: dict[int, list[bool]] = {4: [], 8: []}
+    for name, layer in run.layers().items():
+        assert layer.input is not None
+        scale, zero, grid = layer.input.scale[0], layer.input.zero_point[0].float(), layer.input.spec.grid
+        low, high = float((-zero * scale).min()), float(((grid.levels - 1 - zero) * scale).max())
+        found, slack = seen[f"{name}.input"], 0.51 * float(scale.max())
+        holds[grid.bits].append(low - slack <= min(found["low"]) and max(found["high"]) <= high + slack)
+    assert len(holds[8]) == 2 and all(holds[8]) and len(holds[4]) > 15 and sum(holds[4]) < 5
+
+
 @pytest.mark.parametrize("method", ["minmax", "percentile", "mse"])
 def test_same_seed_same_scales(method: str, tmp_path: Path) -> None:
     tables = []

@@ -57,8 +57,9 @@ class Fit(Step):
         samples: Calibration samples looked at (activations); ``progressive`` takes as many trajectories as make up so
             many samples, at least one.
         values: Values kept a sample and quantizer.
-        extremes: Each sample's smallest and largest value are among them; few bits are better fitted without, because
-            two of ``values`` are far more than their share.
+        extremes_from: Bits from which on each sample's smallest and largest value are among them. Few bits are better
+            fitted without, because two of ``values`` are far more than their share; with many, clipping what is rare
+            and large costs more than it saves, of a softmax most of all.
         ema: Weight of the past when ranges of batches are averaged (0: one range over all).
     """
 
@@ -71,7 +72,7 @@ class Fit(Step):
     central_share: float = Field(default=0.999, gt=0, le=1)
     samples: int = Field(default=256, ge=1)
     values: int = Field(default=256, ge=2)
-    extremes: bool = True
+    extremes_from: int = Field(default=1, ge=1)
     inputs: Literal["float", "progressive"] = "float"
     ema: float = Field(default=0.0, ge=0, lt=1)
 
@@ -152,7 +153,7 @@ class Fit(Step):
     def activations(self, run: Run, generator: torch.Generator) -> UnitResult:
         """Tables of all static quantizers from the samples of the tape."""
         found, static = quantizers(run), quantizers(run, "static")
-        watchers = {name: Watcher(m, self.values, generator, self.extremes) for name, m in found.items()}
+        watchers = {name: self.watcher(m, generator) for name, m in found.items()}
         limit = min(self.samples, len(run.tape))
         run.progress.start("activation ranges", limit)
         try:
@@ -173,6 +174,10 @@ class Fit(Step):
             tensors[f"{name}/scale"], tensors[f"{name}/zero_point"] = scale.cpu(), zero.to(torch.uint8).cpu()
         history = {name: watcher.history() for name, watcher in watchers.items()}
         return UnitResult(tensors, notes={"ranges": history, "quantizers": len(static)})
+
+    def watcher(self, quantizer: ActivationQuantizer, generator: torch.Generator) -> Watcher:
+        """Keeps what one quantizer sees."""
+        return Watcher(quantizer, self.values, generator, quantizer.spec.most_bits >= self.extremes_from)
 
     # ---- step by step ------------------------------------------------------------------------------------------
     def _progressive(self, run: Run, generator: torch.Generator) -> UnitResult:

@@ -76,7 +76,7 @@ def _watched(
     fit: Fit, run: Run, generator: torch.Generator, timestep: float, call: Callable[[], Tensor]
 ) -> dict[str, Watcher]:
     """What every quantizer is given in a call whose activations are not quantized."""
-    watchers = {n: Watcher(q, fit.values, generator, fit.extremes) for n, q in quantizers(run).items()}
+    watchers = {n: fit.watcher(q, generator) for n, q in quantizers(run).items()}
     for watcher in watchers.values():
         watcher.time = timestep
     try:
