@@ -14,7 +14,7 @@ from bitbrush.numbers.straight_through import Fused, fake_quantize
 
 SHAPE = (3, 5, 4, 6)
 TABLES = {"one": (1, 1, 1, 1), "channel": (1, 5, 1, 1), "last": (1, 1, 1, 6)}
-SHARES = {"all": (1, 1, 1, 1), "sample": (3, 1, 1, 1)}
+SHARES = {"all": (1, 1, 1, 1), "sample": (3, 1, 1, 1), "channel": (1, 5, 1, 1), "both": (3, 5, 1, 1)}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -47,7 +47,7 @@ def test_forward_is_a_sum_of_codecs() -> None:
                 codec.encode(x, codec.reciprocal(scale[k]), zero[k], top), scale[k], zero[k])
         assert got.dtype == dtype and torch.equal(got, want.to(dtype)), (count, table, share, bits, dtype)
         ran += 1
-    assert ran == 3 * 3 * 2 * 3 * 3
+    assert ran == 3 * 3 * 4 * 3 * 3
 
 
 def test_one_member_is_the_plain_quantizer_bit_for_bit() -> None:
@@ -84,7 +84,7 @@ def test_gradients_equal_the_naive_build() -> None:
                 if need:
                     assert got.shape == want.shape and torch.allclose(got, want, atol=2e-4, rtol=1e-4)
             ran += 1
-    assert ran == 2 * 3 * 2 * 2 * 15
+    assert ran == 2 * 3 * 4 * 2 * 15
 
 
 def test_gradients_by_hand() -> None:
@@ -100,6 +100,19 @@ def test_gradients_by_hand() -> None:
     assert share.grad is not None and torch.allclose(share.grad.flatten(), torch.tensor([0.5 + 2 * 1.5, 2 * 6.0]))
 
 
+def test_without_straight_through_the_input_gets_zeros_and_the_rest_what_it_got() -> None:
+    """What the released code of ADP-DM trains with: the derivative of rounding."""
+    grads, outs = [], []
+    for through in (True, False):
+        leaves = [t.requires_grad_() for t in _made(3, "one", "both", 4)]
+        out = mixture(leaves[0], leaves[1], leaves[2], leaves[3], 15, straight_through=through)
+        out.square().sum().backward()
+        outs.append(out.detach())
+        grads.append([leaf.grad for leaf in leaves])
+    assert torch.equal(*outs) and bool((grads[0][0] != 0).any()) and not bool(grads[1][0].any())
+    assert all(torch.equal(a, b) and bool(a.any()) for a, b in zip(grads[0][1:], grads[1][1:], strict=True))
+
+
 def test_gradients_of_half_precision_come_in_its_dtype() -> None:
     for dtype in DTYPES[1:]:
         x, share, scale, zero = _made(3, "one", "sample", 4, 7, dtype)
@@ -113,7 +126,7 @@ def test_gradients_of_half_precision_come_in_its_dtype() -> None:
 def test_what_is_kept_for_backward_does_not_grow_with_the_count() -> None:
     sizes: dict[int, int] = {}
     for count in (1, 16):
-        x, share, scale, zero = (t.requires_grad_() for t in _made(count, "one", "sample", 4))
+        x, share, scale, zero = (t.requires_grad_() for t in _made(count, "one", "channel", 4))
         kept: list[Tensor] = []
 
         def keep(t: Tensor, kept: list[Tensor] = kept) -> Tensor:
@@ -122,13 +135,14 @@ def test_what_is_kept_for_backward_does_not_grow_with_the_count() -> None:
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             mixture(x, share, scale, zero, 15).sum().backward()
-        sizes[count] = sum(t.numel() for t in kept) - count * 6  # 3 shares, a scale, its reciprocal, a zero-point
+        sizes[count] = sum(t.numel() for t in kept) - count * 8  # 5 shares, a scale, its reciprocal, a zero-point
         assert len(kept) == 5
     assert sizes == {1: 360, 16: 360}, "x, once"
 
 
+@pytest.mark.parametrize("share_", SHARES)
 @pytest.mark.parametrize("tables", [False, True])
-def test_fused_kernels_give_the_same(tables: bool) -> None:
+def test_fused_kernels_give_the_same(tables: bool, share_: str) -> None:
     """Kernels as `Fused` describes them, made of the plain form."""
     calls = {"forward": 0, "backward": 0}
 
@@ -149,7 +163,7 @@ def test_fused_kernels_give_the_same(tables: bool) -> None:
     fused = Fused(lambda x, scale, zero: scale.numel() == 1, forward, backward)
     results = []
     for kernels in (fused, None):
-        leaves = _made(3, "one", "sample", 4)
+        leaves = _made(3, "one", share_, 4)
         for leaf, need in zip(leaves, (True, True, tables, tables), strict=True):
             leaf.requires_grad_(need)
         out = mixture(leaves[0], leaves[1], leaves[2], leaves[3], 15, kernels)

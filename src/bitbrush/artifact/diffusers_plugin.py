@@ -219,6 +219,9 @@ class BitbrushQuantizer(DiffusersQuantizer):
                 try_="copy the artifact again, or quantize again; `bitbrush.load(OUT)` names the file",
             )
         _check_row_orders(model)
+        for module in model.modules():
+            if isinstance(module, ActivationQuantizer):
+                module.keep()
         self._recount(config, state)
         _protect(model)
         self._keys, self._lines, self._expected = [], {}, {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,8 @@ class ActivationQuantizer(nn.Module):
     reciprocal and integer zero-point, so that a step may look the rows of many quantizers up at once.
     ``trial_mixture`` comes before both: it gives shares ``[B or 1, K]`` with the scales and integer-valued zero-points
     ``[K, S]`` of K candidates, and the answer is the sum of what the candidates make of the input, by their shares.
+    With shares a channel, ``[B or 1, K, C]``, all channels have the same candidates, ``[K, B or 1]``.
+    ``straight_through`` says whether gradients pass through the rounding of a mixture.
 
     Args:
         spec: Grid and partition.
@@ -77,6 +80,7 @@ class ActivationQuantizer(nn.Module):
         self.trial_zero_point: Tensor | None = None  # float; set while a step trains the zero-point
         self.trial_rows: Callable[[], tuple[Tensor, Tensor, Tensor]] | None = None
         self.trial_mixture: Callable[[], tuple[Tensor, Tensor, Tensor]] | None = None
+        self.straight_through = True  # otherwise only while a step searches as ADP-DM's released code does
         self._tops: dict[str, Tensor] = {}  # by what and where; see `row_tops`
         self._groups: dict[str, Tensor] = {}  # likewise; see `rows`
         if spec.mode == "static":
@@ -139,11 +143,30 @@ class ActivationQuantizer(nn.Module):
         row, groups = self.times(), self.spec.time_groups
         if row is None or not groups:
             return row
-        key = f"{groups} {row.device}"
+        return self._group_of(row.device).index_select(0, row)
+
+    def _group_of(self, device: torch.device) -> Tensor:
+        """The group of each timestep, int64 ``[T]``."""
+        groups = self.spec.time_groups
+        key = f"{groups} {device}"
         if key not in self._groups:
             with torch.inference_mode(False):  # what is kept must serve training, too
-                self._groups[key] = torch.tensor(groups, device=row.device)
-        return self._groups[key].index_select(0, row)
+                self._groups[key] = torch.tensor(groups, device=device)
+        return self._groups[key]
+
+    def keep(self) -> None:
+        """Make the tables that are kept, where the scales are. A forward does it too, but one that is being compiled
+        would be compiled again at the next call, which finds them."""
+        if self.spec.mode == "static" and not self.scale.is_meta:
+            self.row_tops()
+            if self.spec.time_groups:
+                self._group_of(self.scale.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move the scales, and have their tables where they are now."""
+        super()._apply(fn, recurse)
+        self.keep()
+        return self
 
     def parameters_for(self, x: Tensor, channel_dim: int) -> tuple[Tensor, Tensor, Tensor]:
         """(scale, inverse_scale, zero_point), float32, shaped to broadcast against ``x``."""
@@ -179,13 +202,19 @@ class ActivationQuantizer(nn.Module):
         return round_trip(x, scale, inverse, zero, top)
 
     def _mixed(self, x: Tensor, channel_dim: int, share: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        """``sum_k share_k Q(x; scale_k, zero_k)`` for shares ``[B or 1, K]``, scales and zero-points ``[K, S]``."""
+        """``sum_k share_k Q(x; scale_k, zero_k)``; shapes as `trial_mixture` gives them."""
         from bitbrush.numbers.mixture import mixture
 
-        shares = share.t().reshape(share.shape[1], share.shape[0], *([1] * (x.ndim - 1)))
         dim = channel_dim % x.ndim + 1  # behind that of the candidates
-        a, b = (expand_activation_scale(t, self.segments, x.ndim + 1, dim) for t in (scale, zero))
-        return mixture(x, shares, a, b, self.top, fused_form(x))
+        by_row = [share.shape[1], len(share), *([1] * (x.ndim - 1))]
+        if share.ndim == 2:
+            shares = share.t().reshape(by_row)
+            a, b = (expand_activation_scale(t, self.segments, x.ndim + 1, dim) for t in (scale, zero))
+        else:
+            by_channel = [*by_row[:dim], share.shape[2], *by_row[dim + 1 :]]
+            shares = share.transpose(0, 1).reshape(by_channel)
+            a, b = scale.reshape(by_row), zero.reshape(by_row)
+        return mixture(x, shares, a, b, self.top, fused_form(x), straight_through=self.straight_through)
 
     def trial_tables(self, ndim: int, channel_dim: int) -> tuple[Tensor, Tensor, Tensor] | None:
         """(scale, inverse_scale, zero_point) while a step trains them, shaped to broadcast against an activation of

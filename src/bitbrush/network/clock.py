@@ -10,12 +10,17 @@ set raises when a layer needs it: there is no default row.
 Reconstruction runs single blocks, where no denoiser forward happens; ``with clock.at(t):`` sets the time there.
 
 The time is kept as a tensor ``[1]`` or ``[batch]``, so a compiled graph takes it as data and is not compiled again
-when it changes. Rows for a batch of mixed timesteps are looked up per sample.
+when it changes. Rows for a batch of mixed timesteps are looked up per sample. Within one denoiser forward they are
+looked up once, not by every layer.
+
+A timestep that is not on the grid (other step counts than the calibrated one) gets the row that the layer's ``lookup``
+says, and the first such call of a denoiser warns. A compiled or captured graph cannot warn.
 """
 
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -38,6 +43,8 @@ class Clock(nn.Module):
     def __init__(self, timesteps: tuple[float, ...] = ()) -> None:
         super().__init__()
         self.now: Tensor | None = None
+        self.said = False  # whether this denoiser has warned of a timestep that is not on the grid
+        self._found: dict[Lookup, Tensor] | None = None  # rows of the forward under way; None outside of one
         self._hooks: list[RemovableHandle] = []
         self.register_buffer("timesteps", torch.tensor(timesteps, dtype=torch.float32), persistent=False)
         self.timesteps: Tensor
@@ -47,20 +54,21 @@ class Clock(nn.Module):
         device = self.timesteps.device
         tensor = timestep if isinstance(timestep, Tensor) else torch.tensor(timestep, dtype=torch.float32)
         self.now = tensor.to(device=device, dtype=torch.float32).reshape(-1)
+        self._found = None
 
     def clear(self) -> None:
         """Forget the time: the next reader raises until somebody sets it."""
-        self.now = None
+        self.now = self._found = None
 
     @contextmanager
     def at(self, timestep: Tensor | float | int) -> Iterator[None]:
         """Hold the time at ``timestep`` inside the block; the former value comes back afterwards."""
-        before = self.now
+        before = self.now, self._found
         self.set(timestep)
         try:
             yield
         finally:
-            self.now = before
+            self.now, self._found = before
 
     def rows(self, lookup: Lookup) -> Tensor:
         """Row of the time grid for each sample, int64 ``[1]`` or ``[batch]``.
@@ -83,6 +91,16 @@ class Clock(nn.Module):
                 try_="put a calibrate step first in the recipe",
             )
         now = self.now.to(grid.device)  # offloading may have moved the model since the call began
+        if self._found is None:
+            return self._look(now, lookup)
+        known = self._found.get(lookup)
+        if known is None or known.device != grid.device:
+            known = self._found[lookup] = self._look(now, lookup)
+            self._say(now, known, lookup)
+        return known
+
+    def _look(self, now: Tensor, lookup: Lookup) -> Tensor:
+        grid, last = self.timesteps, self.timesteps.numel() - 1
         above = torch.searchsorted(grid, now).clamp(max=last)
         if lookup == "ceil":
             return above
@@ -93,13 +111,31 @@ class Clock(nn.Module):
             _on_grid(grid[row] == now, now)
         return row
 
+    def _say(self, now: Tensor, row: Tensor, lookup: Lookup) -> None:
+        """Warn once of a timestep that is not on the grid. Until then a GPU is waited for once a forward."""
+        if self.said or _in_graph(now):
+            return
+        taken = self.timesteps[row]
+        other = taken != now
+        if not bool(other.any()):
+            return
+        self.said = True
+        warnings.warn(
+            f"timestep {float(now[other][0]):g} is not one of the {self.timesteps.numel()} that were calibrated (other "
+            f"sampling steps?): by the recipe's lookup = {lookup} the activation scales of timestep "
+            f"{float(taken[other][0]):g} serve it, and so for others; bitbrush says this once",
+            stacklevel=2,
+        )
+
     def attach(self, model: nn.Module) -> None:
         """Hook the denoiser so that each forward sets this clock from its ``timestep`` argument and clears it after."""
         names = list(inspect.signature(model.forward).parameters)
         position = names.index("timestep")
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            _of(module).set(kwargs["timestep"] if "timestep" in kwargs else args[position])
+            clock = _of(module)
+            clock.set(kwargs["timestep"] if "timestep" in kwargs else args[position])
+            clock._found = {}
 
         def after(module: nn.Module, _args: tuple[Any, ...], _output: object) -> None:
             _of(module).clear()
@@ -117,9 +153,14 @@ class Clock(nn.Module):
         self._hooks = []
 
 
+def _in_graph(tensor: Tensor) -> bool:
+    """Whether this call is being compiled or captured: values cannot be looked at."""
+    return torch.compiler.is_compiling() or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 def _on_grid(found: Tensor, now: Tensor) -> None:
     """Raise where a time is not on the grid; inside a compiled or captured graph only an assertion is possible."""
-    if torch.compiler.is_compiling() or (found.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if _in_graph(found):
         torch._assert_async(found.all(), "a timestep is not on the time grid (lookup = exact)")
     elif not bool(found.all()):
         raise InputError(

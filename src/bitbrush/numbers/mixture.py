@@ -5,7 +5,7 @@
 Each ``Q`` is exactly ``decode(encode(x))`` of `bitbrush.numbers.codec`. Backward takes rounding as the identity, as
 `bitbrush.numbers.straight_through` does:
 
-    to x            sum of share_k over the quantizers in whose range x lies
+    to x            sum of share_k over the quantizers in whose range x lies (none without ``straight_through``)
     to share_k      <grad, Q_k(x)>
     to scale_k, zero-point k    those of `fake_quantize`, times share_k
 
@@ -26,31 +26,36 @@ from bitbrush.numbers.straight_through import Fused
 
 
 def mixture(
-    x: Tensor, share: Tensor, scale: Tensor, zero_point: Tensor, top: int, fused: Fused | None = None
+    x: Tensor, share: Tensor, scale: Tensor, zero_point: Tensor, top: int, fused: Fused | None = None, *,
+    straight_through: bool = True,
 ) -> Tensor:
     """``sum_k share_k decode(encode(x))`` on K grids, summed in float32, in the dtype of ``x``.
 
     Args:
         x: Values, any floating dtype and shape.
-        share: Float32 ``[K, ..]``; each entry broadcastable to ``x``, one a sample ``[K, B, 1, ..]`` or one for all.
+        share: Float32 ``[K, ..]``; each entry broadcastable to ``x``: one a sample ``[K, B, 1, ..]``, one a channel
+            ``[K, 1, C, ..]``, both, or one for all.
         scale: Float32, positive, ``[K, ..]``; each entry broadcastable to ``x``.
         zero_point: Integer-valued float32, in the shape of ``scale``.
         top: Largest code of all K grids.
         fused: Kernels to use where they fit.
+        straight_through: Whether gradients reach ``x``. False: they are exactly 0, the derivative of rounding (what the
+            released code of ADP-DM trains with); those of shares and tables stay.
     """
     usable = fused if fused is not None and fused.fits(x, scale[0], zero_point[0]) else None
-    out: Tensor = _Mixture.apply(x, share, scale, zero_point, top, usable)
+    out: Tensor = _Mixture.apply(x, share, scale, zero_point, top, usable, straight_through)
     return out
 
 
 class _Mixture(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, share: Tensor, scale: Tensor, zero_point: Tensor, top: int, fused: Fused | None
+        ctx: Any, x: Tensor, share: Tensor, scale: Tensor, zero_point: Tensor, top: int, fused: Fused | None,
+        straight_through: bool,
     ) -> Tensor:
         inverse = reciprocal(scale)
         ctx.save_for_backward(x, share, scale, inverse, zero_point)
-        ctx.top, ctx.fused = top, fused
+        ctx.top, ctx.fused, ctx.straight_through = top, fused, straight_through
         total = None
         for k, part in enumerate(share):
             one = part * _quantized(x, scale[k], inverse[k], zero_point[k], top, fused)
@@ -67,13 +72,15 @@ class _Mixture(torch.autograd.Function):
         tables: list[list[Tensor]] = [[], [], []]
         for k in range(len(share)):
             found = each(grad, x, share[k], scale[k], inverse[k], zero_point[k], ctx)
-            if want_x:
+            if want_x and ctx.straight_through:
                 dx = found[0] if dx is None else dx.add_(found[0])
             for kept, part in zip(tables, found[1:], strict=True):
                 kept.append(part)
         wanted = (want_share, want_scale, want_zero)
         stacked = (torch.stack(kept) if want else None for kept, want in zip(tables, wanted, strict=True))
-        return (dx.to(x.dtype) if dx is not None else None, *stacked, None, None)
+        if want_x and dx is None:  # zeros, not None: whatever is trained before has a gradient for the optimiser
+            dx = torch.zeros_like(x)
+        return (dx.to(x.dtype) if dx is not None else None, *stacked, None, None, None)
 
 
 def _quantized(x: Tensor, scale: Tensor, inverse: Tensor, zero: Tensor, top: int, fused: Fused | None) -> Tensor:

@@ -38,6 +38,7 @@ from bitbrush.network.survey import Survey
 from bitbrush.numbers.grid import Plan
 from bitbrush.steps import teaching
 from bitbrush.steps.calibrate import calibration
+from bitbrush.steps.channel_groups import ChannelGroupLearner, by_channel, check_channels
 from bitbrush.steps.fit import apply_activations, apply_weights
 from bitbrush.steps.layer_sets import PRESETS as PRESETS
 from bitbrush.steps.layer_sets import leaf, site_of
@@ -53,6 +54,7 @@ from bitbrush.steps.time_networks import NetworkScaleLearner
 from bitbrush.steps.tuning_learners import BiasLearner, WeightLearner, mean_scale
 
 UNIT = "model"
+SEARCHED = ("groups", "channel_groups")
 EPSILON = 1e-12
 """Adam's: the losses are means, so gradients are small; the papers' code adds sums, beside which 1e-8 is nothing."""
 
@@ -77,12 +79,14 @@ class Finetune(Step):
         scale_form: ``table``: every row of a table is trained by itself; ``network``: the rows of a timed table come
             from one small network of the timestep (TDQ, `time_networks`), which is folded into the table at the end.
             ``groups``: timesteps of a layer's input are put into groups, a row each (ADP-DM, `time_groups`); the result
-            changes the plan. Zero-points stay those of the table (of its clusters). Tables with one row for all times
-            are trained as ever, as are those of attention's operands with ``groups``.
+            changes the plan. ``channel_groups``: channels of an input choose among few ranges of each timestep
+            (`channel_groups`, simulated only). Zero-points follow from the ranges. Tables that a form is not for (one
+            row for all times, operands of attention with ``groups``, a scale a tensor) are trained as ever.
         warm_start: Of the networks: iterations that regress the logarithm of the fitted table first.
-        groups: Of ``groups``: how many, at most. With ``iterations = 0`` they are those of the clustering.
+        groups: How many groups at most, or ranges. Without iterations: those of the clustering, the mean of the ranges.
         cluster: Where a search of groups begins: contiguous ``runs`` of timesteps, or ``kmeans`` of ranges.
-        entropy: Of ``groups``: weight of the entropy at the end, in units of the loss at the start; it rises from 0.
+        entropy: Of both: weight of the entropy at the end, in units of the loss at the start; it rises from 0.
+        straight_through: Of both: gradients pass through rounding to earlier layers (in ADP-DM's code they do not).
         zero_points: Train the zero-points of the same quantizers.
         softmax: ``exact``, or ``float``: in training the softmax of attention is not rounded (fused kernels: less
             memory and time), and its scale is not trained. What is measured and stored rounds it either way.
@@ -128,11 +132,12 @@ class Finetune(Step):
     base: Literal["float", "quantized"] = "float"
     weight_scale: bool = False
     scales: Literal["none", "own", "not_time", "all"] = "own"
-    scale_form: Literal["table", "network", "groups"] = "table"
+    scale_form: Literal["table", "network", "groups", "channel_groups"] = "table"
     warm_start: int = Field(default=500, ge=0)
     groups: int = Field(default=8, ge=1)
     cluster: Clustering = "runs"
     entropy: float = Field(default=1.0, ge=0)
+    straight_through: bool = True
     zero_points: bool = False
     softmax: SoftmaxForm = "exact"
     lr_weights: float = Field(default=1e-5, gt=0)
@@ -169,8 +174,10 @@ class Finetune(Step):
             raise ValueError(f"scale_form = {self.scale_form} trains scales (not none), and zero_points stay as fitted")
         if self.order in ("risk", "random") and (self.window > 1 or self.replay):
             raise ValueError(f"order = {self.order} chooses single steps of the tape: window must be 1, and replay 0")
-        if self.order == "risk" and self.scale_form != "groups":
+        if self.order == "risk" and self.scale_form not in SEARCHED:
             raise ValueError("order = risk goes by the uncertainty of a search: it needs scale_form = groups")
+        if not self.straight_through and self.scale_form not in SEARCHED:
+            raise ValueError("straight_through = false is for searches: it needs scale_form = groups or channel_groups")
         if min(self.losses.values()) < 0 or max(self.losses.values()) == 0:
             raise ValueError("weights of losses must not be negative, and one must be positive")
         return self
@@ -196,6 +203,8 @@ class Finetune(Step):
         if self.frozen:
             check_pattern(self.frozen, names, f"step {self.label}: frozen")
         self._selected(name for name in plan.layers if not wrap.is_operand(name))
+        if self.scale_form == "channel_groups":
+            check_channels(plan, f"step {self.label}: scale_form")
         static = [a for s in plan.layers.values() if (a := s.activation) is not None and a.mode == "static"]
         if self.scale_form != "table" and static and not any(a.timed for a in static):
             what = "networks of the time" if self.scale_form == "network" else "groups of timesteps"
@@ -222,10 +231,11 @@ class Finetune(Step):
             notes = self._train(run, unit, objective, learner, index)
         notes |= {"groups": len(lessons), "rows": len(lessons.timesteps)}
         result = UnitResult(learner.result(), notes=notes)
-        for part in _groups(learner):
-            specs, tables = grouped(run.plan, part)
-            result.plan |= specs
-            result.tensors |= tables
+        for part in _searches(learner):
+            if isinstance(part, GroupLearner):
+                specs, tables = grouped(run.plan, part)
+                result.plan |= specs
+                result.tensors |= tables
         return result
 
     def apply(self, run: Run, unit: str, result: UnitResult) -> None:
@@ -299,12 +309,7 @@ class Finetune(Step):
         timed = {n: q for n, q in quantizers.items() if self._formed(n, q)}
         if timed:
             quantizers = {n: q for n, q in quantizers.items() if n not in timed}
-            parts.append(
-                NetworkScaleLearner(timed, generator, warm_start=self.warm_start, rate=self.lr_scales)
-                if self.scale_form == "network" else
-                GroupLearner(timed, self.groups, self.cluster, entropy=self.entropy, rate=self.lr_scales,
-                             group_rate=self.lr_groups)
-            )
+            parts.append(self._form(timed, generator))
         if quantizers:
             parts.append(ScaleLearner(quantizers, zero_points=self.zero_points, rate=self.lr_scales,
                                       zero_rate=self.lr_zero_points))
@@ -314,15 +319,27 @@ class Finetune(Step):
                              try_=f"--set {self.label}.iterations=0 leaves the step out")
         return Together(*parts)
 
+    def _form(self, timed: dict[str, ActivationQuantizer], generator: torch.Generator) -> Learner:
+        """What trains the quantizers that `scale_form` is for."""
+        if self.scale_form == "network":
+            return NetworkScaleLearner(timed, generator, warm_start=self.warm_start, rate=self.lr_scales)
+        if self.scale_form == "channel_groups":
+            return ChannelGroupLearner(timed, self.groups, entropy=self.entropy, group_rate=self.lr_groups,
+                                       straight_through=self.straight_through)
+        return GroupLearner(timed, self.groups, self.cluster, entropy=self.entropy, rate=self.lr_scales,
+                            group_rate=self.lr_groups, straight_through=self.straight_through)
+
     def _formed(self, name: str, quantizer: ActivationQuantizer) -> bool:
         """Whether `scale_form` is for this quantizer; the others are trained as tables."""
         if self.scale_form == "network":
             return quantizer.spec.timed and not quantizer.spec.time_groups
+        if self.scale_form == "channel_groups":
+            return by_channel(quantizer.spec)
         return self.scale_form == "groups" and groupable(name, quantizer)
 
     def _trains(self, plan: Plan) -> bool:
         anything = self.weights != "none" or self.bias or self.weight_scale or self.scales != "none"
-        return bool((self.iterations or self.scale_form == "groups") and anything and plan.layers)
+        return bool((self.iterations or self.scale_form in SEARCHED) and anything and plan.layers)
 
     def _is_frozen(self, name: str) -> bool:
         return bool(self.frozen) and matches(self.frozen, name)
@@ -355,7 +372,7 @@ class Finetune(Step):
         start = objective.measure(probe, size)
         if not math.isfinite(start["total"]):
             raise self._not_finite(run, objective, start)
-        for part in _groups(learner):
+        for part in _searches(learner):
             part.unit = start["total"]
         budget = Budget(self.iterations, self.checkpoint, 1.0, self.schedule, EPSILON)
         run.progress.start(f"{self.label}: {unit}", self.iterations)
@@ -383,7 +400,7 @@ class Finetune(Step):
             return Refresh(replay.walk, self.replay), replay.kept()
         if self.order not in ("risk", "random") or not self.iterations:
             return None, None
-        search = _groups(learner)[0] if self.order == "risk" else None
+        search = _searches(learner)[0] if self.order == "risk" else None
         rounds = Rounds(index, lessons.moments.where(~lessons.held, -1), self.round_length,
                         None if search is None else lambda: search.uncertainty().flip(0),
                         derived(run.seed, self.label, "rounds"), self.risk_penalty)
@@ -423,8 +440,8 @@ def apply_tuned(run: Run, tensors: dict[str, Tensor]) -> None:
             layers[name].set_bias(tensor)
 
 
-def _groups(learner: Together) -> list[GroupLearner]:
-    return [part for part in learner.learners if isinstance(part, GroupLearner)]
+def _searches(learner: Together) -> list[GroupLearner | ChannelGroupLearner]:
+    return [part for part in learner.learners if isinstance(part, GroupLearner | ChannelGroupLearner)]
 
 
 def _short(value: float) -> float:

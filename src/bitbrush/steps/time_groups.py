@@ -165,14 +165,15 @@ class GroupLearner:
         clustering: How the entries are found: ``runs`` or ``kmeans``.
         entropy: eta at the end of the training; it rises from 0 in proportion to the progress.
         rate, group_rate: Learning rates of theta and of the logits relative to the budget's.
+        straight_through: Whether gradients pass through the rounding of a mixture to earlier layers.
     """
 
     def __init__(
         self, quantizers: dict[str, ActivationQuantizer], groups: int = 8, clustering: Clustering = "runs", *,
-        entropy: float = 1.0, rate: float = 1.0, group_rate: float = 1.0,
+        entropy: float = 1.0, rate: float = 1.0, group_rate: float = 1.0, straight_through: bool = True,
     ) -> None:
-        self.quantizers = quantizers
-        first = _check(quantizers)
+        self.quantizers, self.straight_through = quantizers, straight_through
+        first = of_one_clock(quantizers)
         device, times = first.scale.device, len(first.scale)
         self.entropy, self.unit, self.factors = entropy, 1.0, {"groups": group_rate, "entry": rate}
         self.shapes = {name: q.scale.shape for name, q in quantizers.items()}
@@ -215,7 +216,8 @@ class GroupLearner:
         parts = zip(scales.split(self.widths, dim=1), self.zero.split(self.widths, dim=1), strict=True)
         for i, (quantizer, (scale, zero)) in enumerate(zip(self.members, parts, strict=True)):
             quantizer.trial_mixture = partial(self._mixed, i, shares, scale, zero)
-        return self.entropy * self.unit * progress * _entropy(shares, logarithm).mean()
+            quantizer.straight_through = self.straight_through
+        return self.entropy * self.unit * progress * share_entropy(shares, logarithm).mean()
 
     def harden(self) -> dict[str, Any]:
         """Decide; store the tables, a row a step."""
@@ -240,7 +242,7 @@ class GroupLearner:
         self.tables.clear()
         self.looked = {}
         for quantizer in self.members:
-            quantizer.trial_mixture = None
+            quantizer.trial_mixture, quantizer.straight_through = None, True
 
     def result(self) -> dict[str, Tensor]:
         """The tables, a row a step."""
@@ -260,7 +262,7 @@ class GroupLearner:
         """Entropy over ln K of each timestep, summed over quantizers: ``[T]`` in the order of the plan."""
         with torch.no_grad():
             logarithm = torch.log_softmax(self.logits, dim=2)
-            return _entropy(logarithm.exp(), logarithm).sum(dim=0)
+            return share_entropy(logarithm.exp(), logarithm).sum(dim=0)
 
     # ---- inside ------------------------------------------------------------------------------------------------
     def scales(self) -> Tensor:
@@ -327,13 +329,13 @@ def groupable(name: str, quantizer: ActivationQuantizer) -> bool:
     return name.endswith(".input") and spec.timed and not spec.time_bits and not spec.time_groups
 
 
-def _entropy(shares: Tensor, logarithm: Tensor) -> Tensor:
-    """Entropy of shares ``[.., K]`` over ln K: 1 where they are equal, 0 where one has all (and for K = 1)."""
-    count = shares.shape[-1]
-    return -(shares * logarithm).sum(dim=-1) / (math.log(count) if count > 1 else 1.0)
+def share_entropy(shares: Tensor, logarithm: Tensor, dim: int = -1) -> Tensor:
+    """Entropy of K shares along ``dim`` over ln K: 1 where they are equal, 0 where one has all (and for K = 1)."""
+    count = shares.shape[dim]
+    return -(shares * logarithm).sum(dim=dim) / (math.log(count) if count > 1 else 1.0)
 
 
-def _check(quantizers: dict[str, ActivationQuantizer]) -> ActivationQuantizer:
+def of_one_clock(quantizers: dict[str, ActivationQuantizer]) -> ActivationQuantizer:
     """The first of them; raises where they have no rows a timestep of one clock."""
     every = list(quantizers.values())
     clock = every[0].clock if every else None
