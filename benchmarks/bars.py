@@ -84,18 +84,44 @@ def fid(bound: float, *, over_fp: bool = False) -> Callable[[Results, Results], 
     return measure
 
 
-def above(name: str, recipe: str) -> Callable[[Results, Results], Measured]:
-    """The mean of a metric must be above that of another recipe at the same model and bits, over the common seeds."""
+def against(
+    name: str, judge: Callable[[float, float], bool], *, recipe: str | None = None, arm: str = "bar"
+) -> Callable[[Results, Results], Measured]:
+    """The mean difference of a metric to another run at the same model and bits, over the common seeds.
+
+    Args:
+        name: Metric.
+        judge: ``(difference, noise) -> met``; the noise is how far full precision lies apart between these seeds.
+        recipe: Of the other run; left out, the same.
+        arm: Of the other run.
+    """
 
     def measure(rows: Results, every: Results) -> Measured:
-        like = {r["seed"]: r for r in every if r["recipe"] == recipe and r["arm"] == "bar" and _same(r, rows[0])}
-        deltas = [
-            r["metrics"][name]["value"] - like[r["seed"]]["metrics"][name]["value"] for r in rows if r["seed"] in like
-        ]
-        value = sum(deltas) / len(deltas) if deltas else None
-        return value, value is not None and value > 0
+        other = recipe or rows[0]["recipe"]
+        like = {r["seed"]: r for r in every if r["recipe"] == other and r["arm"] == arm and _same(r, rows[0])}
+        common = [r for r in rows if r["seed"] in like]
+        if not common:
+            return None, False
+        deltas = [r["metrics"][name]["value"] - like[r["seed"]]["metrics"][name]["value"] for r in common]
+        value, noise = sum(deltas) / len(deltas), [r["fp"][name]["value"] for r in common if name in r["fp"]]
+        return value, judge(value, max(noise) - min(noise) if noise else 0.0)
 
     return measure
+
+
+def above(difference: float, _noise: float) -> bool:
+    """More, by however little."""
+    return difference > 0
+
+
+def well_below(difference: float, noise: float) -> bool:
+    """Less, by more than the seed noise."""
+    return difference < -noise
+
+
+def equal(difference: float, noise: float) -> bool:
+    """Within the seed noise."""
+    return abs(difference) <= noise
 
 
 def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
@@ -132,6 +158,10 @@ def _bits(most: float) -> Bar:
     return Bar(f"average bits, everything counted, <= {most}", "{:.3f}", at_most(most, "average_bits"))
 
 
+_STATIC = Bar(
+    "FID below one static scale by more than the seed noise", "{:+.2f}", against("fid", well_below, arm="static")
+)
+
 BARS: dict[Key, list[Bar]] = {
     ("emoji-sd-tiny", "qdiffusion", 4, 8): _qdiffusion(0.015, 0.32),
     ("emoji-sd", "qdiffusion", 4, 8): [*_qdiffusion(0.008, 0.30), time_bar(300)],
@@ -143,7 +173,7 @@ BARS: dict[Key, list[Bar]] = {
         time_bar(300), MEMORY,
     ],
     ("emoji-sd", "quest", 4, 8): [
-        Bar("PSNR above qdiffusion W4A8", "{:+.2f} dB", above("psnr", "qdiffusion")),
+        Bar("PSNR above qdiffusion W4A8", "{:+.2f} dB", against("psnr", above, recipe="qdiffusion")),
         Bar("CLIP >= FP - 0.008, paired", "{:+.4f}", paired("clip_minus_fp", -0.008)),
         time_bar(300), MEMORY,
     ],
@@ -152,12 +182,24 @@ BARS: dict[Key, list[Bar]] = {
     ],
     ("emoji-sd", "mpqdm", 2, 4): [
         Bar("CLIP >= 0.60", "{:.4f}", metric("clip", 0.60)),
-        Bar("CLIP above efficientdm W2A4", "{:+.4f}", above("clip", "efficientdm")),
+        Bar("CLIP above efficientdm W2A4", "{:+.4f}", against("clip", above, recipe="efficientdm")),
         _bits(2.4), time_bar(480), MEMORY,
     ],
     ("emoji-sd", "efficientdm", 2, 4): [time_bar(480), MEMORY],
     ("cifar10-ddpm", "quest", 4, 4): [Bar("FID <= 6.5", "{:.2f}", fid(6.5))],
     ("cifar10-ddpm", "mpqdm", 3, 4): [Bar("FID <= 8", "{:.2f}", fid(8.0)), _bits(3.35)],
+    ("cifar10-ddpm", "adpdm", 6, 6): [Bar("FID <= FP + 0.3", "{:+.2f}", fid(0.3, over_fp=True))],
+    ("cifar10-ddpm", "adpdm", 4, 6): [_STATIC],
+    ("cifar10-ddpm", "adpdm", 4, 4): [_STATIC],
+    ("cifar10-ddpm", "tdq", 8, 4): [
+        _STATIC, Bar("FID within the seed noise of a free table", "{:+.2f}", against("fid", equal, arm="table")),
+    ],
+    ("emoji-sd", "pcr", 8, 6): [
+        Bar("PSNR above A6 everywhere", "{:+.2f} dB", against("psnr", above, arm="no-relax")),
+        Bar("CLIP above A6 everywhere", "{:+.4f}", against("clip", above, arm="no-relax")),
+        Bar("PSNR above as many random steps", "{:+.2f} dB", against("psnr", above, arm="random")),
+        Bar("CLIP above as many random steps", "{:+.4f}", against("clip", above, arm="random")),
+    ],
     ("cifar10-ddpm", "mpqdm", 2, 4): [Bar("FID <= 11", "{:.2f}", fid(11.0)), _bits(2.4)],
 }
 

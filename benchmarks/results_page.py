@@ -20,6 +20,9 @@ HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "results.md"
 
 Results = list[dict[str, Any]]
+FORMS = {"psnr": ".2f", "clip": ".4f", "fid": ".2f"}
+TITLES = {"psnr": "PSNR", "clip": "CLIP", "fid": "FID"}
+
 
 def load() -> Results:
     """All result files, by name."""
@@ -41,7 +44,7 @@ def page(results: Results) -> str:
     for model, recipe, weights, activations in sorted({_key(r) for r in main}, key=str):
         chosen = [r for r in main if _key(r) == (model, recipe, weights, activations)]
         lines += section(model, recipe, weights, activations, chosen)
-    lines += ablations([r for r in results if r["arm"] != "bar"])
+    lines += ablations(results)
     lines += spike()
     return "\n".join(lines) + "\n"
 
@@ -104,39 +107,45 @@ def cost(row: dict[str, Any]) -> list[str]:
 
 
 def ablations(results: Results) -> list[str]:
-    """Arms other than the bar, one table a model and recipe; differences to its base arm, paired by prompt and seed."""
+    """Arms other than the bar, one table a model and recipe; differences to a base arm, or to the bar's run."""
     lines: list[str] = []
-    for model, recipe, weights, activations in sorted({_key(r) for r in results}, key=str):
-        rows = [r for r in results if _key(r) == (model, recipe, weights, activations)]
+    arms = [r for r in results if r["arm"] != "bar"]
+    for model, recipe, weights, activations in sorted({_key(r) for r in arms}, key=str):
+        note = NOTES.get((model, recipe, weights, activations))
+        base = note.base if note else "bar"
+        rows = [r for r in results if _key(r) == (model, recipe, weights, activations)
+                and (r["arm"] != "bar" or base == "bar")]
         by_arm: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
         for r in rows:
             by_arm[r["arm"]][r["seed"]] = r
-        note = NOTES.get((model, recipe, weights, activations))
-        base = note.base if note else min(by_arm)
         lines += [f"## Ablations on {model}, `{recipe}` W{weights}A{activations}", ""]
         lines += [note.text, ""] if note else []
-        lines += [f"| arm | seeds | PSNR | CLIP | PSNR - {base} | CLIP - {base} |", "|---|---|---:|---:|---:|---:|"]
+        shown = [name for name in FORMS if any(name in r["metrics"] for r in rows)]
+        titles = [TITLES[n] for n in shown] + [f"{TITLES[n]} - {base}" for n in shown]
+        lines += [f"| arm | seeds | {' | '.join(titles)} |", "|---|---|" + "---:|" * len(titles)]
         for arm, found in sorted(by_arm.items(), key=lambda item: (item[0] != base, item[0])):
-            other = by_arm.get(base, {})
-            cells = [_change(found, other, "psnr", "+.2f"), _change(found, other, "clip", "+.4f")]
-            lines.append(
-                f"| {arm} | {', '.join(map(str, sorted(found)))} | {_mean(found, 'psnr'):.2f} | "
-                f"{_mean(found, 'clip'):.4f} | {' | '.join(cells)} |"
-            )
+            means = [f"{_mean(found, name):{FORMS[name]}}" for name in shown]
+            changes = [_change(found, by_arm.get(base, {}), name) for name in shown]
+            lines.append(f"| {arm} | {', '.join(map(str, sorted(found)))} | {' | '.join(means + changes)} |")
         commands = [f"    {r['command']}" for r in rows if r["seed"] == min(by_arm[r["arm"]])]
         lines += ["", *shortcuts(by_arm), *commands, ""]
     return lines
 
 
-def _change(found: dict[int, dict[str, Any]], base: dict[int, dict[str, Any]], name: str, form: str) -> str:
-    """Mean difference over the common seeds, with the 95 % interval of a paired bootstrap over prompts and seeds."""
+def _change(found: dict[int, dict[str, Any]], base: dict[int, dict[str, Any]], name: str) -> str:
+    """Mean difference over the common seeds; with the 95 % interval of a paired bootstrap over prompts and seeds where
+    there is a value for each picture."""
+    common, form = sorted(set(found) & set(base)), "+" + FORMS[name]
+    if not common or found is base:
+        return ""
+    if any(name not in r["per_picture"] for seed in common for r in (found[seed], base[seed])):
+        own, other = ({seed: rows[seed] for seed in common} for rows in (found, base))
+        return f"{_mean(own, name) - _mean(other, name):{form}}"
     deltas = [
         a - b
-        for seed in sorted(set(found) & set(base))
+        for seed in common
         for a, b in zip(found[seed]["per_picture"][name], base[seed]["per_picture"][name], strict=True)
     ]
-    if not deltas or found is base:
-        return ""
     draw = random.Random(0)
     means = sorted(sum(draw.choices(deltas, k=len(deltas))) / len(deltas) for _ in range(200))
     return f"{sum(deltas) / len(deltas):{form}} [{means[4]:{form}}, {means[-5]:{form}}]"
