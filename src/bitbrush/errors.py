@@ -76,3 +76,7 @@ class InterruptedRun(BitbrushError):
 
 class InternalError(BitbrushError):
     """A state that cannot happen: our bug."""
+
+
+class Notice(UserWarning):
+    """What a loaded network says once, through Python's warnings: it does something other than one might think."""

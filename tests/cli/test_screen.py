@@ -7,6 +7,7 @@ import json
 import math
 import re
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ import pytest
 from rich.console import Console
 
 from bitbrush.cli import render
+from bitbrush.cli.quiet import notices
 from bitbrush.cli.rich_progress import PlainReporter, Reporter, RichReporter, estimate, reporter
 from bitbrush.cli.text import clean, clock, share, size
+from bitbrush.errors import Notice
 
 ESTIMATE = {"value": 23.456, "low": 22.0, "high": 24.0}
 COMPARISON = {
@@ -157,3 +160,15 @@ def test_bars_are_gone_after_an_error() -> None:
         progress.start("x", 3)
         raise ZeroDivisionError
     progress.finish()
+
+
+def test_what_a_network_says_once_is_a_note_and_other_warnings_stay(recwarn: pytest.WarningsRecorder) -> None:
+    said: list[str] = []
+    with notices(said.append):
+        for _ in range(2):
+            warnings.warn("timestep 7 is not on the grid", Notice, stacklevel=1)
+        warnings.warn("old", DeprecationWarning, stacklevel=1)
+    assert said == ["timestep 7 is not on the grid"] * 2
+    assert [str(w.message) for w in recwarn] == ["old"]
+    warnings.warn("afterwards", Notice, stacklevel=1)
+    assert len(said) == 2 and str(recwarn[-1].message) == "afterwards"

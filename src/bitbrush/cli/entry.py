@@ -15,7 +15,7 @@ from types import FrameType
 
 import typer
 
-from bitbrush.cli.quiet import quiet
+from bitbrush.cli.quiet import notices, quiet
 from bitbrush.cli.render import Screen
 from bitbrush.errors import BitbrushError, InternalError, InterruptedRun, ResourceError
 
@@ -43,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     screen = Screen(as_json="--json" in words, debug="--debug" in words)
     quiet(debug=screen.debug)
     try:
-        return _dispatch(words)
+        with notices(screen.note):
+            return _dispatch(words)
     except typer.TyperException as error:
         return _usage(screen, error)
     except BitbrushError as error:

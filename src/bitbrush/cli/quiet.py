@@ -8,6 +8,12 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from bitbrush.errors import Notice
 
 LEVELS = {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
@@ -34,3 +40,20 @@ def quiet_loading(*, debug: bool) -> None:
             logging.set_verbosity_error()
         if sys.stderr.isatty() or os.environ.get(name) == LEVELS[name]:
             logging.disable_progress_bar()
+
+
+@contextmanager
+def notices(say: Callable[[str], None]) -> Iterator[None]:
+    """Inside, what a network says once goes to ``say``, without the file and line that Python puts before a warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", Notice)
+        show = warnings.showwarning
+
+        def route(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+            if issubclass(category, Notice):
+                say(str(message))
+            else:
+                show(message, category, *rest, **more)
+
+        warnings.showwarning = route
+        yield

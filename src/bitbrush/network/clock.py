@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from bitbrush.errors import InputError
+from bitbrush.errors import InputError, Notice
 from bitbrush.numbers.grid import Lookup
 
 
@@ -124,7 +124,7 @@ class Clock(nn.Module):
             f"timestep {float(now[other][0]):g} is not one of the {self.timesteps.numel()} that were calibrated (other "
             f"sampling steps?): by the recipe's lookup = {lookup} the activation scales of timestep "
             f"{float(taken[other][0]):g} serve it, and so for others; bitbrush says this once",
-            stacklevel=2,
+            Notice, stacklevel=2,
         )
 
     def attach(self, model: nn.Module) -> None:

@@ -33,6 +33,8 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from bitbrush.errors import Notice
+
 NAME = "bitbrush_correction"
 TABLES = ("scale", "bias", "shift")
 _OFF = -2  # a position from which no row is next
@@ -155,7 +157,7 @@ class Correction(nn.Module):
             f"bitbrush leaves the stored correction out (first at timestep {float(now):g}): it belongs to whole "
             f"trajectories of {self.spec.scheduler} in {len(self.spec.timesteps)} steps; sample so, or quantize with "
             "--correct for other settings",
-            stacklevel=2,
+            Notice, stacklevel=2,
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
