@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from bitbrush.engine.recipe import FLOAT_BITS, ActivationRule, LayerRule, Recipe, WeightRule
 from bitbrush.errors import InputError
 from bitbrush.network.attention import OPERANDS
+from bitbrush.network.log2 import check_log2
 from bitbrush.network.survey import Site, Survey
 from bitbrush.numbers.grid import ActivationSpec, Grid, LayerSpec, Plan, WeightSpec
 
@@ -99,7 +100,10 @@ def _spec(name: str, site: Site, recipe: Recipe) -> tuple[LayerSpec, str]:
             why = _reason(pattern, rule)
     if site.kind == "attention":
         weight = None
-    spec = LayerSpec(weight=_weight(weight, recipe), activation=_activation(activation, recipe))
+    chosen = _activation(activation, recipe)
+    exempt = activation.exempt if isinstance(activation, ActivationRule) and chosen is not None else ()
+    spec = LayerSpec(weight=_weight(weight, recipe), activation=chosen, exempt=exempt)
+    check_log2(name, spec)
     _check_channel(name, site, spec.activation)
     token = spec.activation is not None and spec.activation.granularity == "token"
     if token and site.kind == "conv" and site.shape[2:] != (1, 1):
@@ -146,6 +150,6 @@ def _activation(rule: ActivationRule | str | None, recipe: Recipe) -> Activation
     if recipe.activations == FLOAT_BITS:
         return None
     return ActivationSpec(
-        grid=Grid(bits=bits, signed=rule.signed), mode=rule.mode, granularity=rule.granularity,
-        position=rule.position, timed=rule.timed, lookup=rule.lookup,
+        grid=Grid(kind=rule.grid, bits=bits, signed=rule.signed), mode=rule.mode, granularity=rule.granularity,
+        position=rule.position, timed=rule.timed, lookup=rule.lookup, scope=rule.scope,
     )

@@ -8,6 +8,8 @@
     "*" = { weight = {}, activation = {} }   # {} = the run's bits; "float" = leave in full precision
     "conv_in | conv_out" = { weight = { bits = 8, signed = true } }
     "*:softmax" = { activation = { bits = 8 } }   # attention operands are named <attention>:q, :k, :v, :softmax
+    "*attn1:softmax" = { activation = { bits = 4, mode = "dynamic", grid = "log2" } }
+    "*attn2:softmax" = { activation = { bits = 4, mode = "dynamic", grid = "log2", exempt = [0] } }
     [[step]]
     do = "calibrate"
     [preset.demo.set]                        # what `--preset demo` changes, in the form of --set
@@ -24,13 +26,13 @@ import tomllib
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bitbrush.engine.step import Step
 from bitbrush.errors import InputError
-from bitbrush.numbers.grid import Lookup
+from bitbrush.numbers.grid import Lookup, Scope
 
 _STRICT = ConfigDict(frozen=True, extra="forbid", strict=True)
 FLOAT_BITS = 16
@@ -61,6 +63,11 @@ class ActivationRule(BaseModel):
 
     ``granularity``: one scale a tensor, a token (found at run time: ``mode = "dynamic"``), or an input channel
     (``mode = "static"``; simulated only, no integer product can factor such scales out).
+
+    Of the softmax of attention (``*:softmax``) with ``mode = "dynamic"``: ``grid = "log2"`` for powers of two times
+    delta, the largest value of what ``scope`` names: a ``sample``, a ``head`` of it, or the ``tensor`` (a picture then
+    depends on its neighbours in the batch). ``exempt = [0]`` leaves the start token's column float, and out of delta,
+    where the text encoder begins every prompt with one.
     """
 
     model_config = _STRICT
@@ -71,6 +78,9 @@ class ActivationRule(BaseModel):
     position: Literal["input", "output"] = "input"
     timed: bool = False
     lookup: Lookup = "nearest"
+    grid: Literal["affine", "log2"] = "affine"
+    scope: Scope = "sample"
+    exempt: tuple[Annotated[int, Field(ge=0, strict=True)], ...] = Field(default=(), strict=False)  # TOML has lists
 
 
 class LayerRule(BaseModel):

@@ -8,6 +8,10 @@ one sample is too large, over heads; in training each part is computed again in 
 are looked up once, while the clock stands, so a part that is computed again finds the same ones. Where the softmax is
 not quantized, training takes the fused kernels of ``scaled_dot_product_attention``; `softmax_in_training` makes it take
 them although it is.
+
+A softmax on a ``log2`` grid has one delta for all heads of a sample. Where the heads of a sample are in several parts,
+a first pass over the parts finds it: scores and softmax are computed twice, and still no more than a part exists at a
+time (`_known`).
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from bitbrush.errors import InputError
 from bitbrush.network.activation import ActivationQuantizer, fused_form, round_trip
 from bitbrush.network.clock import Clock
 from bitbrush.network.layers import Face
+from bitbrush.network.log2 import Log2Quantizer
 from bitbrush.network.temporary import holding
 from bitbrush.numbers.grid import LayerSpec
 from bitbrush.numbers.straight_through import fake_quantize
@@ -53,7 +58,10 @@ class QuantAttention(nn.Module):
         for name in OPERANDS:
             spec = specs[name].activation if name in specs else None
             rows = times if spec is not None and spec.timed else 1
-            self.add_module(name, ActivationQuantizer(spec, (), clock, rows) if spec is not None else None)
+            quantizer = None if spec is None else ActivationQuantizer(spec, (), clock, rows)
+            if spec is not None and spec.grid.kind == "log2":
+                quantizer = Log2Quantizer(spec, specs[name].exempt)
+            self.add_module(name, quantizer)
 
     def __call__(
         self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
@@ -117,7 +125,9 @@ class QuantAttention(nn.Module):
             return F.scaled_dot_product_attention(q, k, v, None if mask is None else mask.to(q.dtype))
         sizes = _sizes(q, k, of_softmax is not None and _spans_batch(of_softmax))
         counts = -(-q.shape[0] // sizes[0]), -(-q.shape[1] // sizes[1])
-        cuts = [_cut(t, sizes, counts) for t in (q, k, v, mask)] + [_cut_rounding(r, sizes, counts) for r in roundings]
+        cuts = [_cut(t, sizes, counts) for t in (q, k, v, mask)]
+        cuts += [_cut_rounding(r, sizes, counts) for r in (of_q, of_k, of_v)]
+        cuts.append(_cut_rounding(_known(of_softmax, cuts, counts), sizes, counts))
         parts = []
         for operands in zip(*cuts, strict=True):
             if wanted and not torch.compiler.is_compiling():
@@ -145,9 +155,9 @@ class QuantAttention(nn.Module):
 class _Rounding(NamedTuple):
     """How one operand is rounded in one forward.
 
-    ``tables`` are (scale, reciprocal, zero_point), shaped ``[B or 1, ..]``; None for a softmax whose scales are
-    found at run time. ``top``: the largest code, shaped likewise where bits change over time. ``trial``: the tables are
-    being trained.
+    ``tables`` are (scale, reciprocal, zero_point), shaped ``[B or 1, ..]``, or (delta,) of a `Log2Quantizer`; None for
+    a softmax whose scales are found at run time, in the part. ``top``: the largest code, shaped likewise where bits
+    change over time. ``trial``: the tables are being trained.
     """
 
     quantizer: ActivationQuantizer
@@ -157,8 +167,33 @@ class _Rounding(NamedTuple):
 
 
 def _spans_batch(rounding: _Rounding) -> bool:
-    """Whether the scale depends on all samples at once, and is not known yet."""
+    """Whether the scale depends on all samples at once, and there is no first pass to find it (`_known`)."""
+    if isinstance(rounding.quantizer, Log2Quantizer):
+        return False
     return rounding.tables is None and rounding.quantizer.spec.granularity == "tensor"
+
+
+def _known(rounding: _Rounding | None, cuts: list[list[Any]], counts: tuple[int, int]) -> _Rounding | None:
+    """The rounding of a softmax with its deltas, where no part alone sees all that shares one of them.
+
+    A maximum is exact in any order, and the first pass computes every part as the second one will: the delta is that of
+    attention in one piece, and its largest value is represented exactly. It has no gradient.
+
+    Args:
+        rounding: Of the softmax.
+        cuts: The parts of q, k, v, mask and of the roundings of q, k and v.
+        counts: Parts of the batch, and of the heads of a sample.
+    """
+    if rounding is None or not isinstance(rounding.quantizer, Log2Quantizer):
+        return rounding
+    scope = rounding.quantizer.spec.scope
+    shared = [dim for dim in {"head": (), "sample": (1,), "tensor": (0, 1)}[scope] if counts[dim] > 1]
+    if not shared:
+        return rounding
+    with torch.no_grad():
+        found = [rounding.quantizer.delta(_weights(q, k, mask, of_q, of_k))
+                 for q, k, _, mask, of_q, of_k, _ in zip(*cuts, strict=True)]
+    return rounding._replace(tables=(_joined(found, counts[1]).amax(shared, keepdim=True),))
 
 
 def _rounded(rounding: _Rounding | ActivationQuantizer | None, x: Tensor) -> Tensor:
@@ -168,6 +203,8 @@ def _rounded(rounding: _Rounding | ActivationQuantizer | None, x: Tensor) -> Ten
         out: Tensor = rounding(x, x.ndim - 1)
         return out
     tables, top = rounding.tables, rounding.top
+    if isinstance(rounding.quantizer, Log2Quantizer):
+        return rounding.quantizer.round_trip(x, None if tables is None else tables[0])
     scale, inverse, zero = rounding.quantizer.parameters_for(x, x.ndim - 1) if tables is None else tables
     if rounding.trial or (torch.is_grad_enabled() and x.requires_grad):
         return fake_quantize(x, scale, zero, top, fused_form(x), inverse)
@@ -178,12 +215,22 @@ def _explicit(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *roundings: _Rounding | ActivationQuantizer | None
 ) -> Tensor:
     """Attention with the scores written out, every operand rounded as given (q, k, v, softmax)."""
-    scores = _rounded(roundings[0], q) @ _rounded(roundings[1], k).transpose(-1, -2)
+    weights, of_softmax = _weights(q, k, mask, roundings[0], roundings[1]), roundings[3]
+    if not isinstance(getattr(of_softmax, "quantizer", of_softmax), Log2Quantizer):
+        weights = weights.to(v.dtype)  # logarithms come first: float16 has few bits of small weights
+    return _rounded(of_softmax, weights).to(v.dtype) @ _rounded(roundings[2], v)
+
+
+def _weights(
+    q: Tensor, k: Tensor, mask: Tensor | None, of_q: _Rounding | ActivationQuantizer | None,
+    of_k: _Rounding | ActivationQuantizer | None,
+) -> Tensor:
+    """The softmax of the scores, float32."""
+    scores = _rounded(of_q, q) @ _rounded(of_k, k).transpose(-1, -2)
     scores *= q.shape[-1] ** -0.5
     if mask is not None:
         scores = scores + mask
-    weights = torch.softmax(scores.float(), dim=-1).to(v.dtype)
-    return _rounded(roundings[3], weights) @ _rounded(roundings[2], v)
+    return torch.softmax(scores.float(), dim=-1)
 
 
 def _sizes(q: Tensor, k: Tensor, whole: bool) -> tuple[int, int]:
@@ -251,6 +298,10 @@ def install_operands(attention: Any, specs: dict[str, LayerSpec], clock: Clock, 
         raise InputError("attention operands have no scales a channel", where=", ".join(by_channel),
                          why="only the inputs and outputs of layers have a fixed number of channels",
                          try_="granularity = \"tensor\" for the operands")
+    if specs.get("softmax", LayerSpec()).exempt and not attention.is_cross_attention:
+        raise InputError("only cross-attention has a start token", where="softmax: exempt",
+                         why="the columns of self-attention are positions of the picture",
+                         try_="exempt = [0] for the softmax of cross-attention alone, such as \"*attn2:softmax\"")
     device = attention.to_q.weight.device
     former = attention.processor
     original = former.original if isinstance(former, QuantAttention) else former

@@ -12,6 +12,7 @@ from bitbrush.network.activation import ActivationQuantizer
 from bitbrush.network.attention import QuantAttention, install_operands
 from bitbrush.network.clock import Clock
 from bitbrush.network.layers import Face, QuantConv2d, QuantLayer, QuantLinear
+from bitbrush.network.log2 import check_log2
 from bitbrush.network.temporary import holding
 from bitbrush.numbers.grid import LayerSpec, Plan
 
@@ -137,6 +138,7 @@ def _check(name: str, spec: LayerSpec, times: int) -> None:
             why="the layer spec asks for a partition or grid that a later release brings",
             try_="bitbrush recipes show NAME, and choose another setting",
         )
+    check_log2(name, spec)
     if spec.activation is None:
         return
     for what, table in (("bits", spec.activation.time_bits), ("groups", spec.activation.time_groups)):

@@ -20,6 +20,10 @@ The learned form of weight rounding (AdaRound, Nagel et al. 2020, eq. 22) replac
 ``floor(x / scale) + h`` with ``h`` in [0, 1]: `encode_offset`. After hardening ``h`` is 0 or 1 and the codes are as
 stored as any others.
 
+Grids of kind ``log2`` hold powers of two times one number delta, for values from 0 to delta (`encode_log2`,
+`decode_log2`): code ``round(-log2(x / delta))``, value ``delta * 2**-code``. Logarithms and powers are taken from the
+bits of float32 numbers, so they are exact: no device's ``log2`` or ``exp2`` has a say.
+
 The forms with gradients are in `bitbrush.numbers.straight_through`.
 
 Shapes: ``scale`` and ``zero_point`` broadcast against ``x``; `expand_weight_scale` and `expand_activation_scale` bring
@@ -30,6 +34,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+_MANTISSA, _BIAS = 23, 127
+"""Of float32: bits of the mantissa, and what is added to the exponent."""
+_ROUND_UP = (1 << _MANTISSA) - 0x3504F4
+"""Carries a mantissa above that of sqrt(2), 0x3504F3.33.., into the exponent."""
+_LIFT = 2.0**64
 
 
 def reciprocal(scale: Tensor) -> Tensor:
@@ -68,6 +78,41 @@ def clamp(code: Tensor, top: int | Tensor) -> Tensor:
     if isinstance(top, Tensor):
         return torch.minimum(code.clamp_min(0), top)
     return code.clamp(0, top)
+
+
+def octaves(x: Tensor, delta: Tensor) -> Tensor:
+    """``round(-log2(x / delta))``, the exact integer as float32; infinity where ``x`` is 0.
+
+    The quotient is ``x * 2**64 / delta`` in float32 (the factor keeps what matters from being subnormal); its logarithm
+    is rounded by its mantissa: up from the first float32 number above sqrt(2). That root is irrational, so there are no
+    ties. Where delta is 0 all of its ``x`` are 0, and it divides as 1.
+    """
+    ratio = x.float() * _LIFT / torch.where(delta > 0, delta, 1.0)
+    exponent = (ratio.view(torch.int32) + _ROUND_UP) >> _MANTISSA
+    return torch.where(ratio > 0, (_BIAS + 64 - exponent).float(), torch.inf)
+
+
+def encode_log2(x: Tensor, delta: Tensor, top: int) -> Tensor:
+    """Codes ``clamp(round(-log2(x / delta)), 0, top)`` of a ``log2`` grid as float32 integers; ``top`` where x is 0.
+
+    Args:
+        x: Values in ``0 .. delta``, any floating dtype and shape.
+        delta: The value of code 0, float32, not negative, broadcastable to ``x``.
+        top: Largest code, ``2**bits - 1``.
+    """
+    return clamp(octaves(x, delta), top)
+
+
+def decode_log2(code: Tensor, delta: Tensor) -> Tensor:
+    """Values ``delta * 2**-code`` in float32: an exact power of two, and one product."""
+    code = code.int()
+    first = code.clamp_max(_BIAS - 1)  # of a code above 126 the power is not a normal number: two factors
+    return delta * (_power(-first) * _power((first - code).clamp_min(1 - _BIAS)))
+
+
+def _power(exponent: Tensor) -> Tensor:
+    """``2**exponent`` as float32, exactly, for int32 exponents from -126 to 127."""
+    return ((exponent + _BIAS) << _MANTISSA).view(torch.float32)
 
 
 def expand_weight_scale(table: Tensor, segments: tuple[int, ...], ndim: int) -> Tensor:

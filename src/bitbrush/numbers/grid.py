@@ -22,11 +22,13 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 _FROZEN = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 GridKind = Literal["affine", "log2", "codebook"]
+Scope = Literal["sample", "head", "tensor"]
 Lookup = Literal["exact", "ceil", "nearest", "interpolate"]
 
 
 class Grid(BaseModel):
-    """Representable numbers ``(code - zero_point) * scale`` with ``code`` in ``0 .. 2**bits - 1``.
+    """Representable numbers ``(code - zero_point) * scale`` with ``code`` in ``0 .. 2**bits - 1``; of kind ``log2``
+    ``delta * 2**-code``, for numbers from 0 to delta.
 
     Codes are always unsigned. ``signed`` fixes the zero-point at ``2**(bits-1)`` (a symmetric grid); otherwise the
     zero-point is an integer code chosen with the range, which always contains 0.
@@ -77,7 +79,8 @@ class ActivationSpec(BaseModel):
     ``timed`` says that the scale table has one row for each timestep of the plan; ``time_bits`` gives bits a row (in
     the order of `Plan.timesteps`, ascending), where they are not those of ``grid``. ``time_groups`` gives the group of
     each timestep, in the same order: integers ``0 .. K-1``, each of them used; the table then has K rows, one a group.
-    ``lookup`` says what a timestep outside the table means.
+    ``lookup`` says what a timestep outside the table means. ``scope`` says what shares the delta of a ``log2`` grid,
+    the maximum of the values at hand: a ``sample``, a ``head`` of it, or the ``tensor``, all samples of a batch.
     """
 
     model_config = _FROZEN
@@ -89,6 +92,7 @@ class ActivationSpec(BaseModel):
     time_bits: tuple[Annotated[int, Field(ge=1, le=8)], ...] = ()
     time_groups: tuple[Annotated[int, Field(ge=0)], ...] = ()
     lookup: Lookup = "nearest"
+    scope: Scope = "sample"
 
     def grids(self) -> tuple[Grid, ...]:
         """The grid of each row of the table: of every timestep with ``time_bits``, else one for all rows."""
@@ -120,8 +124,20 @@ class ActivationSpec(BaseModel):
         return self.mode in modes[self.granularity]
 
 
+    def runnable_grid(self) -> bool:
+        """Whether this release has such a grid: affine, or ``log2`` with a delta found at run time and nothing more."""
+        if self.grid.kind != "log2":
+            return self.grid.kind == "affine"
+        plain = self.granularity == "tensor" and self.position == "input" and not (self.timed or self.grid.signed)
+        return self.mode == "dynamic" and plain
+
+
 class LayerSpec(BaseModel):
-    """Everything static about how one layer is quantized."""
+    """Everything static about how one layer, or one operand of attention, is quantized.
+
+    ``exempt``: columns that stay float and have no part in the scale; this release can run ``(0,)``, the start token's,
+    of a softmax on a ``log2`` grid.
+    """
 
     model_config = _FROZEN
     weight: WeightSpec | None = None
@@ -140,13 +156,15 @@ class LayerSpec(BaseModel):
 
     def unsupported(self) -> list[str]:
         """Names of fields set to something this release cannot run."""
+        log2 = self.activation is not None and self.activation.grid.kind == "log2"
         found = [
             ("sorted_channels", self.sorted_channels),
             ("low_rank", self.low_rank > 0),
             ("rotation", self.rotation != "none"),
-            ("exempt", bool(self.exempt)),
+            ("exempt", bool(self.exempt) and not (self.exempt == (0,) and log2)),
             ("weight.grid.kind", self.weight is not None and self.weight.grid.kind != "affine"),
-            ("activation.grid.kind", self.activation is not None and self.activation.grid.kind != "affine"),
+            ("activation.grid.kind", self.activation is not None and not self.activation.runnable_grid()),
+            ("activation.scope", self.activation is not None and self.activation.scope != "sample" and not log2),
             ("activation.time_bits", self.activation is not None
              and not self.activation.runnable_times(self.activation.time_bits)),
             ("activation.time_groups", self.activation is not None
@@ -211,4 +229,6 @@ def _spec_json(spec: LayerSpec) -> dict[str, Any]:
         del data["weight"]["binary"]
     if spec.activation is not None and not spec.activation.time_groups:
         del data["activation"]["time_groups"]
+    if spec.activation is not None and spec.activation.scope == "sample":
+        del data["activation"]["scope"]
     return data

@@ -10,6 +10,9 @@ takes rounding as the identity (the straight-through estimator). With ``v = x / 
 
 Rows of symmetric 1-bit weights are ``sign(w) s`` with ``sign(0) = 1``: to w 1 where ``|w| <= s``, to s ``sign(w)``.
 
+On a ``log2`` grid: to x 1 where ``round(-log2(x / delta))`` is a code, else 0 (zeros too); delta gets none. Inside
+the range it would get none anyway: ``delta * 2**log2(x / delta)`` is x, whatever delta is.
+
 Little is kept for backward: the tensor as it came and its tables; everything else is computed again. On CUDA fused
 forms (`Fused`, `FusedWeight`) do forward and backward in one pass each; whoever calls hands them in, so that this
 module knows no kernels. `fake_rows` is `fake_weight` for the weights of any number of layers at once.
@@ -25,7 +28,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bitbrush.numbers.codec import clamp, decode, encode, encode_offset, reciprocal
+from bitbrush.numbers.codec import (
+    clamp,
+    decode,
+    decode_log2,
+    encode,
+    encode_log2,
+    encode_offset,
+    octaves,
+    reciprocal,
+)
 
 BINARY_TOP = 2
 """Largest code of a symmetric 1-bit row: codes are 0 and 2 around the zero-point 1."""
@@ -107,6 +119,15 @@ def fake_quantize(
     return out
 
 
+def fake_log2(x: Tensor, delta: Tensor, top: int) -> Tensor:
+    """``decode_log2(encode_log2(x))`` in the dtype of ``x``, with a straight-through gradient to ``x`` alone.
+
+    Arguments are those of `encode_log2`.
+    """
+    out: Tensor = _FakeLog2.apply(x, delta, top)
+    return out
+
+
 def encode_weight(
     weight: Tensor, scale: Tensor, zero_point: Tensor, top: int | Tensor, offset: Tensor | None = None,
     binary: Tensor | None = None,
@@ -182,6 +203,21 @@ class _FakeActivation(torch.autograd.Function):
         scaled = x.float() * inverse
         parts = _gradients(grad, scaled, torch.round(scaled), scale, zero_point, ctx.top, ctx.needs_input_grad[:3])
         return parts[0], parts[1], parts[2], None, None, None
+
+
+class _FakeLog2(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, delta: Tensor, top: int) -> Tensor:
+        ctx.save_for_backward(x, delta)
+        ctx.top = top
+        return decode_log2(encode_log2(x, delta, top), delta).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        x, delta = ctx.saved_tensors
+        code = octaves(x, delta)
+        return torch.where((code >= 0) & (code <= ctx.top), grad, torch.zeros_like(grad)), None, None
 
 
 class _FakeWeight(torch.autograd.Function):
