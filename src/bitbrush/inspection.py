@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from bitbrush.engine.estimate import estimate, foreseen, model_bytes, weight_bits
+from bitbrush.engine.estimate import codebook_bits, estimate, foreseen, model_bytes, weight_bits
 from bitbrush.engine.planning import Planned
 from bitbrush.engine.recipe import Recipe
 from bitbrush.network.survey import Survey
+from bitbrush.numbers.grid import LayerSpec
 
 
 @dataclass
@@ -20,7 +21,8 @@ class Inspection:
             share_of_compute (0 to 1), weight_bits (the mean where rows differ), activation_bits (16 = float), segments,
             block, note.
         kept_float: Layers that stay float: name, parameters, share, why.
-        totals: parameters, float_bytes (bf16), packed_bytes, average_bits (everything kept counts), macs, layers.
+        totals: parameters, float_bytes (bf16), packed_bytes, average_bits (everything kept counts), macs, layers; where
+            there are additive codebooks codebook_bits, theirs a weight with codebooks (sets once) and scales.
         estimates: device, seconds, peak_bytes, tape_bytes, forwards, macs_per_second, advice; see `engine.estimate`.
     """
 
@@ -84,9 +86,7 @@ def build(
                 "activation_bits": activation.grid.bits if activation else 16,
                 "segments": list(segments),
                 "block": site.block,
-                "note": f"split {' + '.join(map(str, segments))}"
-                if segments
-                else planned.kept_float.get(site.name, ""),
+                "note": _note(spec, segments) or planned.kept_float.get(site.name, ""),
             }
         )
     kept = [
@@ -118,6 +118,19 @@ def build(
         "macs": all_macs,
         "layers": len(sites),
     }
+    additive = codebook_bits({site.name: site.shape for site in sites}, planned.plan)
+    if additive is not None:
+        totals["codebook_bits"] = round(additive, 3)
     return Inspection(
         source, network, recipe.name, rows, kept, totals, estimate(survey, planned.plan, recipe, guided, device)
     )
+
+
+def _note(spec: LayerSpec | None, segments: tuple[int, ...]) -> str:
+    """How the weight is stored, where that is not one piece of plain rows."""
+    parts = [f"split {' + '.join(map(str, segments))}"] if segments else []
+    weight = spec.weight if spec is not None else None
+    if weight is not None and weight.additive:
+        owner = f", set {weight.shared}" if weight.shared else ""
+        parts.append(f"{weight.codebooks} codebooks of {weight.grid.levels} x {weight.group}{owner}")
+    return "; ".join(parts)

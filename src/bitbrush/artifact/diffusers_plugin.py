@@ -5,7 +5,7 @@ pipeline. The config names the plan, from which the packed layers are built empt
 are 1:1 names. What is worth knowing about the hooks of diffusers 0.40 to 0.43:
 
 * floating tensors are cast to ``torch_dtype`` before a quantizer sees them, so scales are taken from the untouched
-  ``state_dict`` (`BitbrushQuantizer.create_quantized_param`); they stay float32 under every dtype;
+  ``state_dict`` (`BitbrushQuantizer.create_quantized_param`); they stay float32 (float16) under every dtype;
 * keys that the model does not have are skipped and missing ones left on meta with a warning only: here both are errors;
 * the raw tensors pass `maybe_update_state_dict` shard by shard; there they are hashed for the digest.
 """
@@ -25,9 +25,11 @@ from torch import Tensor, nn
 
 from bitbrush.artifact import digest, manifest
 from bitbrush.errors import ArtifactError, InputError
-from bitbrush.network import correction, wrap
+from bitbrush.network import codebooks, correction, wrap
 from bitbrush.network.activation import ActivationQuantizer
 from bitbrush.network.attention import QuantAttention
+from bitbrush.network.codebook_layers import CodebookLayer
+from bitbrush.network.codebooks import Codebooks
 from bitbrush.network.correction import Correction, CorrectionSpec
 from bitbrush.network.layers import QuantConv2d, QuantLayer, QuantLinear
 from bitbrush.numbers.grid import Plan
@@ -186,20 +188,24 @@ class BitbrushQuantizer(DiffusersQuantizer):
         """Claims the floating scale tables: they must not be cast."""
         owner, _, leaf = param_name.rpartition(".")
         module = model.get_submodule(owner)
-        mine = isinstance(module, QuantLayer | ActivationQuantizer | Correction) and leaf in module._buffers
+        mine = isinstance(module, QuantLayer | ActivationQuantizer | Correction | Codebooks) and leaf in module._buffers
         return mine and state_dict[param_name].is_floating_point()
 
     def create_quantized_param(  # type: ignore[override]
         self, model: Any, param_value: Tensor, param_name: str, target_device: Any, state_dict: dict[str, Any],
         *args: Any, **kwargs: Any,
     ) -> None:
-        """Puts the untouched float32 table in its place."""
+        """Puts the untouched table in its place: float16 of codebooks and their scales, else float32."""
         table = state_dict[param_name]
         owner, _, leaf = param_name.rpartition(".")
-        signed = leaf != "scale" and isinstance(model.get_submodule(owner), Correction)
+        module = model.get_submodule(owner)
+        half = isinstance(module, Codebooks) or (isinstance(module, CodebookLayer) and leaf == "weight_scale")
+        signed = half or (leaf != "scale" and isinstance(module, Correction))
+        dtype = torch.float16 if half else torch.float32
         fits = torch.isfinite(table) if signed else torch.isfinite(table) & (table > 0)
-        if table.dtype != torch.float32 or not bool(fits.all()):
-            what = "a table is not finite float32" if signed else "a scale is not a positive finite float32 number"
+        if table.dtype != dtype or not bool(fits.all()):
+            name = str(dtype).removeprefix("torch.")
+            what = f"a table is not finite {name}" if signed else f"a scale is not a positive finite {name} number"
             raise ArtifactError(what, where=param_name, why="the tensor was changed",
                                 try_="copy the artifact again, or quantize again")
         set_module_tensor_to_device(model, param_name, target_device, value=table)
@@ -253,6 +259,7 @@ class BitbrushQuantizer(DiffusersQuantizer):
             if isinstance(getattr(module, "processor", None), QuantAttention):
                 module.set_processor(module.processor.original)
         correction.remove(model)
+        codebooks.remove(model)
         if hasattr(model, "bitbrush_clock"):
             model.bitbrush_clock.detach()
             del model.bitbrush_clock

@@ -155,6 +155,7 @@ NAMES = {
     "float_bytes": "size in bfloat16",
     "packed_bytes": "size packed",
     "average_bits": "bits a weight on average",
+    "codebook_bits": "bits a weight in codebooks, with them",
     "macs": "multiply-adds a sample",
     "seconds": "time",
     "peak_bytes": "memory",

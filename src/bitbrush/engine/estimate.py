@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from math import prod
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from bitbrush.engine.recipe import Recipe
 from bitbrush.engine.tape import BATCH, LABELS
 from bitbrush.network.survey import Site, Survey
 from bitbrush.numbers import packing
-from bitbrush.numbers.grid import LayerSpec, Plan
+from bitbrush.numbers.codebook import HALF_BITS, bits_of
+from bitbrush.numbers.grid import LayerSpec, Plan, WeightSpec
 
 START = 5.0  # seconds: loading, hashing, packing, saving
 CALL = 0.03  # seconds that a GPU's host needs to launch one forward of a denoiser
@@ -30,7 +32,7 @@ ADVICE = (
 
 
 def layer_bytes(shape: tuple[int, ...], spec: LayerSpec, bias: bool, times: int = 1) -> int:
-    """Bytes of one layer in an artifact (codes, tables, bias)."""
+    """Bytes of one layer in an artifact (codes, tables, bias); codebooks that layers share are not among them."""
     rows, channels = shape[0], shape[1]
     kernel = (shape[2], shape[3]) if len(shape) == 4 else (1, 1)
     total = 4 * rows if bias else 0
@@ -39,6 +41,9 @@ def layer_bytes(shape: tuple[int, ...], spec: LayerSpec, bias: bool, times: int 
         total += 4 * channels
     if spec.weight is None:
         total += 4 * rows * channels * kernel[0] * kernel[1]
+    elif spec.weight.additive:
+        stored = bits_of([shape], spec.weight.codebooks, spec.weight.grid.bits, spec.weight.group)
+        total += stored.total_bytes - (stored.codebooks // 8 if spec.weight.shared else 0)
     else:
         length = packing.row_length(segments, kernel)
         bits = spec.weight.row_bits or (spec.weight.grid.bits,) * rows
@@ -51,10 +56,41 @@ def layer_bytes(shape: tuple[int, ...], spec: LayerSpec, bias: bool, times: int 
     return total
 
 
+def shared_bytes(plan: Plan) -> int:
+    """Bytes of the sets of codebooks that layers share, each counted once."""
+    sets = {s.weight.shared: s.weight.table_shape for s in plan.layers.values() if s.weight is not None}
+    return sum(prod(shape) * HALF_BITS // 8 for name, shape in sets.items() if name)
+
+
+def codebook_bits(shapes: Mapping[str, tuple[int, ...]], plan: Plan) -> float | None:
+    """Bits a weight of the layers stored as additive codebooks: codes, scales and codebooks, sets counted once.
+
+    Args:
+        shapes: Weight shapes of the plan's layers.
+        plan: With their specs.
+
+    Returns:
+        None where no layer is stored so.
+    """
+    sets: dict[tuple[str, WeightSpec], list[tuple[int, ...]]] = {}
+    for name, spec in plan.layers.items():
+        if spec.weight is not None and spec.weight.additive:
+            owner = "" if spec.weight.shared else name
+            sets.setdefault((owner, spec.weight), []).append(shapes[name])
+    stored = [bits_of(found, w.codebooks, w.grid.bits, w.group) for (_, w), found in sets.items()]
+    return sum(each.total for each in stored) / sum(each.weights for each in stored) if stored else None
+
+
 def weight_bits(spec: LayerSpec | None) -> int | float:
-    """Bits of a layer's weights, the mean over the rows where they differ; 16 = float."""
+    """Bits of a layer's weights, the mean over the rows where they differ; 16 = float.
+
+    Of additive codebooks the bits of their codes a weight, K B / g; what codebooks and scales add is in the bytes.
+    """
     if spec is None or spec.weight is None:
         return 16
+    if spec.weight.additive:
+        share = round(spec.weight.codebooks * spec.weight.grid.bits / spec.weight.group, 3)
+        return int(share) if share == int(share) else share
     rows = spec.weight.row_bits
     if not rows or len(set(rows)) == 1:
         return rows[0] if rows else spec.weight.grid.bits
@@ -86,7 +122,7 @@ def model_bytes(survey: Survey, plan: Plan) -> dict[str, int]:
     """Parameters, bytes in bf16, and bytes of the packed denoiser (everything kept counts)."""
     times = len(plan.timesteps) or 1
     parameters = sum(site.parameters for site in survey.layers()) + sum(survey.other.values())
-    packed = 4 * sum(survey.other.values())
+    packed = 4 * sum(survey.other.values()) + shared_bytes(plan)
     for site in survey.layers():
         weights = 1
         for n in site.shape:

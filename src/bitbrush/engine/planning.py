@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 
 from bitbrush.engine.recipe import FLOAT_BITS, ActivationRule, LayerRule, Recipe, WeightRule
 from bitbrush.errors import InputError
+from bitbrush.network import codebooks
 from bitbrush.network.attention import OPERANDS
 from bitbrush.network.log2 import check_log2
 from bitbrush.network.survey import Site, Survey
@@ -102,8 +103,10 @@ def _spec(name: str, site: Site, recipe: Recipe) -> tuple[LayerSpec, str]:
         weight = None
     chosen = _activation(activation, recipe)
     exempt = activation.exempt if isinstance(activation, ActivationRule) and chosen is not None else ()
-    spec = LayerSpec(weight=_weight(weight, recipe), activation=chosen, exempt=exempt)
+    spec = LayerSpec(weight=_weight(name, weight, recipe), activation=chosen, exempt=exempt)
     check_log2(name, spec)
+    if site.kind != "attention":
+        codebooks.check(name, spec, site.shape[1])
     _check_channel(name, site, spec.activation)
     token = spec.activation is not None and spec.activation.granularity == "token"
     if token and site.kind == "conv" and site.shape[2:] != (1, 1):
@@ -133,14 +136,34 @@ def _reason(pattern: str, rule: LayerRule) -> str:
     return rule.why or f"rule {pattern!r} says so"
 
 
-def _weight(rule: WeightRule | str | None, recipe: Recipe) -> WeightSpec | None:
+def _weight(name: str, rule: WeightRule | str | None, recipe: Recipe) -> WeightSpec | None:
     if not isinstance(rule, WeightRule):
         return None
     bits = rule.bits or recipe.weights
     if recipe.weights == FLOAT_BITS:  # also where a rule names bits of its own
         return None
+    if rule.grid == "codebook":
+        grid = Grid(kind="codebook", bits=rule.bits or 8, signed=rule.signed)
+        return WeightSpec(grid=grid, granularity=rule.granularity, binary=rule.binary, group=rule.group,
+                          codebooks=_codebooks(name, rule, recipe), shared=rule.shared)
     signed = rule.signed or bits == 8  # 8-bit weights are symmetric: code - zero_point must fit int8
-    return WeightSpec(grid=Grid(bits=bits, signed=signed), granularity=rule.granularity, binary=rule.binary)
+    return WeightSpec(grid=Grid(bits=bits, signed=signed), granularity=rule.granularity, binary=rule.binary,
+                      codebooks=rule.codebooks or 0, group=rule.group, shared=rule.shared)
+
+
+def _codebooks(name: str, rule: WeightRule, recipe: Recipe) -> int:
+    """The number of codebooks a rule names, or the one that makes the run's bits a weight."""
+    if rule.codebooks is not None:
+        return rule.codebooks
+    bits = rule.bits or 8
+    count, rest = divmod(recipe.weights * rule.group, bits)
+    if rest or not 1 <= count <= 16:
+        raise InputError(
+            f"no number of codebooks makes {recipe.weights} bits a weight", where=name,
+            why=f"K codebooks of {bits} bits on groups of {rule.group} make K * {bits} / {rule.group}",
+            try_="name the number in the recipe: codebooks = 3",
+        )
+    return count
 
 
 def _activation(rule: ActivationRule | str | None, recipe: Recipe) -> ActivationSpec | None:

@@ -8,6 +8,7 @@
     "*" = { weight = {}, activation = {} }   # {} = the run's bits; "float" = leave in full precision
     "conv_in | conv_out" = { weight = { bits = 8, signed = true } }
     "*:softmax" = { activation = { bits = 8 } }   # attention operands are named <attention>:q, :k, :v, :softmax
+    "*.to_k | *.to_v" = { weight = { grid = "codebook", codebooks = 3, bits = 8, shared = "text" } }
     "*attn1:softmax" = { activation = { bits = 4, mode = "dynamic", grid = "log2" } }
     "*attn2:softmax" = { activation = { bits = 4, mode = "dynamic", grid = "log2", exempt = [0] } }
     [[step]]
@@ -49,6 +50,10 @@ class WeightRule(BaseModel):
     """What a pattern says of weights. ``bits`` left out means the run's ``--weights``.
 
     ``binary`` says how rows of 1 bit are represented: ``affine`` (0 and one more value) or ``symmetric`` (-s, +s).
+
+    ``grid = "codebook"``: additive codebooks, each group of ``group`` input channels a sum of one vector from each of
+    ``codebooks`` codebooks of ``2**bits`` vectors. There ``bits`` left out means 8, and ``codebooks`` left out as many
+    as make the run's ``--weights`` bits a weight. Layers that name the same set under ``shared`` have it in common.
     """
 
     model_config = _STRICT
@@ -56,6 +61,10 @@ class WeightRule(BaseModel):
     signed: bool = False
     granularity: Literal["row", "tensor"] = "row"
     binary: Literal["affine", "symmetric"] = "affine"
+    grid: Literal["affine", "codebook"] = "affine"
+    codebooks: int | None = Field(default=None, ge=1, le=16)
+    group: int = Field(default=8, ge=1, le=128)
+    shared: str = Field(default="", pattern=r"^[A-Za-z0-9_-]*$", max_length=64)
 
 
 class ActivationRule(BaseModel):

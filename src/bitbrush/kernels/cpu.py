@@ -39,6 +39,8 @@ def why_not(layer: QuantLayer, device_type: str) -> str | None:
         return f"the kernel runs on the CPU, not on {device_type}"
     if weight is None:
         return "the weight is not quantized"
+    if weight.additive:
+        return "the weight is a sum of codewords, not integers times a scale"
     if activation is None:
         return "weight only: the input stays float"
     if activation.position == "output":

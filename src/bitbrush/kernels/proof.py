@@ -4,8 +4,8 @@ For one packed layer and one probe input, `prove_layer` checks
 
 * codes: what is unpacked from the bytes equals the codes that the simulation used, one by one;
 * bytes: packing those codes again gives the same bytes, so the padding is as the format says, too;
-* tables: scales and zero-points equal the simulation's where they are given; scales are float32, positive and finite,
-  stored reciprocals are the reciprocals;
+* tables: scales and zero-points (codebooks and scales) equal the simulation's where they are given; scales are float32,
+  positive and finite (codebooks and their scales float16 and finite), stored reciprocals are the reciprocals;
 * activation codes: `numbers.codec` and the kernel agree on every code of the input, with the row of a timed table
   looked up a second time, independently;
 * accumulators: the int32 sums of an integer kernel equal an int64 reference made from the simulation's codes; a second
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from bitbrush import kernels
 from bitbrush.errors import InternalError
-from bitbrush.kernels import cpu
+from bitbrush.kernels import cpu, proof_codebook
 from bitbrush.numbers import packing
 from bitbrush.numbers.codec import decode, encode, expand_activation_scale, expand_weight_scale, reciprocal
 
@@ -54,11 +54,12 @@ def prove_layer(
     """Prove one packed layer on one probe input; see the module's text for the checks.
 
     Args:
-        layer_sim_codes: Codes of the simulation, uint8, in the weight's shape; None where the weight is float.
+        layer_sim_codes: Codes of the simulation, uint8, in the weight's shape (additive codebooks: ``[N, G, K]``); None
+            where the weight is float.
         layer: The layer in packed face. A timed layer needs its clock set.
         x: A probe input in the dtype the layer will be used with.
-        tables: The simulation's ``weight_scale`` and ``weight_zero_point``, ``[N, S]``; without them the packed
-            layer's own tables are taken on trust.
+        tables: The simulation's `QuantLayer.weight_tables`; without them the packed layer's own tables are taken on
+            trust.
 
     Returns:
         JSON-able numbers and ``ok``: codes, bytes, tables, activation_codes, and for each kernel what it was tested
@@ -100,6 +101,8 @@ def _bytes(codes: Tensor | None, layer: QuantLayer, probe: _Probe) -> Json | Non
     spec = layer.spec.weight
     if codes is None or spec is None:
         return None
+    if spec.additive:
+        return _compare(proof_codebook.packed(codes, spec), getattr(layer, f"codes{spec.grid.bits}"))
     wide = codes.cpu().reshape(codes.shape[0], -1, *layer.kernel_hw)
     rows = packing.weight_rows(wide, layer.segments, probe.table_zero.to(torch.uint8))
     bits_of = torch.tensor(spec.row_bits or [spec.grid.bits] * rows.shape[0])
@@ -113,11 +116,14 @@ def _bytes(codes: Tensor | None, layer: QuantLayer, probe: _Probe) -> Json | Non
 
 def _tables(layer: QuantLayer, expected: tuple[Tensor, Tensor] | None) -> Json:
     """Scales as expected, float32, positive, finite; stored reciprocals equal to reciprocals computed here."""
-    good = True
-    if expected is not None:
+    good, entries = True, 0
+    additive = proof_codebook.additive(layer) is not None
+    if additive:
+        good, entries = proof_codebook.tables_hold(layer, expected)
+    elif expected is not None:
         good = torch.equal(expected[0].cpu(), layer.weight_scale.cpu())
         good = good and torch.equal(expected[1].cpu().long(), layer.weight_zero_point.cpu().long())
-    pairs = [layer.weight_scale] if layer.spec.weight is not None else []
+    pairs = [layer.weight_scale] if layer.spec.weight is not None and not additive else []
     if layer.input is not None and layer.input.spec.mode == "static":
         pairs.append(layer.input.scale)
         stored = layer.input.inverse_scale
@@ -126,7 +132,7 @@ def _tables(layer: QuantLayer, expected: tuple[Tensor, Tensor] | None) -> Json:
         pairs.append(layer.input_scale)
     for table in pairs:
         good = good and table.dtype == torch.float32 and bool(torch.isfinite(table).all()) and bool((table > 0).all())
-    return {"ok": good, "entries": sum(table.numel() for table in pairs)}
+    return {"ok": good, "entries": entries + sum(table.numel() for table in pairs)}
 
 
 class _Probe:
@@ -144,6 +150,8 @@ class _Probe:
         ndim = 4 if self.conv else 2
         if codes is None:
             self.weight = layer.decoded_weight().cpu()
+        elif proof_codebook.additive(layer) is not None:
+            self.weight = proof_codebook.weight(codes, layer, tables)
         else:
             given = tables or (layer.weight_scale, layer.weight_zero_point)
             self.codes, self.table_scale, self.table_zero = codes.cpu(), given[0].cpu().float(), given[1].cpu().float()

@@ -41,7 +41,7 @@ from bitbrush.network.activation import ActivationQuantizer
 from bitbrush.network.clock import Clock
 from bitbrush.numbers import packing
 from bitbrush.numbers.codec import decode, expand_weight_scale
-from bitbrush.numbers.grid import LayerSpec
+from bitbrush.numbers.grid import LayerSpec, WeightSpec
 from bitbrush.numbers.straight_through import BINARY_TOP
 
 Face = Literal["float", "sim", "packed"]
@@ -87,9 +87,12 @@ class QuantLayer(nn.Module):
             times = times if spec.activation.timed else 1
             self.input = ActivationQuantizer(spec.activation, segments, clock, times, channels=wide)
         if spec.weight is not None:
-            shape = (rows, len(self.segments))
-            self.register_buffer("weight_scale", torch.ones(shape))
-            self.register_buffer("weight_zero_point", torch.zeros(shape, dtype=torch.uint8))
+            self._declare_tables(spec.weight)
+
+    def _declare_tables(self, spec: WeightSpec) -> None:
+        shape = (self.out_channels_, len(self.segments))
+        self.register_buffer("weight_scale", torch.ones(shape))
+        self.register_buffer("weight_zero_point", torch.zeros(shape, dtype=torch.uint8))
 
     # ---- shape -------------------------------------------------------------------------------------------------
     @property
@@ -188,6 +191,15 @@ class QuantLayer(nn.Module):
         self.weight_zero_point = zero_point.detach().to(device=device, dtype=torch.uint8).contiguous()
         self._check_binary_rows()
 
+    def weight_tables(self) -> tuple[Tensor, Tensor]:
+        """Copies of what turns codes into the weight: scale and zero_point, ``[N, S]``."""
+        return self.weight_scale.clone(), self.weight_zero_point.clone()
+
+    def take_weight(self, former: QuantLayer) -> None:
+        """Store the codes and tables of another layer with the same weight spec, if it has any."""
+        if former.codes is not None:
+            self.set_weight(former.codes, former.weight_scale, former.weight_zero_point)
+
     def _check_binary_rows(self) -> None:
         """Symmetric 1-bit rows hold the codes 0 and 2 around the zero-point 1; anything else could not be packed."""
         binary = self.binary_rows()
@@ -245,8 +257,11 @@ class QuantLayer(nn.Module):
             from bitbrush import kernels
 
             return kernels.run(self, x)
-        weight = self.trial_weight if self.trial_weight is not None else self.decoded_weight()
-        return self.finish(self.operation(self.quantize_input(x), weight.to(x.dtype)))
+        return self.finish(self.operation(self.quantize_input(x), self.weight_in_use().to(x.dtype)))
+
+    def weight_in_use(self) -> Tensor:
+        """The weight that the sim face multiplies with: one that is trained, or the decoded one."""
+        return self.trial_weight if self.trial_weight is not None else self.decoded_weight()
 
     def prepare(self, x: Tensor) -> Tensor:
         """What is encoded: ``x * input_scale`` in float32, or ``x`` itself where there is no input scale."""

@@ -8,9 +8,11 @@ from contextlib import AbstractContextManager
 from torch import nn
 
 from bitbrush.errors import InputError
+from bitbrush.network import codebooks
 from bitbrush.network.activation import ActivationQuantizer
 from bitbrush.network.attention import QuantAttention, install_operands
 from bitbrush.network.clock import Clock
+from bitbrush.network.codebook_layers import CodebookConv2d, CodebookLayer, CodebookLinear
 from bitbrush.network.layers import Face, QuantConv2d, QuantLayer, QuantLinear
 from bitbrush.network.log2 import check_log2
 from bitbrush.network.temporary import holding
@@ -27,6 +29,7 @@ def wrap(model: nn.Module, plan: Plan) -> Clock:
     for name, spec in plan.layers.items():
         if not is_operand(name):
             _replace(model, name, _wrapped(model.get_submodule(name), name, spec, clock, len(plan.timesteps) or 1))
+    _share(model, plan)
     _operands(model, plan, clock)
     return clock
 
@@ -36,7 +39,8 @@ def rewrap(model: nn.Module, plan: Plan, names: Iterable[str], clock: Clock) -> 
 
     A named layer starts anew in the face it showed: codes, tables and trained biases are dropped, the float weight
     stays. Where nothing but the activation's spec changed, what belongs to the weight is kept, too. Attention operands
-    start anew together with the other operands of their attention.
+    start anew together with the other operands of their attention. A set of codebooks that layers share stays as it is
+    as long as its shape does.
 
     Args:
         model: A model that `wrap` has wrapped, not yet packed.
@@ -44,7 +48,7 @@ def rewrap(model: nn.Module, plan: Plan, names: Iterable[str], clock: Clock) -> 
         names: Entries of the plan that changed.
         clock: The clock of the model, kept.
     """
-    times, owners = len(plan.timesteps) or 1, set()
+    times, owners, formers = len(plan.timesteps) or 1, set(), {}
     for name in names:
         _check(name, plan.layers[name], len(plan.timesteps))
         if is_operand(name):
@@ -54,8 +58,11 @@ def rewrap(model: nn.Module, plan: Plan, names: Iterable[str], clock: Clock) -> 
         layer = _wrapped(former, name, plan.layers[name], clock, times)
         if isinstance(former, QuantLayer):
             layer.face = former.face
-            _keep_weight(former, layer)
+            formers[name] = former
         _replace(model, name, layer)
+    _share(model, plan)
+    for name, former in formers.items():
+        _keep_weight(former, layers(model)[name])
     if owners:
         of_these = {name: spec for name, spec in plan.layers.items() if name.partition(":")[0] in owners}
         _operands(model, plan.model_copy(update={"layers": of_these}), clock)
@@ -82,6 +89,7 @@ def declare(model: nn.Module, plan: Plan) -> Clock:
         layer.declare_packed()
         layer.to(device)
         _replace(model, name, layer)
+    _share(model, plan)
     _operands(model, plan, clock)
     set_face(model, "packed")
     return clock
@@ -117,6 +125,7 @@ def is_operand(name: str) -> bool:
 def _prepare(model: nn.Module, plan: Plan) -> Clock:
     for name, spec in plan.layers.items():
         _check(name, spec, len(plan.timesteps))
+    codebooks.remove(model)
     earlier = getattr(model, "bitbrush_clock", None)
     if isinstance(earlier, Clock):
         earlier.detach()
@@ -173,10 +182,12 @@ def _wrapped(module: nn.Module, name: str, spec: LayerSpec, clock: Clock, times:
             why=f"groups = {module.groups}: one factor would serve several channels",
             try_="leave the layer out of the smooth step's pattern",
         )
+    codebooks.check(name, spec, int(channels), int(getattr(module, "groups", 1)))
+    additive = spec.weight is not None and spec.weight.additive
     if isinstance(module, nn.Linear):
-        return QuantLinear.wrap(module, spec, clock, times)
+        return (CodebookLinear if additive else QuantLinear).wrap(module, spec, clock, times)
     if isinstance(module, nn.Conv2d):
-        return QuantConv2d.wrap(module, spec, clock, times)
+        return (CodebookConv2d if additive else QuantConv2d).wrap(module, spec, clock, times)
     raise InputError(
         f"a {type(module).__name__} cannot be quantized", where=name, why="only Linear and Conv2d layers can",
         try_="leave the layer out of the recipe's patterns",
@@ -190,10 +201,17 @@ def _keep_weight(former: QuantLayer, layer: QuantLayer) -> None:
         return
     if former.input_scale is not None:
         layer.set_input_scale(former.input_scale)
-    if former.codes is not None:
-        layer.set_weight(former.codes, former.weight_scale, former.weight_zero_point)
+    layer.take_weight(former)
     if former.trained_bias is not None:
         layer.set_bias(former.trained_bias)
+
+
+def _share(model: nn.Module, plan: Plan) -> None:
+    """Give every layer on shared codebooks its set, which the model owns."""
+    sets = codebooks.install(model, plan)
+    for layer in layers(model).values() if sets else ():
+        if isinstance(layer, CodebookLayer) and layer.weight_spec.shared:
+            layer.share(sets[layer.weight_spec.shared])
 
 
 def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:

@@ -55,6 +55,10 @@ class WeightSpec(BaseModel):
 
     ``binary`` says what rows of 1 bit hold: ``affine`` {0, s} or {-s, 0}, as any other grid; ``symmetric`` {-s, +s},
     with the codes {0, 2} around the zero-point 1.
+
+    On a grid of kind ``codebook`` every ``group`` of consecutive input channels is a sum of vectors, one from each of
+    ``codebooks`` codebooks of ``2**grid.bits`` vectors, times a scale of its row (`bitbrush.numbers.codebook`).
+    ``shared`` names the set of codebooks that this layer has in common with others; empty: its own.
     """
 
     model_config = _FROZEN
@@ -63,6 +67,19 @@ class WeightSpec(BaseModel):
     row_bits: tuple[Annotated[int, Field(ge=1, le=8)], ...] = ()
     rounding: Literal["nearest", "offset"] = "nearest"
     binary: Literal["affine", "symmetric"] = "affine"
+    codebooks: int = Field(default=0, ge=0, le=16)
+    group: int = Field(default=8, ge=1, le=128)
+    shared: str = Field(default="", pattern=r"^[A-Za-z0-9_-]*$", max_length=64)
+
+    @property
+    def additive(self) -> bool:
+        """Whether the weight is stored as additive codebooks."""
+        return self.grid.kind == "codebook"
+
+    @property
+    def table_shape(self) -> tuple[int, int, int]:
+        """Shape of a set of codebooks, ``[K, 2**B, g]``."""
+        return (self.codebooks, self.grid.levels, self.group)
 
     def halved(self, bits: int) -> bool:
         """Whether rows of ``bits`` bits are symmetric 1-bit rows, whose codes {0, 2} are stored as {0, 1}."""
@@ -162,7 +179,7 @@ class LayerSpec(BaseModel):
             ("low_rank", self.low_rank > 0),
             ("rotation", self.rotation != "none"),
             ("exempt", bool(self.exempt) and not (self.exempt == (0,) and log2)),
-            ("weight.grid.kind", self.weight is not None and self.weight.grid.kind != "affine"),
+            ("weight.grid.kind", self.weight is not None and self.weight.grid.kind == "log2"),
             ("activation.grid.kind", self.activation is not None and not self.activation.runnable_grid()),
             ("activation.scope", self.activation is not None and self.activation.scope != "sample" and not log2),
             ("activation.time_bits", self.activation is not None
@@ -225,8 +242,10 @@ class Plan(BaseModel):
 def _spec_json(spec: LayerSpec) -> dict[str, Any]:
     """JSON of a spec. What format 1 did not have from the start is left out at its default: digests stay the same."""
     data = spec.model_dump(mode="json")
-    if spec.weight is not None and spec.weight.binary == "affine":
-        del data["weight"]["binary"]
+    if spec.weight is not None:
+        for name, default in (("binary", "affine"), ("codebooks", 0), ("group", 8), ("shared", "")):
+            if data["weight"][name] == default:
+                del data["weight"][name]
     if spec.activation is not None and not spec.activation.time_groups:
         del data["activation"]["time_groups"]
     if spec.activation is not None and spec.activation.scope == "sample":

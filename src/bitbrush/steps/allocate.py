@@ -93,7 +93,9 @@ class Allocate(Step):
         found = []
         for name, layer in run.layers().items():
             weight = layer.spec.weight
-            if weight is None or weight.grid.bits != (self.bits or run.recipe.weights) or weight.granularity != "row":
+            if weight is None or weight.additive:
+                continue
+            if weight.grid.bits != (self.bits or run.recipe.weights) or weight.granularity != "row":
                 continue
             if matches(self.layers, name) and layer.out_channels_ >= GROUPS:
                 found.append(name)

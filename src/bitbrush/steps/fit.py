@@ -99,7 +99,12 @@ class Fit(Step):
         return (trained, "finetune", "pack")
 
     def check(self, survey: Survey, plan: Plan) -> None:
-        """Calls one after another can only be told apart by scales a timestep."""
+        """Calls one after another can only be told apart by scales a timestep; codebooks are not ranges."""
+        additive = next((n for n, s in plan.layers.items() if s.weight is not None and s.weight.additive), None)
+        if self.what == "weights" and additive is not None:
+            raise InputError("this step fits scales, not additive codebooks", where=additive,
+                             why='the recipe gives its weight grid = "codebook"',
+                             try_="give the layer an affine grid; `bitbrush inspect` shows the recipe's sizes as it is")
         static = [a for s in plan.layers.values() if (a := s.activation) is not None and a.mode == "static"]
         if self.inputs == "progressive" and static and not any(a.timed for a in static):
             raise InputError("progressive calibration needs scales a timestep", where=f"step {self.label}: inputs",

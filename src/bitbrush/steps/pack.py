@@ -103,7 +103,7 @@ class Pack(Step):
 
     def _pack(self, run: Run, layer: QuantLayer, name: str, probe: dict[str, Tensor]) -> dict[str, Any]:
         codes = None if layer.spec.weight is None else layer.stored_codes().clone()
-        tables = None if codes is None else (layer.weight_scale.clone(), layer.weight_zero_point.clone())
+        tables = None if codes is None else layer.weight_tables()
         layer.pack()
         if codes is None:
             return {"ok": True, "note": "weight kept in float"}
