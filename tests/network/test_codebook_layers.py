@@ -7,11 +7,14 @@ import itertools
 import json
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from safetensors import safe_open
+from safetensors.numpy import load_file as numpy_file
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,10 +26,12 @@ from bitbrush.engine import estimate
 from bitbrush.errors import ArtifactError, BitbrushError, InputError, InternalError, NumericsError
 from bitbrush.kernels import proof, use
 from bitbrush.network import codebook_layers, codebooks, wrap
+from bitbrush.network.clock import Clock
 from bitbrush.network.codebook_layers import CodebookConv2d, CodebookLayer, CodebookLinear
 from bitbrush.network.survey import survey
 from bitbrush.numbers.codebook import bits_of, decode, to_groups
 from bitbrush.numbers.grid import ActivationSpec, Grid, LayerSpec, Plan, WeightSpec
+from bitbrush.steps.pack import Pack
 
 GROUP = 4  # divides every layer of the tiny UNet's inside (16 and 28 channels, cat'd ones too)
 
@@ -418,6 +423,45 @@ def test_hostile_plans_are_refused(made: Made, tmp_path: Path) -> None:
         with pytest.raises(BitbrushError):
             type(model).from_pretrained(tmp_path)
     assert len(changes) == 6
+
+
+def test_saving_again_compiling_and_offloading(made: Made, tmp_path: Path) -> None:
+    """A loaded model writes the same bytes; shared sets are found by a compiled graph and by offloading hooks."""
+    model, _, output, _, folder = made
+    again = type(model).from_pretrained(folder)
+    again.save_pretrained(tmp_path)
+    name = "diffusion_pytorch_model.safetensors"
+    assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+    assert torch.equal(tiny.run(torch.compile(again, fullgraph=True, backend="eager")), output)
+    cpu_offload(again, execution_device=torch.device("cpu"), offload_buffers=True)
+    assert getattr(again, codebooks.NAME).a.values.is_meta
+    assert torch.equal(tiny.run(again), output)
+
+
+def test_the_documented_reading_without_bitbrush(made: Made) -> None:
+    """The lines of docs/format.md, for 8 bits."""
+    model, _, _, _, folder = made
+    tensors, compared = numpy_file(folder / "diffusion_pytorch_model.safetensors"), 0
+    for name, layer in _additive(model).items():
+        if layer.weight_spec.grid.bits != 8:
+            continue
+        books, scale = tensors["bitbrush_codebooks.b.values"], tensors[f"{name}.weight_scale"].astype("float32")
+        index = tensors[f"{name}.codes8"].reshape(len(books), len(scale), -1)
+        parts = [book.astype("float32")[rows] for book, rows in zip(books, index, strict=True)]
+        matrix = (sum(parts) * scale[:, None, None]).reshape(len(scale), -1)
+        assert (matrix == to_groups(layer.decoded_weight(), GROUP).numpy()).all()
+        compared += 1
+    assert compared > 10
+
+
+def test_the_pack_step_packs_and_proves() -> None:
+    layer = _layer("conv", _spec(2, 3))
+    _fill(layer)
+    x, run = _input("conv"), SimpleNamespace(device=torch.device("cpu"), clock=Clock())
+    want = layer(x)
+    probe = {"x/a": x, "timestep": torch.tensor([1.0])}
+    result = Pack(do="pack")._pack(run, layer, "a", probe)  # type: ignore[arg-type]
+    assert result["ok"] and layer.face == "packed" and torch.equal(layer(x), want)
 
 
 def test_dequantizing_takes_the_sets_away(made: Made) -> None:
