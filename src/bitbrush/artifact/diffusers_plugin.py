@@ -225,6 +225,7 @@ class BitbrushQuantizer(DiffusersQuantizer):
                 try_="copy the artifact again, or quantize again; `bitbrush.load(OUT)` names the file",
             )
         _check_row_orders(model)
+        _check_groups(model)
         for module in model.modules():
             if isinstance(module, ActivationQuantizer):
                 module.keep()
@@ -389,6 +390,15 @@ def _check_row_orders(model: nn.Module) -> None:
         if not torch.equal(order.sort().values.long().cpu(), torch.arange(order.numel())):
             raise ArtifactError("row_order is not a permutation", where=name, why="the tensor was changed",
                                 try_="copy the artifact again, or quantize again")
+
+
+def _check_groups(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        labels = module.group_of if isinstance(module, ActivationQuantizer) else None
+        if labels is None or labels.is_meta or int(labels.max()) < module.spec.groups:
+            continue
+        raise ArtifactError("group_of names a group that does not exist", where=name, why="the tensor was changed",
+                            try_="copy the artifact again, or quantize again")
 
 
 def _compatible(found: torch.dtype, expected: torch.dtype) -> bool:

@@ -51,8 +51,9 @@ def layer_bytes(shape: tuple[int, ...], spec: LayerSpec, bias: bool, times: int 
         total += packing.order_dtype(rows).itemsize * rows if spec.weight.row_bits else 0
     if spec.activation is not None and spec.activation.mode == "static":
         wide = channels if spec.activation.position == "input" else rows
-        columns = wide if spec.activation.granularity == "channel" else len(segments)
+        columns = wide if spec.activation.granularity == "channel" else spec.activation.groups or len(segments)
         total += 9 * columns * spec.activation.table_rows(times)
+        total += (spec.activation.pixels or wide) if spec.activation.groups else 0  # which group each is in
     return total
 
 
@@ -168,7 +169,7 @@ def estimate(survey: Survey, plan: Plan, recipe: Recipe, guided: bool, device: s
             ranges = [s.model_dump()["samples"] for s in recipe.steps if s.kind == "fit activations"]
             forwards += 2.0 * arms * max(ranges, default=0)
             forwards += 4.0 * (arms - 1) * _calls(recipe, guided, data["trajectories"])
-        elif step.do == "smooth" and data["enabled"]:
+        elif step.do in ("smooth", "group") and data["enabled"]:
             forwards += min(data["samples"], tape or data["samples"])
         elif step.do == "allocate" and data["shares"]:  # a recording, three widths and the float layer
             forwards += 6.0 * min(data["samples"], tape or data["samples"])

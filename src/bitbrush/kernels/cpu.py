@@ -47,6 +47,10 @@ def why_not(layer: QuantLayer, device_type: str) -> str | None:
         return "the output is quantized, not the input"
     if activation.granularity == "channel":
         return "a scale a channel cannot leave the integer sum: simulated only"
+    if activation.granularity == "channel_group":
+        return "scales a group of channels need the channels sorted by group, a sum each: simulated so far"
+    if activation.granularity == "pixel_group":
+        return "scales a group of pixels: the kernel takes one scale a sample or a token so far"
     if 8 in weight.bit_classes() and not weight.grid.signed:
         return "8-bit weights with free zero-points do not fit int8"
     reason = _conv_reason(layer, activation.mode == "dynamic" and activation.granularity == "token")

@@ -37,6 +37,7 @@ from bitbrush.numbers import packing
 from bitbrush.numbers.codec import decode, encode, expand_activation_scale, expand_weight_scale, reciprocal
 
 if TYPE_CHECKING:
+    from bitbrush.network.activation import ActivationQuantizer
     from bitbrush.network.layers import QuantLayer
 
 INTEGER_KERNELS = {"cpu-int8": cpu}
@@ -180,7 +181,7 @@ class _Probe:
             groups = quantizer.spec.time_groups
             rows = [groups[row] if groups else row for row in _rows(quantizer)]
         tables = (quantizer.scale.cpu(), reciprocal(quantizer.scale.cpu()), quantizer.zero_point.cpu().float())
-        a, b, c = (expand_activation_scale(t[rows], quantizer.segments, x.ndim, channel) for t in tables)
+        a, b, c = (_spread(quantizer, t[rows], x, channel) for t in tables)
         return a, b, c
 
     def _largest_code(self) -> int | Tensor:
@@ -258,6 +259,16 @@ def _rows(quantizer: Any) -> list[int]:
         else:
             rows.append(min(range(len(grid)), key=lambda i, now=now: (abs(grid[i] - now), i)))  # type: ignore[misc]
     return rows
+
+
+def _spread(quantizer: ActivationQuantizer, table: Tensor, x: Tensor, channel: int) -> Tensor:
+    """Rows ``[B or 1, S]`` shaped to broadcast against ``x``; groups are looked up here a second time."""
+    if quantizer.group_of is None:
+        return expand_activation_scale(table, quantizer.segments, x.ndim, channel)
+    wide = torch.stack([table[:, group] for group in quantizer.group_of.tolist()], dim=1)
+    of_channels = quantizer.spec.granularity == "channel_group"
+    shape = [n if (d == channel if of_channels else 0 < d != channel) else 1 for d, n in enumerate(x.shape)]
+    return wide.reshape([len(wide), *shape[1:]] if channel else shape)
 
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
+from bitbrush.errors import InputError, InternalError
 from bitbrush.network.clock import Clock
 from bitbrush.numbers.codec import clamp, decode, encode, expand_activation_scale, reciprocal
-from bitbrush.numbers.grid import ActivationSpec
+from bitbrush.numbers.grid import GROUPED, ActivationSpec
 from bitbrush.numbers.ranges import affine_parameters
 from bitbrush.numbers.straight_through import Fused, fake_quantize
 
@@ -45,6 +47,9 @@ class ActivationQuantizer(nn.Module):
     table like the scale (`row_tops`, not stored: it follows from the spec). With ``spec.time_groups`` T is the number
     of groups, and the row of a sample is the group of its timestep (`rows`).
 
+    With groups of channels or pixels the tables have a column a group, and the buffer ``group_of`` (uint8) says the
+    group of each channel or pixel; see `expand`. Pixels are counted row by row.
+
     While a step trains them, ``trial_scale`` and ``trial_zero_point`` (float, both ``[T, S]``, either may be None)
     stand in for the tables; the trial zero-point is rounded (straight-through) and clamped to the codes before use.
     ``trial_rows`` takes the place of all of that: it gives the rows in force, ``[B or 1, S]`` each, of scale, its
@@ -65,6 +70,7 @@ class ActivationQuantizer(nn.Module):
     scale: Tensor
     inverse_scale: Tensor
     zero_point: Tensor
+    group_of: Tensor | None
 
     def __init__(
         self, spec: ActivationSpec, segments: tuple[int, ...] = (), clock: Clock | None = None, rows: int = 1,
@@ -83,8 +89,14 @@ class ActivationQuantizer(nn.Module):
         self.straight_through = True  # otherwise only while a step searches as ADP-DM's released code does
         self._tops: dict[str, Tensor] = {}  # by what and where; see `row_tops`
         self._groups: dict[str, Tensor] = {}  # likewise; see `rows`
+        self.place = ""  # the layer's name, where known, for errors
+        if spec.granularity in GROUPED:
+            members = spec.pixels or channels
+            self.register_buffer("group_of", torch.zeros(members, dtype=torch.uint8, device=device))
+        else:
+            self.group_of = None  # no empty buffer: offloading hooks cannot move one
         if spec.mode == "static":
-            shape = (spec.table_rows(rows) if spec.time_groups else rows, max(len(segments), 1))
+            shape = (spec.table_rows(rows) if spec.time_groups else rows, spec.groups or max(len(segments), 1))
             self.register_buffer("scale", torch.ones(shape, device=device))
             self.register_buffer("inverse_scale", torch.ones(shape, device=device))
             self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.uint8, device=device))
@@ -125,6 +137,16 @@ class ActivationQuantizer(nn.Module):
         self.inverse_scale = reciprocal(self.scale)
         if zero_point is not None:
             self.zero_point = zero_point.detach().to(device=device, dtype=torch.uint8).contiguous()
+
+    def set_groups(self, labels: Tensor) -> None:
+        """Store the group of each channel or pixel, integers ``0 .. groups - 1``."""
+        if self.group_of is None or labels.shape != self.group_of.shape:
+            raise InternalError("labels of groups do not fit the quantizer", where=self.place or type(self).__name__,
+                                why=f"{list(labels.shape)} given")
+        if not 0 <= int(labels.min()) <= int(labels.max()) < self.spec.groups:
+            raise InternalError("a label of a group is out of range", where=self.place or type(self).__name__,
+                                why=f"{int(labels.min())} to {int(labels.max())}, of {self.spec.groups} groups")
+        self.group_of = labels.detach().to(device=self.group_of.device, dtype=torch.uint8).clone()
 
     @property
     def clock(self) -> Clock | None:
@@ -177,8 +199,51 @@ class ActivationQuantizer(nn.Module):
         row = self.rows()
         if row is not None:
             tables = tuple(t.index_select(0, row) for t in tables)  # type: ignore[assignment]
-        a, b, c = (expand_activation_scale(t, self.segments, x.ndim, channel_dim) for t in tables)
+        a, b, c = (self.expand(t, x.shape, channel_dim) for t in tables)
         return a, b, c
+
+    def expand(self, table: Tensor, shape: torch.Size, channel_dim: int, front: int = 0) -> Tensor:
+        """Rows ``[R, S]`` of a table, shaped to broadcast against an activation.
+
+        Args:
+            table: A row for all, or one for each index of the first dimension.
+            shape: Of the activation ``[B, ..]``.
+            channel_dim: Counted from the front.
+            front: Dimensions before the batch, 1 where candidates come first.
+
+        Raises:
+            InputError: Groups of pixels, and another number of pixels than they were made for.
+        """
+        if self.group_of is None:
+            return expand_activation_scale(table, self.segments, len(shape), channel_dim)
+        wide = table.index_select(1, self.group_of.int())  # [R, channels or pixels]
+        if self.spec.granularity == "channel_group":
+            return expand_activation_scale(wide, (wide.shape[1],), len(shape), channel_dim)
+        places = [1 if d <= front or d == channel_dim else n for d, n in enumerate(shape)]
+        if math.prod(places) != wide.shape[1]:
+            raise self._other_pixels(math.prod(places))
+        return wide.reshape([*(table.shape[:1] if channel_dim else places[:1]), *places[1:]])
+
+    def _other_pixels(self, given: int) -> InputError:
+        return InputError(
+            "the layer's groups of pixels are for another size of the input", where=self.place or "an activation",
+            why=f"it was calibrated for {self.spec.pixels} pixels and is given {given}",
+            try_="use the size and the length of text of the calibration, or quantize with dimension = \"channel\" in "
+                 "the group step",
+        )
+
+    def parts(self, x: Tensor, channel_dim: int) -> tuple[Tensor, ...]:
+        """The values of ``x`` ``[B, ..]`` that each column of the tables serves, ``[B, ..]`` each (not of granularity
+        ``channel``). A group without members has none."""
+        if self.group_of is None:
+            return x.split(list(self.segments), channel_dim) if self.segments else (x,)
+        dim = channel_dim
+        if self.spec.granularity == "pixel_group":
+            x, dim = (x.flatten(2), 2) if channel_dim == 1 else (x.flatten(1, -2), 1)
+            if x.shape[dim] != self.spec.pixels:
+                raise self._other_pixels(x.shape[dim])
+        members = [(self.group_of == k).nonzero().flatten() for k in range(self.spec.groups)]
+        return tuple(x.index_select(dim, here) for here in members)
 
     def encode(self, x: Tensor, channel_dim: int) -> tuple[Tensor, Tensor, Tensor]:
         """Codes of ``x`` (float32 integers) with the (scale, zero_point) that decode them."""
@@ -192,7 +257,7 @@ class ActivationQuantizer(nn.Module):
         if self.trial_mixture is not None:
             return self._mixed(x, channel_dim, *self.trial_mixture())
         top = self.top_for(x.ndim, channel_dim)
-        trial = self.trial_tables(x.ndim, channel_dim)
+        trial = self.trial_tables(x.shape, channel_dim)
         if trial is not None:
             scale, inverse, zero = trial
             return fake_quantize(x, scale, zero, top, fused_form(x), inverse)
@@ -209,23 +274,24 @@ class ActivationQuantizer(nn.Module):
         by_row = [share.shape[1], len(share), *([1] * (x.ndim - 1))]
         if share.ndim == 2:
             shares = share.t().reshape(by_row)
-            a, b = (expand_activation_scale(t, self.segments, x.ndim + 1, dim) for t in (scale, zero))
+            shape = torch.Size((1, *x.shape))
+            a, b = (self.expand(t, shape, dim, front=1) for t in (scale, zero))
         else:
             by_channel = [*by_row[:dim], share.shape[2], *by_row[dim + 1 :]]
             shares = share.transpose(0, 1).reshape(by_channel)
             a, b = scale.reshape(by_row), zero.reshape(by_row)
         return mixture(x, shares, a, b, self.top, fused_form(x), straight_through=self.straight_through)
 
-    def trial_tables(self, ndim: int, channel_dim: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    def trial_tables(self, shape: torch.Size, channel_dim: int) -> tuple[Tensor, Tensor, Tensor] | None:
         """(scale, inverse_scale, zero_point) while a step trains them, shaped to broadcast against an activation of
-        ``ndim`` dimensions; None while none does."""
+        this shape; None while none does."""
         if self.trial_rows is not None:
             rows = self.trial_rows()
         elif self.trial_scale is not None or self.trial_zero_point is not None:
             rows = self._trial()
         else:
             return None
-        a, b, c = (expand_activation_scale(t, self.segments, ndim, channel_dim) for t in rows)
+        a, b, c = (self.expand(t, shape, channel_dim) for t in rows)
         return a, b, c
 
     def _trial(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -258,4 +324,5 @@ class ActivationQuantizer(nn.Module):
         """Bits, mode and partition, for ``print(model)``."""
         time = ", timed" if self.spec.timed else ""
         bits = "/".join(str(b) for b in sorted(set(self.spec.time_bits or (self.spec.grid.bits,))))
-        return f"{bits} bit, {self.spec.mode} per {self.spec.granularity}{time}"
+        groups = f", {self.spec.groups} groups" if self.spec.groups else ""
+        return f"{bits} bit, {self.spec.mode} per {self.spec.granularity}{groups}{time}"

@@ -30,7 +30,7 @@ from bitbrush.network.clock import Clock
 from bitbrush.network.layers import Face
 from bitbrush.network.log2 import Log2Quantizer
 from bitbrush.network.temporary import holding
-from bitbrush.numbers.grid import LayerSpec
+from bitbrush.numbers.grid import GROUPED, LayerSpec
 from bitbrush.numbers.straight_through import fake_quantize
 
 OPERANDS = ("q", "k", "v", "softmax")
@@ -146,7 +146,7 @@ class QuantAttention(nn.Module):
         top = quantizer.top_for(like.ndim, dim)
         if name == "softmax" and quantizer.spec.mode == "dynamic":
             return _Rounding(quantizer, None, top)
-        trial = quantizer.trial_tables(like.ndim, dim)
+        trial = quantizer.trial_tables(like.shape, dim)
         if trial is not None:
             return _Rounding(quantizer, trial, top, trial=True)
         return _Rounding(quantizer, quantizer.parameters_for(like, dim), top)
@@ -293,9 +293,9 @@ def install_operands(attention: Any, specs: dict[str, LayerSpec], clock: Clock, 
             try_="name operands as '<attention module>:q'",
         )
     by_channel = [name for name, s in specs.items() if s.activation is not None
-                  and s.activation.granularity == "channel"]
+                  and s.activation.granularity in ("channel", *GROUPED)]
     if by_channel:
-        raise InputError("attention operands have no scales a channel", where=", ".join(by_channel),
+        raise InputError("attention operands have no scales a channel or a group", where=", ".join(by_channel),
                          why="only the inputs and outputs of layers have a fixed number of channels",
                          try_="granularity = \"tensor\" for the operands")
     if specs.get("softmax", LayerSpec()).exempt and not attention.is_cross_attention:

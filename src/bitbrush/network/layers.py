@@ -24,6 +24,7 @@ Tensors of a packed layer (these names are the file format, see docs/format.md),
     weight_scale       float32 [N, S]           weight_zero_point  uint8 [N, S]
     row_order          int16 [N]                only with mixed bits: original row of each stored row (see format.md)
     input.scale        float32 [T, S]           input.inverse_scale float32, input.zero_point uint8
+    input.group_of     uint8 [C] or [pixels]    only with groups of channels or pixels, S of them: which one each is in
     input_scale        float32 [C]              only with LayerSpec.input_scale
     bias               as in the original
 """

@@ -38,9 +38,9 @@ def rewrap(model: nn.Module, plan: Plan, names: Iterable[str], clock: Clock) -> 
     """Give the named layers of a wrapped model their specs in ``plan``; all others keep their state.
 
     A named layer starts anew in the face it showed: codes, tables and trained biases are dropped, the float weight
-    stays. Where nothing but the activation's spec changed, what belongs to the weight is kept, too. Attention operands
-    start anew together with the other operands of their attention. A set of codebooks that layers share stays as it is
-    as long as its shape does.
+    stays. Where nothing but the activation's spec changed, what belongs to the weight is kept, too, and groups of
+    channels or pixels where the new spec has as many. Attention operands start anew together with the other operands of
+    their attention. A set of codebooks that layers share stays as it is as long as its shape does.
 
     Args:
         model: A model that `wrap` has wrapped, not yet packed.
@@ -59,6 +59,7 @@ def rewrap(model: nn.Module, plan: Plan, names: Iterable[str], clock: Clock) -> 
         if isinstance(former, QuantLayer):
             layer.face = former.face
             formers[name] = former
+            _keep_groups(former, layer)
         _replace(model, name, layer)
     _share(model, plan)
     for name, former in formers.items():
@@ -183,11 +184,23 @@ def _wrapped(module: nn.Module, name: str, spec: LayerSpec, clock: Clock, times:
             try_="leave the layer out of the smooth step's pattern",
         )
     codebooks.check(name, spec, int(channels), int(getattr(module, "groups", 1)))
+    pixels = spec.activation.pixels if spec.activation is not None else 0
+    if pixels and isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):
+        raise InputError(
+            "a convolution wider than 1x1 has no groups of pixels", where=name,
+            why=f"a product of {module.kernel_size[0]} x {module.kernel_size[1]} mixes places of several groups",
+            try_="give the layer groups of channels",
+        )
     additive = spec.weight is not None and spec.weight.additive
+    layer: QuantLayer | None = None
     if isinstance(module, nn.Linear):
-        return (CodebookLinear if additive else QuantLinear).wrap(module, spec, clock, times)
-    if isinstance(module, nn.Conv2d):
-        return (CodebookConv2d if additive else QuantConv2d).wrap(module, spec, clock, times)
+        layer = (CodebookLinear if additive else QuantLinear).wrap(module, spec, clock, times)
+    elif isinstance(module, nn.Conv2d):
+        layer = (CodebookConv2d if additive else QuantConv2d).wrap(module, spec, clock, times)
+    if layer is not None:
+        if layer.input is not None:
+            layer.input.place = name
+        return layer
     raise InputError(
         f"a {type(module).__name__} cannot be quantized", where=name, why="only Linear and Conv2d layers can",
         try_="leave the layer out of the recipe's patterns",
@@ -212,6 +225,15 @@ def _share(model: nn.Module, plan: Plan) -> None:
     for layer in layers(model).values() if sets else ():
         if isinstance(layer, CodebookLayer) and layer.weight_spec.shared:
             layer.share(sets[layer.weight_spec.shared])
+
+
+def _keep_groups(former: QuantLayer, layer: QuantLayer) -> None:
+    """Which group each channel or pixel is in; that is found once, tables are fitted again."""
+    if former.input is None or layer.input is None or former.input.group_of is None:
+        return
+    before, now = former.input.spec, layer.input.spec
+    if (before.granularity, before.groups, before.pixels) == (now.granularity, now.groups, now.pixels):
+        layer.input.set_groups(former.input.group_of)
 
 
 def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:

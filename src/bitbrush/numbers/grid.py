@@ -8,6 +8,7 @@ their scales are partitioned:
     T   time buckets           ``ActivationSpec.timed``: a row of the scale table for each entry of ``Plan.timesteps``,
                                or for each group of them (``ActivationSpec.time_groups``)
     token / pixel              scales found at run time (``mode = "dynamic"``)
+    channel_group, pixel_group static scales of groups of any channels or pixels (``ActivationSpec.groups``)
 
 Fields that no recipe of this release can run are carried because the format is written once; `LayerSpec.unsupported`
 names them, and nothing ignores them silently.
@@ -24,6 +25,9 @@ _FROZEN = ConfigDict(frozen=True, extra="forbid", strict=True)
 GridKind = Literal["affine", "log2", "codebook"]
 Scope = Literal["sample", "head", "tensor"]
 Lookup = Literal["exact", "ceil", "nearest", "interpolate"]
+Granularity = Literal["tensor", "token", "channel", "pixel", "channel_group", "pixel_group"]
+GROUPED = ("channel_group", "pixel_group")
+"""Granularities whose table has a column a group; which group an index is in lies with the tables."""
 
 
 class Grid(BaseModel):
@@ -98,12 +102,18 @@ class ActivationSpec(BaseModel):
     each timestep, in the same order: integers ``0 .. K-1``, each of them used; the table then has K rows, one a group.
     ``lookup`` says what a timestep outside the table means. ``scope`` says what shares the delta of a ``log2`` grid,
     the maximum of the values at hand: a ``sample``, a ``head`` of it, or the ``tensor``, all samples of a batch.
+
+    With granularity ``channel_group`` or ``pixel_group`` (DGQ) the table has ``groups`` columns, each for any number of
+    the input's channels or pixels; a tensor beside the tables says which. A pixel is a token of a linear layer or a
+    place of a 1x1 convolution's input; ``pixels`` is how many of them there are.
     """
 
     model_config = _FROZEN
     grid: Grid = Grid(bits=8)
     mode: Literal["static", "dynamic"] = "static"
-    granularity: Literal["tensor", "token", "channel", "pixel"] = "tensor"
+    granularity: Granularity = "tensor"
+    groups: int = Field(default=0, ge=0, le=256)
+    pixels: int = Field(default=0, ge=0)
     position: Literal["input", "output"] = "input"
     timed: bool = False
     time_bits: tuple[Annotated[int, Field(ge=1, le=8)], ...] = ()
@@ -136,10 +146,17 @@ class ActivationSpec(BaseModel):
         return not table or (self.timed and self.mode == "static")
 
     def runnable_granularity(self) -> bool:
-        """Whether this release has such scales: a tensor always, a token at run time only, a channel static only."""
-        modes = {"tensor": ("static", "dynamic"), "token": ("dynamic",), "channel": ("static",), "pixel": ()}
-        return self.mode in modes[self.granularity]
+        """Whether this release has such scales: a tensor always, a token at run time only, channels and groups static
+        only."""
+        modes = {"tensor": ("static", "dynamic"), "token": ("dynamic",), "pixel": ()}
+        return self.mode in modes.get(self.granularity, ("static",))
 
+    def runnable_groups(self) -> bool:
+        """Whether the groups fit the granularity: at least one where there are groups, of a layer's input; a number of
+        pixels where they are of pixels."""
+        if self.granularity not in GROUPED:
+            return not (self.groups or self.pixels)
+        return self.groups > 0 and (self.pixels > 0) == (self.granularity == "pixel_group") and self.position == "input"
 
     def runnable_grid(self) -> bool:
         """Whether this release has such a grid: affine, or ``log2`` with a delta found at run time and nothing more."""
@@ -188,6 +205,9 @@ class LayerSpec(BaseModel):
              and (not self.activation.runnable_times(self.activation.time_groups)
                   or bool(self.activation.time_groups and self.activation.time_bits))),
             ("activation.granularity", self.activation is not None and not self.activation.runnable_granularity()),
+            ("activation.groups", self.activation is not None and not self.activation.runnable_groups()),
+            ("activation.groups with segments", self.activation is not None and len(self.segments) > 1
+             and self.activation.granularity in GROUPED),
             ("activation.lookup", self.activation is not None and self.activation.lookup == "interpolate"),
         ]
         return [name for name, bad in found if bad]
@@ -250,4 +270,7 @@ def _spec_json(spec: LayerSpec) -> dict[str, Any]:
         del data["activation"]["time_groups"]
     if spec.activation is not None and spec.activation.scope == "sample":
         del data["activation"]["scope"]
+    for key in ("groups", "pixels"):
+        if spec.activation is not None and not data["activation"][key]:
+            del data["activation"][key]
     return data

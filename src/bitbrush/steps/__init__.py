@@ -8,6 +8,7 @@ from bitbrush.steps.calibrate import Calibrate
 from bitbrush.steps.correct import Correct, Trajectories
 from bitbrush.steps.finetune import Finetune
 from bitbrush.steps.fit import Fit
+from bitbrush.steps.group import Group
 from bitbrush.steps.pack import Pack
 from bitbrush.steps.reconstruct import Reconstruct
 from bitbrush.steps.relax import Relax
@@ -21,6 +22,7 @@ STEPS: dict[str, type[Step]] = {
     "split": Split,
     "smooth": Smooth,
     "fit": Fit,
+    "group": Group,
     "allocate": Allocate,
     "reconstruct": Reconstruct,
     "relax": Relax,

@@ -37,7 +37,7 @@ from bitbrush.numbers.straight_through import encode_weight
 
 CHUNK = 1 << 24  # values searched together
 VALUES_BY_CHANNEL = 4096
-"""Values kept a sample of a quantizer with scales a channel, over all its channels (at least two each)."""
+"""Values kept a sample of a quantizer with scales a channel or a group, over all of them (at least two each)."""
 BINARY_ROUNDS = 24
 """Golden-section steps to the magnitude of a symmetric 1-bit row: to a hundred-thousandth of its range."""
 
@@ -283,9 +283,11 @@ class Watcher:
             count = max(2, min(self.values, VALUES_BY_CHANNEL // len(rows)))
             self.kept.append(self._sample(rows, count))
         else:
-            parts = x.split(list(self.quantizer.segments), channel_dim) if self.quantizer.segments else (x,)
-            flat = [part.reshape(1, x.shape[0], -1) for part in parts]
-            self.kept.append(torch.cat([self._sample(part, self.values) for part in flat]))
+            parts = self.quantizer.parts(x, channel_dim)
+            groups = self.quantizer.spec.groups
+            count = max(2, min(self.values, VALUES_BY_CHANNEL // groups)) if groups else self.values
+            flat = [part.reshape(1, x.shape[0], -1) if part.numel() else x.new_zeros(1, len(x), 1) for part in parts]
+            self.kept.append(torch.cat([self._sample(part, count) for part in flat]))
         self.kept_times.append(self.times)
         for t, low, high in zip(self.times.tolist(), whole.amin(1).tolist(), whole.amax(1).tolist(), strict=True):
             self.low[t] = min(self.low.get(t, low), low)
@@ -300,7 +302,7 @@ class Watcher:
         return sample
 
     def values_by_segment(self) -> tuple[Tensor, Tensor]:
-        """Values ``[S, samples, values]`` (S = C with scales a channel) and timesteps ``[samples]``."""
+        """Values ``[S, samples, values]`` (S = C with scales a channel, K with groups) and timesteps ``[samples]``."""
         return torch.cat(self.kept, dim=1), torch.cat(self.kept_times).to(self.kept[0].device)
 
     def history(self) -> dict[str, list[float]]:

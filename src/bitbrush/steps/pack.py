@@ -29,7 +29,8 @@ class Pack(Step):
 
     Args:
         samples: Samples of the probe.
-        crop: Height, width (or tokens / crop) of the layer inputs kept for the proof.
+        crop: Height, width (or tokens / crop) of the layer inputs kept for the proof; of a layer with groups of pixels
+            one sample is kept whole.
     """
 
     samples: int = Field(default=2, ge=1)
@@ -93,7 +94,9 @@ class Pack(Step):
     def _catcher(self, name: str, layer: QuantLayer, tensors: dict[str, Tensor]) -> Any:
         def catch(_module: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0].detach()
-            if isinstance(layer, nn.Conv2d):
+            if _of_pixels(layer):  # its scales are those of all pixels: few samples instead of a few pixels
+                x = x[:1]
+            elif isinstance(layer, nn.Conv2d):
                 x = x[:, :, : self.crop, : self.crop]
             elif x.ndim > 2:
                 x = x[:, : self.crop * self.crop]
@@ -108,12 +111,18 @@ class Pack(Step):
         if codes is None:
             return {"ok": True, "note": "weight kept in float"}
         x = probe[f"x/{name}"].to(run.device)
-        with torch.no_grad(), run.clock.at(probe["timestep"].to(run.device)):
+        times = probe["timestep"].to(run.device)
+        with torch.no_grad(), run.clock.at(times[:1] if _of_pixels(layer) else times):
             proof = prove_layer(codes, layer, x, tables)
         if not proof["ok"]:
             raise NumericsError("packed execution differs from the simulation", where=name, why=str(proof)[:400],
                                 try_="report this; `bitbrush resume` repeats the step")
         return proof
+
+
+def _of_pixels(layer: QuantLayer) -> bool:
+    """Whether the input's scales belong to pixels, so that it cannot be cropped."""
+    return layer.spec.activation is not None and layer.spec.activation.pixels > 0
 
 
 def probe_inputs(run: Run, samples: int, generator: torch.Generator) -> tuple[tuple[Any, ...], dict[str, Any]]:

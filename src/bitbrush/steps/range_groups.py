@@ -56,6 +56,10 @@ class Extremes:
                 ends = torch.stack([here.amin(dim=over), here.amax(dim=over)])
                 known[dimension] = ends if dimension not in known else _joined([known[dimension], ends])
 
+    def without_pixels(self) -> None:
+        """Keep channels only from now on: the number of pixels is not the same in every input."""
+        self.kept = ("channel",)
+
     def ends(self, dimension: Dimension, time: float | None = None) -> tuple[Tensor, Tensor]:
         """(lo, hi) of each index ``[members]``, at one timestep or over all.
 
