@@ -17,6 +17,7 @@ from bitbrush.engine.progress import Silent
 from bitbrush.engine.recipe import Recipe
 from bitbrush.engine.run import Run
 from bitbrush.errors import BitbrushError
+from bitbrush.network.activation import ActivationQuantizer
 from bitbrush.steps import loop
 
 PROMPTS = ["red apple", "blue car", "green tree", "a cat", "the sun", "old house", "big fish", "tall man"]
@@ -94,6 +95,57 @@ def kill_training(monkeypatch: pytest.MonkeyPatch, stop: int) -> list[int]:
 
     monkeypatch.setattr(loop._Loop, "iterate", dying)
     return began
+
+
+def killed_and_resumed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, text: str, stop: int, checkpoint: int = 4
+) -> tuple[Run, Run]:
+    """(a run that was left alone, one whose training died at iteration ``stop``, resumed): the same bytes."""
+    (folder / "whole").mkdir()
+    whole = execute(folder / "whole", least_pipeline(), text)
+    began = kill_training(monkeypatch, stop)
+    run = begin(folder, least_pipeline(), recipe(folder, text))
+    with pytest.raises(Killed):
+        run.execute()
+    run.journal.release()
+    assert len(list(run.journal.folder.glob("carry-*"))) == min(stop // checkpoint, 2)
+    again = resumed(folder, text)
+    assert began[stop + 1] == stop // checkpoint * checkpoint, "it begins at the saved iteration"
+    files = {p.name: p.read_bytes() for p in (folder / "whole" / "out" / ".run" / "units").glob("*")}
+    assert len(files) == len(whole.done) > 3 and again.plan == whole.plan
+    assert all((again.journal.folder / "units" / name).read_bytes() == data for name, data in files.items())
+    return whole, again
+
+
+def resumed(folder: Path, text: str) -> Run:
+    """A run that goes on from its journal to its end."""
+    run = begin(folder, least_pipeline(), recipe(folder, text), resume=True)
+    run.execute()
+    run.journal.release()
+    return run
+
+
+def captured_and_eager(folder: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> list[dict[str, Any]]:
+    """What `tune` notes on a CUDA device where an iteration is one graph, and where it is none."""
+    loops, notes, captured = loops_made(monkeypatch), [], []
+    for name, warm in (("graph", loop.WARM), ("eager", 99)):
+        monkeypatch.setattr(loop, "WARM", warm)
+        (folder / name).mkdir()
+        notes.append(note(execute(folder / name, tiny.pipeline("text").to("cuda"), text)))
+        captured.append(loops[-1].graph is not None)
+    assert captured == [True, False]
+    return notes
+
+
+def note(run: Run) -> dict[str, Any]:
+    """What the step `tune` says of itself."""
+    return next(entry for entry in run.done if entry["step"] == "tune")
+
+
+def tables(run: Run) -> dict[str, torch.Tensor]:
+    """Scales and zero-points of all activation quantizers."""
+    found = {n: m for n, m in run.model.named_modules() if isinstance(m, ActivationQuantizer)}
+    return {f"{n}/{k}": getattr(m, k).clone() for n, m in found.items() for k in ("scale", "zero_point")}
 
 
 def loops_made(monkeypatch: pytest.MonkeyPatch) -> list[Any]:

@@ -172,10 +172,12 @@ def fit_weight(layer: QuantLayer) -> None:
     layer.set_weight(encode(weight, reciprocal(wide), wide_zero, layer.top()), scale, zero)
 
 
-def packed_pair(kind: str, spec: LayerSpec, fill: Callable[[ActivationQuantizer], None]) -> tuple[Clock, Any, Any]:
+def packed_pair(
+    kind: str, spec: LayerSpec, fill: Callable[[ActivationQuantizer], None], module: nn.Module | None = None
+) -> tuple[Clock, Any, Any]:
     """(clock, a layer of 24 input channels in sim face, its packed copy); ``fill`` sets the scales."""
     clock, g = Clock(TIMES), torch.Generator().manual_seed(4)
-    module = nn.Linear(24, 9) if kind == "linear" else nn.Conv2d(24, 9, 3, padding=1)
+    module = module or (nn.Linear(24, 9) if kind == "linear" else nn.Conv2d(24, 9, 3, padding=1))
     for p in module.parameters():
         p.data.copy_(torch.randn(p.shape, generator=g) * 0.3)
         p.requires_grad_(False)
@@ -188,6 +190,32 @@ def packed_pair(kind: str, spec: LayerSpec, fill: Callable[[ActivationQuantizer]
     packed.pack()
     packed.input._clock = layer.input._clock
     return clock, layer, packed
+
+
+def timed_with(plan: Plan, every: int = 1, **choices: Any) -> Plan:
+    """The plan with these choices in every ``every``-th entry, where its activation is timed."""
+    layers = {}
+    for i, (name, spec) in enumerate(plan.layers.items()):
+        activation = spec.activation
+        if activation is not None and activation.timed and i % every == 0:
+            activation = activation.model_copy(update=choices)
+        layers[name] = spec.model_copy(update={"activation": activation})
+    return plan.model_copy(update={"layers": layers})
+
+
+def packed_network(pipe: Any, plan: Plan, fill: Callable[[ActivationQuantizer, int], None]) -> dict[float, Tensor]:
+    """Wraps and packs the denoiser; ``fill`` sets scales by quantizer and number. The simulated answer a timestep."""
+    wrap.wrap(pipe.unet, plan)
+    for i, quantizer in enumerate(m for m in pipe.unet.modules() if isinstance(m, ActivationQuantizer)):
+        fill(quantizer, i)
+    for layer in wrap.layers(pipe.unet).values():
+        fit_weight(layer)
+    wrap.set_face(pipe.unet, "sim")
+    simulated = {t: run(pipe.unet, t) for t in TIMES}
+    for layer in wrap.layers(pipe.unet).values():
+        layer.pack()
+    wrap.set_face(pipe.unet, "packed")
+    return simulated
 
 
 def _fit_activations(model: nn.Module, plan: Plan) -> None:

@@ -25,7 +25,7 @@ from bitbrush.kernels.proof import prove_layer
 from bitbrush.network import wrap
 from bitbrush.network.activation import ActivationQuantizer
 from bitbrush.network.clock import Clock
-from bitbrush.network.layers import QuantConv2d, QuantLinear
+from bitbrush.network.layers import QuantLinear
 from bitbrush.numbers import ranges
 from bitbrush.numbers.codec import decode, encode, reciprocal
 from bitbrush.numbers.grid import GROUPED, ActivationSpec, Grid, LayerSpec, Plan, WeightSpec
@@ -323,17 +323,7 @@ def layer_of(granularity: str, kind: str) -> tuple[Clock, Any, Any]:
     """(clock, layer in sim face, its packed copy); 24 channels, 15 pixels."""
     activation = spec_of(granularity, bits=6, timed=True, pixels=15)
     spec = LayerSpec(weight=WeightSpec(grid=Grid(bits=4)), activation=activation)
-    if kind != "conv1":
-        return tiny.packed_pair(kind, spec, fill)
-    clock, module = Clock(TIMES), nn.Conv2d(24, 9, 1, stride=2).requires_grad_(False)
-    layer: Any = QuantConv2d.wrap(module, spec, clock, len(TIMES))
-    tiny.fit_weight(layer)
-    fill(layer.input)
-    layer.face = "sim"
-    packed = copy.deepcopy(layer)
-    packed.pack()
-    packed.input._clock = layer.input._clock
-    return clock, layer, packed
+    return tiny.packed_pair(kind, spec, fill, nn.Conv2d(24, 9, 1, stride=2) if kind == "conv1" else None)
 
 
 PACKED = [("channel_group", "linear"), ("channel_group", "conv"), ("channel_group", "conv1"), ("pixel_group", "linear"),
@@ -399,16 +389,7 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[float, 
     """(packed pipeline, simulated answers a timestep, the artifact's folder)."""
     pipe = tiny.pipeline("text")
     plan = grouped_plan(pipe.unet)
-    wrap.wrap(pipe.unet, plan)
-    for i, module in enumerate(m for m in pipe.unet.modules() if isinstance(m, ActivationQuantizer)):
-        fill(module, i)
-    for layer in wrap.layers(pipe.unet).values():
-        tiny.fit_weight(layer)
-    wrap.set_face(pipe.unet, "sim")
-    simulated = {t: tiny.run(pipe.unet, t) for t in TIMES}
-    for layer in wrap.layers(pipe.unet).values():
-        layer.pack()
-    wrap.set_face(pipe.unet, "packed")
+    simulated = tiny.packed_network(pipe, plan, fill)
     folder = tmp_path_factory.mktemp("groups") / "made"
     save(pipe, folder, plan)
     return pipe, simulated, folder

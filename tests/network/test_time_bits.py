@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from torch import Tensor
 
 import bitbrush  # noqa: F401  (registers the plug-in)
 import tiny
@@ -32,13 +31,7 @@ BITS = (8, 3, 6, 6, 2)
 
 def mixed(plan: Plan, bits: tuple[int, ...] = BITS) -> Plan:
     """The plan with bits a timestep in every timed activation."""
-    layers = {}
-    for name, spec in plan.layers.items():
-        activation = spec.activation
-        if activation is not None and activation.timed:
-            activation = activation.model_copy(update={"time_bits": bits})
-        layers[name] = spec.model_copy(update={"activation": activation})
-    return plan.model_copy(update={"layers": layers})
+    return tiny.timed_with(plan, time_bits=bits)
 
 
 def fill(quantizer: ActivationQuantizer, seed: int = 0) -> None:
@@ -205,19 +198,10 @@ def test_network_packs_saves_and_loads(tmp_path: Path) -> None:
     assert again == plan and again.layers["conv_in"].activation is not None
     assert again.layers["conv_in"].activation.time_bits == BITS
     pipe = tiny.pipeline("text")
-    wrap.wrap(pipe.unet, plan)
+    simulated = tiny.packed_network(pipe, plan, fill)
     found = [m for m in pipe.unet.modules() if isinstance(m, ActivationQuantizer)]
     assert len(found) == len(plan.layers) > 40
-    for i, quantizer in enumerate(found):
-        fill(quantizer, i)
-    for layer in wrap.layers(pipe.unet).values():
-        tiny.fit_weight(layer)
-    wrap.set_face(pipe.unet, "sim")
-    simulated: dict[float, Tensor] = {t: tiny.run(pipe.unet, t) for t in TIMES}
     assert not torch.equal(simulated[1.0], simulated[999.0])
-    for layer in wrap.layers(pipe.unet).values():
-        layer.pack()
-    wrap.set_face(pipe.unet, "packed")
     assert all(torch.equal(tiny.run(pipe.unet, t), simulated[t]) for t in TIMES)
     assert not any("tops" in name for name in pipe.unet.state_dict())
     used = kernels.use(pipe.unet, "cpu-int8")

@@ -38,13 +38,7 @@ KINDS: list[dict[str, Any]] = [{}, {"segments": (4, 2)}, {"granularity": "channe
 
 def grouped(plan: Plan, groups: tuple[int, ...] = GROUPS, every: int = 1) -> Plan:
     """The plan with these groups in every ``every``-th timed activation."""
-    layers = {}
-    for i, (name, spec) in enumerate(plan.layers.items()):
-        activation = spec.activation
-        if activation is not None and activation.timed and i % every == 0:
-            activation = activation.model_copy(update={"time_groups": groups})
-        layers[name] = spec.model_copy(update={"activation": activation})
-    return plan.model_copy(update={"layers": layers})
+    return tiny.timed_with(plan, every, time_groups=groups)
 
 
 def fill(quantizer: ActivationQuantizer, seed: int = 0) -> None:
@@ -417,16 +411,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Plan, dict[floa
     """(pipeline, plan, simulated answers a timestep, the artifact's folder); every second table has groups."""
     pipe = tiny.pipeline("text")
     plan = grouped(tiny.plan_for(pipe.unet, attention=True), every=2)
-    wrap.wrap(pipe.unet, plan)
-    for i, module in enumerate(m for m in pipe.unet.modules() if isinstance(m, ActivationQuantizer)):
-        fill(module, i)
-    for layer in wrap.layers(pipe.unet).values():
-        tiny.fit_weight(layer)
-    wrap.set_face(pipe.unet, "sim")
-    simulated = {t: tiny.run(pipe.unet, t) for t in TIMES}
-    for layer in wrap.layers(pipe.unet).values():
-        layer.pack()
-    wrap.set_face(pipe.unet, "packed")
+    simulated = tiny.packed_network(pipe, plan, fill)
     folder = tmp_path_factory.mktemp("groups") / "made"
     save(pipe, folder, plan)
     return pipe, plan, simulated, folder

@@ -39,14 +39,15 @@ from small import (
     SPLIT,
     TIMED,
     WALKS,
-    Killed,
     begin,
+    captured_and_eager,
     complete,
     execute,
-    kill_training,
+    killed_and_resumed,
     least_pipeline,
-    loops_made,
+    note,
     recipe,
+    tables,
 )
 
 TIME = '"time_embedding.* | *.time_emb_proj" = { activation = { timed = true } }\n'
@@ -338,15 +339,6 @@ def test_what_it_cannot_take() -> None:
 
 
 # ---- whole runs ----------------------------------------------------------------------------------------------------
-def tables(run: Any) -> dict[str, Tensor]:
-    found = {n: m for n, m in run.model.named_modules() if isinstance(m, ActivationQuantizer)}
-    return {f"{n}/{k}": getattr(m, k).clone() for n, m in found.items() for k in ("scale", "zero_point")}
-
-
-def note(run: Any) -> dict[str, Any]:
-    return next(entry for entry in run.done if entry["step"] == "tune")
-
-
 @pytest.mark.parametrize("form", ["channel_groups", "groups"])
 def test_without_straight_through_first_convolutions_are_not_searched(form: str, tmp_path: Path) -> None:
     """The page's 4.3: quantized are the convolutions of residual blocks alone; the output of a first one goes through
@@ -458,21 +450,7 @@ def test_never_worse_than_the_start(tmp_path: Path) -> None:
 def test_killed_and_resumed_ends_with_the_same_bytes(
     how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "whole").mkdir()
-    text = START + TUNE + how
-    whole = execute(tmp_path / "whole", least_pipeline(), text)
-    began = kill_training(monkeypatch, 9)
-    run = begin(tmp_path, least_pipeline(), recipe(tmp_path, text))
-    with pytest.raises(Killed):
-        run.execute()
-    run.journal.release()
-    again = begin(tmp_path, least_pipeline(), recipe(tmp_path, text), resume=True)
-    again.execute()
-    again.journal.release()
-    assert began[10] == 8, "it begins at the saved iteration"
-    files = {p.name: p.read_bytes() for p in (tmp_path / "whole" / "out" / ".run" / "units").glob("*")}
-    assert len(files) == len(whole.done) > 3 and again.plan == whole.plan
-    assert all((again.journal.folder / "units" / name).read_bytes() == data for name, data in files.items())
+    whole, again = killed_and_resumed(tmp_path, monkeypatch, START + TUNE + how, 9)
     one, two = tables(again), tables(whole)
     assert one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in two)
 
@@ -496,16 +474,8 @@ def test_other_tables_are_trained_as_tables(tmp_path: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_an_iteration_is_one_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Captured and eager searches agree but for rounding."""
-    found: dict[str, tuple[bool, dict[str, Any]]] = {}
-    loops = loops_made(monkeypatch)
     text = START + TUNE.replace("iterations = 12", "iterations = 40")
-    for name, warm in (("graph", loop.WARM), ("eager", 99)):
-        monkeypatch.setattr(loop, "WARM", warm)
-        (tmp_path / name).mkdir()
-        run = execute(tmp_path / name, tiny.pipeline("text").to("cuda"), text)
-        found[name] = (loops[-1].graph is not None, note(run))
-    assert [captured for captured, _ in found.values()] == [True, False]
-    ends = [n["loss_end"] / n["loss_start"] for _, n in found.values()]
+    ends = [n["loss_end"] / n["loss_start"] for n in captured_and_eager(tmp_path, monkeypatch, text)]
     assert all(end <= 1 for end in ends) and max(ends) - min(ends) < 0.1
 
 

@@ -31,14 +31,15 @@ from small import (
     SPLIT,
     TIMED,
     WALKS,
-    Killed,
     begin,
     complete,
     execute,
-    kill_training,
+    killed_and_resumed,
     least_pipeline,
     loops_made,
+    note,
     recipe,
+    resumed,
 )
 
 W4A4 = HEAD.replace("activations = 8", "activations = 4")
@@ -80,10 +81,6 @@ def changed(a: Run, b: Run) -> set[str]:
     one, two = contents(a), contents(b)
     assert one.keys() == two.keys() and len(one) > 60
     return {name for name in one if not torch.equal(one[name], two[name])}
-
-
-def note(run: Run) -> dict[str, Any]:
-    return next(entry for entry in run.done if entry["step"] == "tune")
 
 
 def pair(folder: Path, head: str, start: str, *steps: str, pipe: Any = least_pipeline) -> list[Run]:
@@ -297,28 +294,10 @@ def test_killed_and_resumed_ends_with_the_same_bytes(
     """The best so far comes from before the kill where training got worse after it: it is part of the state."""
     step = tune(base, weight_scale=True, zero_points=True, evaluate_every=3, lr_scales=0.05, window=2)
     asked = TIMED + START + step
-    (tmp_path / "whole").mkdir()
-    whole = execute(tmp_path / "whole", least_pipeline(), asked)
-    want = (tmp_path / "whole" / "out" / ".run" / "units").glob("*")
-    began = kill_training(monkeypatch, stop)
-    run = begin(tmp_path, least_pipeline(), recipe(tmp_path, asked))
-    with pytest.raises(Killed):
-        run.execute()
-    run.journal.release()
-    assert len(list(run.journal.folder.glob("carry-*"))) == min(stop // 4, 2)
-    again = begin(tmp_path, least_pipeline(), recipe(tmp_path, asked), resume=True)
-    again.execute()
-    again.journal.release()
-    assert began[stop + 1] == stop // 4 * 4, "it begins at the saved iteration"
-    files = {p.name: p.read_bytes() for p in want}
-    assert len(files) == len(whole.done) > 3
-    assert all((again.journal.folder / "units" / name).read_bytes() == data for name, data in files.items())
+    whole, again = killed_and_resumed(tmp_path, monkeypatch, asked, stop)
     assert not changed(whole, again)
     assert note(again) == note(whole)
-    third = begin(tmp_path, least_pipeline(), recipe(tmp_path, asked), resume=True)
-    third.execute()
-    third.journal.release()
-    assert not changed(whole, third), "and from the journal alone"
+    assert not changed(whole, resumed(tmp_path, asked)), "and from the journal alone"
 
 
 def test_previews_in_between_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,14 +37,16 @@ from small import (
     SPLIT,
     TIMED,
     WALKS,
-    Killed,
     begin,
+    captured_and_eager,
     complete,
     execute,
-    kill_training,
+    killed_and_resumed,
     least_pipeline,
-    loops_made,
+    note,
     recipe,
+    resumed,
+    tables,
 )
 
 START = TIMED + WALKS + SPLIT + FIT + RANGES
@@ -355,15 +357,6 @@ def test_what_it_cannot_take() -> None:
 
 
 # ---- whole runs --------------------------------------------------------------------------------------------------
-def tables(run: Any) -> dict[str, Tensor]:
-    found = {n: m for n, m in run.model.named_modules() if isinstance(m, ActivationQuantizer)}
-    return {f"{n}/{k}": getattr(m, k).clone() for n, m in found.items() for k in ("scale", "zero_point")}
-
-
-def note(run: Any) -> dict[str, Any]:
-    return next(entry for entry in run.done if entry["step"] == "tune")
-
-
 def learner_for(run: Any, **choices: Any) -> GroupLearner:
     step = Finetune(do="finetune", id="tune", weights="none", scales="all", scale_form="groups", **choices)
     (learner,) = step.learner(run, step.chosen(run), generator(0, "a", "b")).learners
@@ -481,23 +474,8 @@ def test_never_worse_than_the_start(tmp_path: Path) -> None:
 def test_killed_and_resumed_ends_with_the_same_bytes(
     stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "whole").mkdir()
-    whole = execute(tmp_path / "whole", least_pipeline(), START + TUNE)
-    began = kill_training(monkeypatch, stop)
-    run = begin(tmp_path, least_pipeline(), recipe(tmp_path, START + TUNE))
-    with pytest.raises(Killed):
-        run.execute()
-    run.journal.release()
-    again = begin(tmp_path, least_pipeline(), recipe(tmp_path, START + TUNE), resume=True)
-    again.execute()
-    again.journal.release()
-    assert began[stop + 1] == stop // 4 * 4, "it begins at the saved iteration"
-    files = {p.name: p.read_bytes() for p in (tmp_path / "whole" / "out" / ".run" / "units").glob("*")}
-    assert len(files) == len(whole.done) > 3 and again.plan == whole.plan
-    assert all((again.journal.folder / "units" / name).read_bytes() == data for name, data in files.items())
-    third = begin(tmp_path, least_pipeline(), recipe(tmp_path, START + TUNE), resume=True)
-    third.execute()  # everything from the journal, the change of the plan included
-    third.journal.release()
+    whole, _ = killed_and_resumed(tmp_path, monkeypatch, START + TUNE, stop)
+    third = resumed(tmp_path, START + TUNE)  # everything from the journal, the change of the plan included
     one, two = tables(third), tables(whole)
     assert third.plan == whole.plan and all(torch.equal(one[n], two[n]) for n in two)
 
@@ -536,16 +514,8 @@ def test_operands_of_attention_and_tables_of_one_row_are_trained_as_tables(tmp_p
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_an_iteration_is_one_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Captured and eager searches agree but for rounding."""
-    found: dict[str, tuple[bool, dict[str, Any]]] = {}
-    loops = loops_made(monkeypatch)
     text = START + TUNE.replace("iterations = 12", "iterations = 40")
-    for name, warm in (("graph", loop.WARM), ("eager", 99)):
-        monkeypatch.setattr(loop, "WARM", warm)
-        (tmp_path / name).mkdir()
-        run = execute(tmp_path / name, tiny.pipeline("text").to("cuda"), text)
-        found[name] = (loops[-1].graph is not None, note(run))
-    assert [captured for captured, _ in found.values()] == [True, False]
-    ends = [n["loss_end"] / n["loss_start"] for _, n in found.values()]
+    ends = [n["loss_end"] / n["loss_start"] for n in captured_and_eager(tmp_path, monkeypatch, text)]
     assert all(end <= 1 for end in ends) and max(ends) - min(ends) < 0.1
 
 

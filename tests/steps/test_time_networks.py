@@ -30,13 +30,13 @@ from small import (
     SPLIT,
     TIMED,
     WALKS,
-    Killed,
     begin,
     complete,
     execute,
-    kill_training,
+    killed_and_resumed,
     least_pipeline,
     recipe,
+    tables,
 )
 
 START = TIMED + WALKS + SPLIT + FIT + RANGES
@@ -221,11 +221,6 @@ def test_planted_drift_is_followed() -> None:
 
 
 # ---- in a run ----------------------------------------------------------------------------------------------------
-def tables(run: Any) -> dict[str, Tensor]:
-    found = {n: m for n, m in run.model.named_modules() if isinstance(m, ActivationQuantizer)}
-    return {f"{n}/{k}": getattr(m, k).clone() for n, m in found.items() for k in ("scale", "zero_point")}
-
-
 def test_a_run_trains_and_stores_tables_only(tmp_path: Path) -> None:
     (tmp_path / "plain").mkdir()
     plain = execute(tmp_path / "plain", least_pipeline(), START)
@@ -262,20 +257,7 @@ def test_live_and_folded_models_draw_the_same_samples(tmp_path: Path) -> None:
 def test_killed_and_resumed_ends_with_the_same_bytes(
     stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "whole").mkdir()
-    whole = execute(tmp_path / "whole", least_pipeline(), START + TUNE)
-    began = kill_training(monkeypatch, stop)
-    run = begin(tmp_path, least_pipeline(), recipe(tmp_path, START + TUNE))
-    with pytest.raises(Killed):
-        run.execute()
-    run.journal.release()
-    again = begin(tmp_path, least_pipeline(), recipe(tmp_path, START + TUNE), resume=True)
-    again.execute()
-    again.journal.release()
-    assert began[stop + 1] == stop // 4 * 4, "it begins at the saved iteration"
-    files = {p.name: p.read_bytes() for p in (tmp_path / "whole" / "out" / ".run" / "units").glob("*")}
-    assert len(files) == len(whole.done) > 3
-    assert all((again.journal.folder / "units" / name).read_bytes() == data for name, data in files.items())
+    killed_and_resumed(tmp_path, monkeypatch, START + TUNE, stop)
 
 
 def test_tables_of_one_row_are_trained_as_such(tmp_path: Path) -> None:

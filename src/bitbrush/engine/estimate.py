@@ -90,21 +90,24 @@ def weight_bits(spec: LayerSpec | None) -> int | float:
     if spec is None or spec.weight is None:
         return 16
     if spec.weight.additive:
-        share = round(spec.weight.codebooks * spec.weight.grid.bits / spec.weight.group, 3)
-        return int(share) if share == int(share) else share
+        return _short(spec.weight.codebooks * spec.weight.grid.bits / spec.weight.group)
     rows = spec.weight.row_bits
     if not rows or len(set(rows)) == 1:
         return rows[0] if rows else spec.weight.grid.bits
-    mean = round(sum(rows) / len(rows), 3)
-    return int(mean) if mean == int(mean) else mean
+    return _short(sum(rows) / len(rows))
 
 
 def activation_bits(spec: LayerSpec | None) -> int | float:
     """Bits of a layer's activation, the mean over the timesteps where they differ; 16 = float."""
     if spec is None or spec.activation is None:
         return 16
-    mean = round(spec.activation.average_bits, 3)
-    return int(mean) if mean == int(mean) else mean
+    return _short(spec.activation.average_bits)
+
+
+def _short(bits: float) -> int | float:
+    """Three decimals at most, and none where it is whole."""
+    rounded = round(bits, 3)
+    return int(rounded) if rounded == int(rounded) else rounded
 
 
 def foreseen(survey: Survey, plan: Plan, recipe: Recipe) -> Plan:

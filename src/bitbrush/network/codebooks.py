@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from bitbrush.errors import InputError, InternalError
+from bitbrush.network.dtypes import moving_only
 from bitbrush.numbers.codebook import to_half
 from bitbrush.numbers.grid import LayerSpec, Plan
 
@@ -64,10 +65,7 @@ class Codebooks(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move, but stay float16: in bfloat16 the packed weight would be another one."""
-        before = self.values
-        super()._apply(fn, recurse)
-        if self.values.dtype != before.dtype:
-            self.values = before.to(self.values.device)
+        super()._apply(moving_only(fn), recurse)
         return self
 
     def extra_repr(self) -> str:

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from bitbrush.errors import Notice
+from bitbrush.network.dtypes import moving_only
 
 NAME = "bitbrush_correction"
 TABLES = ("scale", "bias", "shift")
@@ -162,11 +163,7 @@ class Correction(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move, but stay float32: a model cast to half precision keeps its tables."""
-        def moved(tensor: Tensor) -> Tensor:
-            done = fn(tensor)
-            return done if done.dtype == tensor.dtype else tensor.to(done.device)
-
-        super()._apply(moved, recurse)
+        super()._apply(moving_only(fn), recurse)
         return self
 
     def __getstate__(self) -> dict[str, Any]:

@@ -259,18 +259,18 @@ class Plan(BaseModel):
         return cls(layers=layers, timesteps=tuple(float(t) for t in data.get("timesteps", ())))
 
 
+_SINCE = {
+    "weight": {"binary": "affine", "codebooks": 0, "group": 8, "shared": ""},
+    "activation": {"time_groups": [], "scope": "sample", "groups": 0, "pixels": 0},
+}
+"""What format 1 did not have from the start, with its defaults."""
+
+
 def _spec_json(spec: LayerSpec) -> dict[str, Any]:
-    """JSON of a spec. What format 1 did not have from the start is left out at its default: digests stay the same."""
+    """JSON of a spec. What came later is left out at its default: digests stay the same."""
     data = spec.model_dump(mode="json")
-    if spec.weight is not None:
-        for name, default in (("binary", "affine"), ("codebooks", 0), ("group", 8), ("shared", "")):
-            if data["weight"][name] == default:
-                del data["weight"][name]
-    if spec.activation is not None and not spec.activation.time_groups:
-        del data["activation"]["time_groups"]
-    if spec.activation is not None and spec.activation.scope == "sample":
-        del data["activation"]["scope"]
-    for key in ("groups", "pixels"):
-        if spec.activation is not None and not data["activation"][key]:
-            del data["activation"][key]
+    for part, defaults in _SINCE.items():
+        for name, default in defaults.items() if data[part] is not None else ():
+            if data[part][name] == default:
+                del data[part][name]
     return data

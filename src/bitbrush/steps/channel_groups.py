@@ -29,8 +29,8 @@ from bitbrush.errors import InputError, InternalError
 from bitbrush.network.activation import ActivationQuantizer
 from bitbrush.numbers.grid import ActivationSpec, Grid, Plan
 from bitbrush.numbers.ranges import affine_parameters
-from bitbrush.steps.learners import SharedTables, parts_of, table_order
-from bitbrush.steps.time_groups import START, Mixed, of_one_clock, share_entropy, span
+from bitbrush.steps.search import Search
+from bitbrush.steps.time_groups import START, Mixed, share_entropy, span
 
 
 # ---- the bank: on the CPU, in float64, without chance --------------------------------------------------------------
@@ -76,7 +76,7 @@ def check_channels(plan: Plan, where: str) -> None:
 
 
 # ---- the search ----------------------------------------------------------------------------------------------------
-class ChannelGroupLearner:
+class ChannelGroupLearner(Search):
     """Shares that the channels of several quantizers have in the K candidate ranges of each timestep.
 
     From the construction on, the quantizers hold the ranges of equal shares; `restore` brings those back. The logits of
@@ -95,25 +95,17 @@ class ChannelGroupLearner:
         self, quantizers: dict[str, ActivationQuantizer], groups: int = 8, *, entropy: float = 1.0,
         group_rate: float = 1.0, straight_through: bool = True,
     ) -> None:
-        self.quantizers, self.straight_through = quantizers, straight_through
-        first = of_one_clock(quantizers)
+        super().__init__(quantizers, entropy, straight_through)
         if not all(by_channel(q.spec) for q in quantizers.values()):
             raise InternalError("groups of channels need tables with a scale a channel and timestep, unsigned")
-        device, times = first.scale.device, len(first.scale)
-        self.entropy, self.unit, self.rate = entropy, 1.0, group_rate
-        self.members = list(quantizers.values())
-        self.shapes = {name: q.scale.shape for name, q in quantizers.items()}
-        self.widths = [shape[1] for shape in self.shapes.values()]
+        device, self.rate = self.device, group_rate
         banks = [bank(q.scale, q.zero_point, q.spec.grid, groups) for q in self.members]
         self.low, self.high = (torch.stack(ends).to(device) for ends in zip(*banks, strict=True))  # [Q, T, K]
         tables = (affine_parameters(*ends, q.spec.grid) for ends, q in zip(banks, self.members, strict=True))
         self.scale, self.zero = (torch.stack(t).mT.contiguous().to(device) for t in zip(*tables, strict=True))
         sizes = torch.tensor(self.widths)
         self.weight = (1 / sizes).repeat_interleave(sizes).to(device)  # [C]: a quantizer's channels count 1 together
-        self.order = table_order(self.widths, times).to(device)
-        self.logits = nn.Parameter(torch.full((times, groups, sum(self.widths)), START, device=device))
-        self.tables = SharedTables(self.members)
-        self.looked: dict[str, tuple[Any, tuple[tuple[Tensor, ...], ...]]] = {}
+        self.logits = nn.Parameter(torch.full((self.times, groups, sum(self.widths)), START, device=device))
         self.restore()
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -128,7 +120,7 @@ class ChannelGroupLearner:
         """With gradients: mixtures into the quantizers, and the entropy as penalty. Without: tables of mixed ranges."""
         self.release()
         if not torch.is_grad_enabled():
-            self.tables.put(*(self._flat(part) for part in self._ranges(self._shares())))
+            self.try_tables(self._ranges(self._shares()))
             return torch.zeros((), device=progress.device)
         logarithm = torch.log_softmax(self.logits, dim=1)
         shares = logarithm.exp()
@@ -141,24 +133,13 @@ class ChannelGroupLearner:
         """Store the tables of mixed ranges."""
         self.release()
         shares = self._shares()
-        self._keep(shares)
+        self.store_tables(self._ranges(shares))
         certainty = float((shares.amax(dim=1) * self.weight).sum(dim=1).mean()) / len(self.members)
         return {"channel_groups": len(self.members), "certainty": round(certainty, 4)}
 
     def restore(self) -> None:
         """The tables of equal shares."""
-        self._keep(torch.softmax(torch.full_like(self.logits.detach(), START), dim=1))
-
-    def release(self) -> None:
-        """Neither mixtures nor trial tables stay behind."""
-        self.tables.clear()
-        self.looked = {}
-        for quantizer in self.members:
-            quantizer.trial_mixture, quantizer.straight_through = None, True
-
-    def result(self) -> dict[str, Tensor]:
-        """The tables, a row a step and a column a channel."""
-        return {f"{n}/{key}": getattr(q, key) for n, q in self.quantizers.items() for key in ("scale", "zero_point")}
+        self.store_tables(self._ranges(torch.softmax(torch.full_like(self.logits.detach(), START), dim=1)))
 
     def uncertainty(self) -> Tensor:
         """Entropy over ln K of each timestep, mean over channels, sum over quantizers: ``[T]`` as in the plan."""
@@ -176,19 +157,12 @@ class ChannelGroupLearner:
 
     def _mixed(self, i: int, shares: Tensor) -> Mixed:
         """What quantizer ``i`` mixes now; all are looked up together when the time is another than at the last call."""
-        quantizer = self.members[i]
-        clock, lookup = quantizer.clock, quantizer.spec.lookup
-        now = None if clock is None else clock.now
-        known = self.looked.get(lookup)
-        if known is None or known[0] is not now:
-            row = quantizer.times()
-            if row is None:
-                raise InternalError("a quantizer without a clock was taken for a timed one")
+        def find(row: Tensor) -> tuple[tuple[Tensor, ...], ...]:
             of_channels = shares.index_select(0, row).split(self.widths, dim=2)
-            candidates = (table.index_select(2, row).unbind() for table in (self.scale, self.zero))
-            known = (now, (of_channels, *candidates))
-            self.looked[lookup] = known
-        share, scale, zero = (part[i] for part in known[1])
+            scale, zero = (table.index_select(2, row).unbind() for table in (self.scale, self.zero))
+            return of_channels, scale, zero
+
+        share, scale, zero = (part[i] for part in self.at_row(self.members[i], find))
         return share, scale, zero
 
     def _ranges(self, shares: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,12 +174,3 @@ class ChannelGroupLearner:
             scales.append(scale.t())
             zeros.append(zero.t())
         return torch.cat(scales), torch.cat(zeros)
-
-    def _keep(self, shares: Tensor) -> None:
-        scale, zero = (parts_of(self._flat(part), self.shapes) for part in self._ranges(shares))
-        for name, quantizer in self.quantizers.items():
-            quantizer.set_scale(scale[name].clone(), zero[name])
-
-    def _flat(self, columns: Tensor) -> Tensor:
-        """Tables ``[T, S]``, one after another, of columns ``[C, T]``."""
-        return columns.flatten().index_select(0, self.order)

@@ -34,6 +34,7 @@ from bitbrush.network.survey import Survey
 from bitbrush.numbers import ranges
 from bitbrush.numbers.grid import ActivationSpec, Grid, Plan, WeightSpec
 from bitbrush.numbers.straight_through import encode_weight
+from bitbrush.steps.observe import observe
 
 CHUNK = 1 << 24  # values searched together
 VALUES_BY_CHANNEL = 4096
@@ -159,20 +160,13 @@ class Fit(Step):
         """Tables of all static quantizers from the samples of the tape."""
         found, static = quantizers(run), quantizers(run, "static")
         watchers = {name: self.watcher(m, generator) for name, m in found.items()}
-        limit = min(self.samples, len(run.tape))
-        run.progress.start("activation ranges", limit)
-        try:
-            with wrap.show(run.model, "sim"), wrap.float_activations(run.model), torch.no_grad():
-                for batch in run.tape.select(run.tape.spread(limit)):
-                    for watcher in watchers.values():
-                        watcher.times = batch["timestep"]
-                    args, kwargs = run.tape.inputs(batch)
-                    run.model(*args, **kwargs)
-                    run.progress.advance(len(batch["timestep"]))
-        finally:
-            run.progress.finish()
+
+        def tell(batch: dict[str, Tensor]) -> None:
             for watcher in watchers.values():
-                watcher.handle.remove()
+                watcher.times = batch["timestep"]
+
+        with wrap.show(run.model, "sim"), wrap.float_activations(run.model):
+            observe(run, "activation ranges", self.samples, [w.handle for w in watchers.values()], tell)
         tensors: dict[str, Tensor] = {}
         for name, quantizer in static.items():
             scale, zero = self._table(run, quantizer, watchers[name])

@@ -27,6 +27,7 @@ from bitbrush.network import wrap
 from bitbrush.network.layers import QuantLayer
 from bitbrush.network.survey import Site, Survey
 from bitbrush.numbers.grid import LayerSpec, Plan
+from bitbrush.steps.observe import observe
 from bitbrush.steps.range_groups import Dimension, Extremes, choose, clustered
 
 LEAST_SAMPLES = 8
@@ -161,17 +162,8 @@ class Group(Step):
 
         handles = [layer.input.register_forward_pre_hook(watch(name, layer)) for name, layer in chosen.items()
                    if layer.input is not None]
-        run.progress.start("ranges of channels and pixels", limit)
-        try:
-            with wrap.show(run.model, "sim"), wrap.float_activations(run.model), torch.no_grad():
-                for batch in run.tape.select(run.tape.spread(limit)):
-                    args, kwargs = run.tape.inputs(batch)
-                    run.model(*args, **kwargs)
-                    run.progress.advance(len(batch["timestep"]))
-        finally:
-            run.progress.finish()
-            for handle in handles:
-                handle.remove()
+        with wrap.show(run.model, "sim"), wrap.float_activations(run.model):
+            observe(run, "ranges of channels and pixels", limit, handles)
         return {name: found[name] for name in chosen if name in found}
 
 

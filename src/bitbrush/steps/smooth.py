@@ -29,6 +29,7 @@ from bitbrush.network import wrap
 from bitbrush.network.layers import QuantLayer
 from bitbrush.network.survey import Survey
 from bitbrush.numbers.grid import LayerSpec, Plan
+from bitbrush.steps.observe import observe
 
 FLOOR = 1e-5
 """Smallest maximum of a channel, as a share of the layer's largest."""
@@ -123,19 +124,9 @@ class Smooth(Step):
 
             return hook
 
-        limit = min(self.samples, len(run.tape))
         handles = [layer.register_forward_pre_hook(watch(name, layer)) for name, layer in chosen.items()]
-        run.progress.start("channel ranges", limit)
-        try:
-            with wrap.show(run.model, "float"), torch.no_grad():
-                for batch in run.tape.select(run.tape.spread(limit)):
-                    args, kwargs = run.tape.inputs(batch)
-                    run.model(*args, **kwargs)
-                    run.progress.advance(len(batch["timestep"]))
-        finally:
-            run.progress.finish()
-            for handle in handles:
-                handle.remove()
+        with wrap.show(run.model, "float"):
+            observe(run, "channel ranges", self.samples, handles)
         return maxima
 
 

@@ -28,7 +28,7 @@ from bitbrush.errors import InternalError
 from bitbrush.network.activation import ActivationQuantizer
 from bitbrush.numbers.grid import Grid, LayerSpec, Plan
 from bitbrush.numbers.ranges import affine_parameters
-from bitbrush.steps.learners import SharedTables, parts_of, table_order
+from bitbrush.steps.search import Search
 
 Clustering = Literal["runs", "kmeans"]
 START = 0.01
@@ -151,7 +151,7 @@ def entries(scale: Tensor, zero_point: Tensor, grid: Grid, groups: Tensor, count
 
 
 # ---- the search ----------------------------------------------------------------------------------------------------
-class GroupLearner:
+class GroupLearner(Search):
     """Groups of timesteps of several quantizers, and the K entries that they choose from.
 
     From the construction on, the quantizers hold the clustered tables, a row a step; `restore` brings those back.
@@ -172,12 +172,8 @@ class GroupLearner:
         self, quantizers: dict[str, ActivationQuantizer], groups: int = 8, clustering: Clustering = "runs", *,
         entropy: float = 1.0, rate: float = 1.0, group_rate: float = 1.0, straight_through: bool = True,
     ) -> None:
-        self.quantizers, self.straight_through = quantizers, straight_through
-        first = of_one_clock(quantizers)
-        device, times = first.scale.device, len(first.scale)
-        self.entropy, self.unit, self.factors = entropy, 1.0, {"groups": group_rate, "entry": rate}
-        self.shapes = {name: q.scale.shape for name, q in quantizers.items()}
-        self.widths = [shape[1] for shape in self.shapes.values()]
+        super().__init__(quantizers, entropy, straight_through)
+        device, times, self.factors = self.device, self.times, {"groups": group_rate, "entry": rate}
         count = min(groups, times)
         homes, scales, zeros = [], [], []
         for q in quantizers.values():
@@ -189,12 +185,8 @@ class GroupLearner:
         self.home = torch.stack(homes).to(device)  # [Q, T]
         self.base, self.zero = torch.cat(scales, dim=1).to(device), torch.cat(zeros, dim=1).to(device)  # [K, C]
         self.owner = torch.arange(len(homes)).repeat_interleave(torch.tensor(self.widths)).to(device)  # [C]
-        self.order = table_order(self.widths, times).to(device)
         self.logits = nn.Parameter(torch.full((len(homes), times, count), START, device=device))
         self.theta = nn.Parameter(torch.zeros_like(self.base))
-        self.tables = SharedTables(quantizers.values())
-        self.members = list(quantizers.values())
-        self.looked: dict[str, tuple[Any, tuple[Tensor, ...]]] = {}
         self.restore()
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -209,7 +201,7 @@ class GroupLearner:
         """With gradients: mixtures into the quantizers, and the entropy as penalty. Without: the hard tables."""
         self.release()
         if not torch.is_grad_enabled():
-            self.tables.put(*(self._flat(part) for part in self._expanded(self.choice(), self.scales())))
+            self.try_tables(self._expanded(self.choice(), self.scales()))
             return torch.zeros((), device=progress.device)
         logarithm = torch.log_softmax(self.logits, dim=2)
         shares, scales = logarithm.exp(), self.scales()
@@ -236,17 +228,6 @@ class GroupLearner:
     def restore(self) -> None:
         """The clustered tables."""
         self._keep(self.home, self.base)
-
-    def release(self) -> None:
-        """Neither mixtures nor trial tables stay behind."""
-        self.tables.clear()
-        self.looked = {}
-        for quantizer in self.members:
-            quantizer.trial_mixture, quantizer.straight_through = None, True
-
-    def result(self) -> dict[str, Tensor]:
-        """The tables, a row a step."""
-        return {f"{n}/{key}": getattr(q, key) for n, q in self.quantizers.items() for key in ("scale", "zero_point")}
 
     def groups(self) -> dict[str, tuple[tuple[int, ...], Tensor, Tensor]]:
         """By quantizer: the group of each step, numbered by first use, and scale (float32) and zero-point (uint8) of
@@ -278,17 +259,8 @@ class GroupLearner:
     def _mixed(self, i: int, shares: Tensor, scale: Tensor, zero: Tensor) -> Mixed:
         """What quantizer ``i`` mixes now; shares are looked up for all together when the time is another than at the
         last call."""
-        quantizer = self.members[i]
-        clock, lookup = quantizer.clock, quantizer.spec.lookup
-        now = None if clock is None else clock.now
-        known = self.looked.get(lookup)
-        if known is None or known[0] is not now:
-            row = quantizer.times()
-            if row is None:
-                raise InternalError("a quantizer without a clock was taken for a timed one")
-            known = (now, shares.index_select(1, row).unbind())
-            self.looked[lookup] = known
-        return known[1][i], scale, zero
+        found = self.at_row(self.members[i], lambda row: shares.index_select(1, row).unbind())
+        return found[i], scale, zero
 
     def _expanded(self, chosen: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
         """Scales and zero-points of every step, ``[C, T]`` each, from entries ``[K, C]``."""
@@ -298,13 +270,7 @@ class GroupLearner:
     def _keep(self, chosen: Tensor, scales: Tensor) -> None:
         self.chosen = chosen  # by the tables as they are
         with torch.no_grad():
-            scale, zero = (parts_of(self._flat(part), self.shapes) for part in self._expanded(chosen, scales))
-        for name, quantizer in self.quantizers.items():
-            quantizer.set_scale(scale[name].clone(), zero[name])
-
-    def _flat(self, columns: Tensor) -> Tensor:
-        """Tables ``[T, S]``, one after another, of columns ``[C, T]``."""
-        return columns.flatten().index_select(0, self.order)
+            self.store_tables(self._expanded(chosen, scales))
 
 
 def grouped(plan: Plan, learner: GroupLearner) -> tuple[dict[str, LayerSpec], dict[str, Tensor]]:
@@ -333,12 +299,3 @@ def share_entropy(shares: Tensor, logarithm: Tensor, dim: int = -1) -> Tensor:
     """Entropy of K shares along ``dim`` over ln K: 1 where they are equal, 0 where one has all (and for K = 1)."""
     count = shares.shape[dim]
     return -(shares * logarithm).sum(dim=dim) / (math.log(count) if count > 1 else 1.0)
-
-
-def of_one_clock(quantizers: dict[str, ActivationQuantizer]) -> ActivationQuantizer:
-    """The first of them; raises where they have no rows a timestep of one clock."""
-    every = list(quantizers.values())
-    clock = every[0].clock if every else None
-    if clock is None or any(q.clock is not clock or q.spec.time_bits or q.spec.time_groups for q in every):
-        raise InternalError("groups of timesteps need tables with a row a timestep, all of one clock and equal bits")
-    return every[0]
