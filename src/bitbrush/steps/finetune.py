@@ -70,7 +70,7 @@ class Finetune(Step):
         layers: Which layers: ``time_proj``, ``time_mlp``, ``time``, ``qkv``, ``ff``, ``qkv_ff``, ``attention``,
             ``all``, or a pattern as in a recipe's ``[layers]``. See `PRESETS`.
         frozen: Pattern of layers that are left alone all the same, their activation scales too; ``*:softmax`` and the
-            like leave those scales alone.
+            like leave those scales alone, with ``norms`` names of normalisation layers those.
         bias: Train the biases of these layers, at ``lr_weights``.
         norms: Train scale and shift of all normalisation layers but frozen ones.
         codebooks: Train the codebooks of these layers, with the codes fixed (VQDM, `codebook_learner`); a shared set is
@@ -208,7 +208,7 @@ class Finetune(Step):
         """Patterns name sites of this model, and select a layer of the plan."""
         if not self._trains(plan):
             return
-        names = site_names(survey)
+        names = [*site_names(survey), *(survey.other if self.norms else ())]
         if self.layers not in PRESETS:
             check_pattern(self.layers, [site.name for site in survey.layers()], f"step {self.label}: layers",
                           f"; presets are {', '.join(PRESETS)}")

@@ -39,9 +39,9 @@ class NormLearner:
         return dict.fromkeys(self.trained, self.rate)
 
     def relax(self, progress: Tensor) -> Tensor:
-        """The trained values into ``trial`` (as views: a module would register parameters); no penalty."""
+        """The trained values into ``trial``; no penalty."""
         for name, module in self.modules.items():
-            module.trial = {key: value.view_as(value) for key, value in self._values(name).items()}
+            module.trial = dict(self._values(name))
         return torch.zeros((), device=progress.device)
 
     def harden(self) -> dict[str, Any]:
