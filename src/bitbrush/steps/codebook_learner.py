@@ -58,8 +58,7 @@ class Part:
     """
 
     def __init__(self, codes: list[Tensor], words: int) -> None:
-        users = Users.of(codes, words)
-        self.users = Users(users.groups.int(), users.begin.int())
+        self.users = Users.of(codes, words)
         self.shapes = [(code.shape[0], code.shape[1]) for code in codes]
         self.codes = torch.cat([code.flatten(0, 1) for code in codes]).T.contiguous()  # [K, P]
         device = self.codes.device
