@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import bitbrush
+import tiny
 from bitbrush.artifact.save import save
 from bitbrush.engine.journal import generator
 from bitbrush.engine.progress import Silent
@@ -256,6 +257,21 @@ def test_a_second_step_goes_on_from_the_first(tmp_path: Path) -> None:
     run = execute(tmp_path, least_pipeline(), HEAD + START + one + one.replace('"tune"', '"again"') + PACK)
     first, second = (e for e in run.done if e["step"] in ("tune", "again"))
     assert second["loss_start"] == first["loss_end"] and second["loss_end"] <= first["loss_end"]
+
+
+def test_a_text_network_in_half_precision(tmp_path: Path) -> None:
+    """Attention and layer norms; what is trained is stored in the network's dtype."""
+    pipe, dtype = tiny.pipeline("text"), torch.bfloat16
+    pipe.to(dtype)
+    asked = HEAD + WALKS.replace("trajectories = 4", "trajectories = 2\nguidance = 3.0") + FILL
+    run = execute(tmp_path, pipe, asked + tune(iterations=4, evaluate_every=2) + PACK)
+    found, out = note(run), tiny.run(run.model)
+    assert found["loss_end"] < found["loss_start"] and found["kept"] == "trained"
+    assert out.dtype == dtype and bool(torch.isfinite(out).all())
+    plain = dict(tiny.text_unet().to(dtype).named_parameters())
+    trained = {n: p for n, p in run.model.named_parameters() if "norm" in n}
+    assert len(trained) > 40 and {p.dtype for p in trained.values()} == {dtype}
+    assert sum(not torch.equal(p, plain[n]) for n, p in trained.items()) > 0.9 * len(trained)
 
 
 @pytest.mark.gpu
