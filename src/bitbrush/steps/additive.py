@@ -300,7 +300,7 @@ class Users:
         chunk = torch.arange(-(-len(flat) // _CHUNK) + count * words, device=word.device)
         owner = torch.searchsorted(ends, chunk, right=True).clamp(max=count * words - 1)
         begin = torch.where(chunk < ends[-1], edges[owner] + _CHUNK * (chunk - lists[owner]), len(flat))
-        return cls(*((t.int() for t in (order % (len(flat) // count), begin, lists))))
+        return cls(*(t.int() for t in (order % (len(flat) // count), begin, lists)))
 
     def sums(self, values: Tensor) -> Tensor:
         """Sum of ``values`` ``[P, g]`` over the users of each codeword, ``[K * 2**B, g]``."""
