@@ -14,6 +14,7 @@ from bitbrush.network.codebook_layers import CodebookLayer
 from bitbrush.numbers.codebook import decode, from_groups
 from bitbrush.numbers.grid import Grid, LayerSpec, Plan, WeightSpec
 from bitbrush.steps import codebook_learner
+from bitbrush.steps.additive import Users
 from bitbrush.steps.codebook_learner import CodebookLearner, Decode, Part, sets_of
 from bitbrush.steps.loop import Budget, _Loop
 
@@ -84,6 +85,19 @@ def test_nothing_of_the_weights_size_is_kept_for_the_backward() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t):
         Decode.apply(torch.randn(3, 4, 8, requires_grad=True), torch.ones(64, requires_grad=True), part)
     assert sorted(kept) == [64, 96]  # scales and codebooks; the weight has 16,384 numbers
+
+
+@pytest.mark.parametrize(("groups", "count", "words"), [(1, 1, 2), (64, 1, 1), (65, 2, 2), (1000, 3, 16), (500, 2, 256)])
+def test_sums_over_users_whatever_the_lists(groups: int, count: int, words: int) -> None:
+    """Empty lists, one list of all, lists of just a chunk and one more; in parts of any number of layers."""
+    g = torch.Generator().manual_seed(groups)
+    codes = torch.randint(0, max(1, words // 2), (groups, 1, count), generator=g, dtype=torch.uint8)
+    values = torch.randn(groups, 4, generator=g)
+    want = torch.zeros(count * words, 4, dtype=torch.float64)
+    for k in range(count):
+        want.index_add_(0, codes[:, 0, k].long() + k * words, values.double())
+    for pieces in ([codes], list(codes.split(-(-groups // 3)))):
+        torch.testing.assert_close(Users.of(pieces, words).sums(values).double(), want, rtol=1e-5, atol=1e-5)
 
 
 # ---- the learner -----------------------------------------------------------------------------------------------------
