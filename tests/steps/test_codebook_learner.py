@@ -87,7 +87,9 @@ def test_nothing_of_the_weights_size_is_kept_for_the_backward() -> None:
     assert sorted(kept) == [64, 96]  # scales and codebooks; the weight has 16,384 numbers
 
 
-@pytest.mark.parametrize(("groups", "count", "words"), [(1, 1, 2), (64, 1, 1), (65, 2, 2), (1000, 3, 16), (500, 2, 256)])
+@pytest.mark.parametrize(
+    ("groups", "count", "words"), [(1, 1, 2), (64, 1, 1), (65, 2, 2), (1000, 3, 16), (500, 2, 256)]
+)
 def test_sums_over_users_whatever_the_lists(groups: int, count: int, words: int) -> None:
     """Empty lists, one list of all, lists of just a chunk and one more; in parts of any number of layers."""
     g = torch.Generator().manual_seed(groups)
