@@ -15,8 +15,12 @@ from bitbrush.network.clock import Clock
 from bitbrush.network.codebook_layers import CodebookConv2d, CodebookLayer, CodebookLinear
 from bitbrush.network.layers import Face, QuantConv2d, QuantLayer, QuantLinear
 from bitbrush.network.log2 import check_log2
+from bitbrush.network.norms import FacedNorm
 from bitbrush.network.temporary import holding
 from bitbrush.numbers.grid import LayerSpec, Plan
+
+FACED = (QuantLayer, QuantAttention, FacedNorm)
+"""What has a face."""
 
 
 def wrap(model: nn.Module, plan: Plan) -> Clock:
@@ -102,15 +106,15 @@ def layers(model: nn.Module) -> dict[str, QuantLayer]:
 
 
 def set_face(model: nn.Module, face: Face) -> None:
-    """Show one face on every quantized layer and attention of the model."""
+    """Show one face on every quantized layer and attention of the model, and every trained normalisation layer."""
     for module in model.modules():
-        if isinstance(module, QuantLayer | QuantAttention):
+        if isinstance(module, FACED):
             module.face = face
 
 
 def show(model: nn.Module, face: Face) -> AbstractContextManager[None]:
     """Show a face inside the block; the faces shown before come back afterwards."""
-    return holding((m for m in model.modules() if isinstance(m, QuantLayer | QuantAttention)), "face", face)
+    return holding((m for m in model.modules() if isinstance(m, FACED)), "face", face)
 
 
 def float_activations(model: nn.Module) -> AbstractContextManager[None]:

@@ -29,6 +29,7 @@ from bitbrush.numbers.codebook import add_codewords, decode, to_half
 from bitbrush.steps.beam import BLOCK_GROUPS, BUDGET, row_losses, search
 
 _FLOOR = 1e-9  # added to scales: a row of zeros stays a row of zeros
+_CHUNK = 64  # groups that one thread adds up
 _CHECK = 10  # k-means looks for convergence every so many iterations: the check waits for the device
 
 
@@ -270,14 +271,19 @@ def assign(points: Tensor, centres: Tensor, budget: int = BUDGET) -> Tensor:
 # ---- the continuous phase (section 3.3) ------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Users:
-    """Which groups use each codeword: their numbers, sorted by codeword, and where each of the K * 2**B lists begins.
+    """Which groups use each codeword: their numbers, sorted by codeword into K * 2**B lists.
 
     A codeword's gradient is a sum over its list. With the codes fixed, the lists are made once a phase; the sums are in
     a fixed order, also on a GPU, and much faster than the scattered additions of an embedding's gradient.
+
+    A list is summed in chunks of at most `_CHUNK` groups, as few long lists would leave most of a GPU idle: ``begin``
+    says where each chunk begins, ``lists`` which chunk is the first of each list. Behind the last come empty ones, so
+    that their number does not depend on the codes and nothing waits for the device.
     """
 
     groups: Tensor
     begin: Tensor
+    lists: Tensor
 
     @classmethod
     def of(cls, codes: Sequence[Tensor], words: int) -> Users:
@@ -286,12 +292,21 @@ class Users:
         count = flat.shape[1]
         flat = (flat + torch.arange(count, device=flat.device) * words).T.flatten()
         word, order = flat.sort(stable=True)
-        begin = torch.searchsorted(word, torch.arange(count * words, device=word.device))
-        return cls(order % (len(flat) // count), begin)
+        numbers = torch.arange(count * words + 1, device=word.device)
+        edges = torch.searchsorted(word, numbers)
+        chunks = -(-edges.diff() // _CHUNK)
+        ends = chunks.cumsum(0)
+        lists = ends - chunks
+        chunk = torch.arange(-(-len(flat) // _CHUNK) + count * words, device=word.device)
+        owner = torch.searchsorted(ends, chunk, right=True).clamp(max=count * words - 1)
+        begin = torch.where(chunk < ends[-1], edges[owner] + _CHUNK * (chunk - lists[owner]), len(flat))
+        return cls(*(t.int() for t in (order % (len(flat) // count), begin, lists)))
 
     def sums(self, values: Tensor) -> Tensor:
         """Sum of ``values`` ``[P, g]`` over the users of each codeword, ``[K * 2**B, g]``."""
-        return functional.embedding_bag(self.groups, values, self.begin, mode="sum")
+        chunks = functional.embedding_bag(self.groups, values, self.begin, mode="sum")
+        every = torch.arange(len(chunks), dtype=torch.int32, device=chunks.device)
+        return functional.embedding_bag(every, chunks, self.lists, mode="sum")
 
 
 class Adam:

@@ -1,11 +1,12 @@
 """finetune: train chosen parameters of the whole denoiser against the float network, on trajectories of the tape.
 
-One step serves five papers. QuEST trains the weights, biases and activation scales of few layers by layer outputs and
+One step serves six papers. QuEST trains the weights, biases and activation scales of few layers by layer outputs and
 the noise estimate. EfficientDM trains low-rank adapters that are merged before quantization, with the weight scales and
 the activation tables, by the guided estimate. MPQ-DM adds the relations between pixels, averaged over a window of
 steps. TDQ trains small networks that give the activation scales of a timestep. ADP-DM finds the timesteps that share a
-scale. The student is the sim face of the whole network; the teacher is the float face, whose own trajectories
-`calibrate` has recorded, so x_t and the teacher's answers need not be computed again.
+scale. VQDM trains everything but the codes: codebooks, scales of rows, biases and normalisation layers.
+The student is the sim face of the whole network; the teacher is the float face, whose own trajectories `calibrate` has
+recorded, so x_t and the teacher's answers need not be computed again.
 
 The unit never ends worse than it starts: the parameters are measured before, every ``evaluate_every`` iterations and
 after, on rows spread over time; the best are hardened, and if even these do not beat the stored start, that is kept.
@@ -22,7 +23,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitbrush.engine.journal import generator as derived
 from bitbrush.engine.planning import check_pattern, matches, site_names
@@ -33,28 +34,29 @@ from bitbrush.network import wrap
 from bitbrush.network.activation import ActivationQuantizer
 from bitbrush.network.attention import SoftmaxForm, softmax_in_training
 from bitbrush.network.layers import QuantLayer
+from bitbrush.network.norms import find as find_norms
 from bitbrush.network.pipelines import influence
 from bitbrush.network.survey import Survey
 from bitbrush.numbers.grid import Plan
 from bitbrush.steps import teaching
 from bitbrush.steps.calibrate import calibration
-from bitbrush.steps.channel_groups import ChannelGroupLearner, by_channel, check_channels
-from bitbrush.steps.fit import apply_activations, apply_weights
+from bitbrush.steps.channel_groups import ChannelGroupLearner, check_channels
 from bitbrush.steps.layer_sets import PRESETS as PRESETS
 from bitbrush.steps.layer_sets import leaf, site_of
-from bitbrush.steps.learners import Learner, ScaleLearner, Together, held_tables
+from bitbrush.steps.learners import Learner, Together, held_tables
 from bitbrush.steps.loop import Budget, Probe, Refresh, Schedule, optimise
 from bitbrush.steps.losses import LossName, Objective
 from bitbrush.steps.reconstruct import half_precision
 from bitbrush.steps.replay import Replay
 from bitbrush.steps.risk import Rounds
 from bitbrush.steps.student import student
-from bitbrush.steps.time_groups import Clustering, GroupLearner, groupable, grouped
-from bitbrush.steps.time_networks import NetworkScaleLearner
-from bitbrush.steps.tuning_learners import BiasLearner, WeightLearner, mean_scale
+from bitbrush.steps.time_groups import Clustering, GroupLearner, grouped
+from bitbrush.steps.tuning import apply_tuned, check_weights, moving_weights, together
 
 UNIT = "model"
 SEARCHED = ("groups", "channel_groups")
+MOVES = {"steps_regrouped", "codebooks_moved"}
+"""Facts that say how far something went, besides ``codes_changed``."""
 EPSILON = 1e-12
 """Adam's: the losses are means, so gradients are small; the papers' code adds sums, beside which 1e-8 is nothing."""
 
@@ -63,17 +65,21 @@ class Finetune(Step):
     """Train parameters of the whole network.
 
     Args:
-        weights: ``none``, ``full`` (the weights themselves) or ``lora`` (adapters merged before quantization).
+        weights: ``none``, ``full`` (the weights themselves) or ``lora`` (adapters merged before quantization). Layers
+            on additive codebooks are left out, and a line says so.
         layers: Which layers: ``time_proj``, ``time_mlp``, ``time``, ``qkv``, ``ff``, ``qkv_ff``, ``attention``,
             ``all``, or a pattern as in a recipe's ``[layers]``. See `PRESETS`.
         frozen: Pattern of layers that are left alone all the same, their activation scales too; ``*:softmax`` and the
-            like leave those scales alone.
-        bias: Train the biases of these layers.
+            like leave those scales alone, with ``norms`` names of normalisation layers those.
+        bias: Train the biases of these layers, at ``lr_weights``.
+        norms: Train scale and shift of all normalisation layers but frozen ones.
+        codebooks: Train the codebooks of these layers, with the codes fixed (VQDM, `codebook_learner`); a shared set is
+            trained once, and all its layers must be among these.
         rounding: ``nearest``, or ``offset``: floor plus the 0/1 decision that the stored codes were rounded with.
         rank, adapter: Of ``lora``; ``shared``: one second factor for all taps of a kernel (EfficientDM), ``tap``: one
             a tap (MPQ-DM).
         base: What adapters are added to: the ``float`` weight, or the ``quantized`` one.
-        weight_scale: Train the weight scales of these layers, as s0 exp(theta).
+        weight_scale: Train the weight scales of these layers (of rows on additive codebooks), as s0 exp(theta).
         scales: Which static activation scales are trained, as s0 exp(theta) (a choice of ours): ``none``, ``own``
             (inputs of these layers), ``not_time`` (all, attention operands too, but not the time embedding's), ``all``.
         scale_form: ``table``: every row of a table is trained by itself; ``network``: the rows of a timed table come
@@ -92,6 +98,8 @@ class Finetune(Step):
             memory and time), and its scale is not trained. What is measured and stored rounds it either way.
         lr_weights: Adam's rate for weights, adapters and biases.
         lr_scales, lr_weight_scale: Rates relative to each scale; ``lr_scales`` is the networks' rate, too.
+        lr_codebooks: Of codebook entries, which are about 1.
+        lr_norms: Of the parameters of normalisation layers.
         lr_zero_points: In codes.
         lr_groups: Of the logits of groups.
         scale_aware: ``rate``: ``lr_weights`` times the layer's mean weight scale (EfficientDM's code, 1/2500);
@@ -126,6 +134,8 @@ class Finetune(Step):
     layers: str = "all"
     frozen: str = ""
     bias: bool = False
+    norms: bool = False
+    codebooks: bool = False
     rounding: Literal["nearest", "offset"] = "nearest"
     rank: int = Field(default=32, ge=1)
     adapter: Literal["shared", "tap"] = "shared"
@@ -143,6 +153,8 @@ class Finetune(Step):
     lr_weights: float = Field(default=1e-5, gt=0)
     lr_scales: float = Field(default=1e-3, gt=0)
     lr_weight_scale: float = Field(default=1e-4, gt=0)
+    lr_codebooks: float = Field(default=1e-3, gt=0)
+    lr_norms: float = Field(default=1e-3, gt=0)
     lr_zero_points: float = Field(default=5e-4, gt=0)
     lr_groups: float = Field(default=0.05, gt=0)
     scale_aware: Literal["none", "rate", "gradient"] = "none"
@@ -196,13 +208,14 @@ class Finetune(Step):
         """Patterns name sites of this model, and select a layer of the plan."""
         if not self._trains(plan):
             return
-        names = site_names(survey)
+        names = [*site_names(survey), *(survey.other if self.norms else ())]
         if self.layers not in PRESETS:
             check_pattern(self.layers, [site.name for site in survey.layers()], f"step {self.label}: layers",
                           f"; presets are {', '.join(PRESETS)}")
         if self.frozen:
             check_pattern(self.frozen, names, f"step {self.label}: frozen")
-        self._selected(name for name in plan.layers if not wrap.is_operand(name))
+        found = self._selected(name for name in plan.layers if not wrap.is_operand(name))
+        check_weights(self, plan, found)
         if self.scale_form == "channel_groups":
             check_channels(plan, f"step {self.label}: scale_form")
         static = [a for s in plan.layers.values() if (a := s.activation) is not None and a.mode == "static"]
@@ -226,8 +239,8 @@ class Finetune(Step):
         count = max(1, self.batch // lessons.width)
         index = lessons.schedule(self.iterations, count, self.order, generator)
         learner = self.learner(run, chosen, generator)
-        trained = chosen if self.weights != "none" or self.weight_scale else {}
-        with student(run, trained), softmax_in_training(run.model, self.softmax), held_tables(self.still(run, chosen)):
+        moving, still = moving_weights(self, chosen), self.still(run, chosen)
+        with student(run, moving), softmax_in_training(run.model, self.softmax), held_tables(still):
             notes = self._train(run, unit, objective, learner, index)
         notes |= {"groups": len(lessons), "rows": len(lessons.timesteps)}
         result = UnitResult(learner.result(), notes=notes)
@@ -293,52 +306,15 @@ class Finetune(Step):
 
     def learner(self, run: Run, chosen: dict[str, QuantLayer], generator: torch.Generator) -> Together:
         """Everything that is trained, as one learner; learning rates are absolute (the budget's is 1)."""
-        parts: list[Learner] = []
-        weighted = {n: layer for n, layer in chosen.items() if layer.spec.weight is not None}
-        if weighted and (self.weights != "none" or self.weight_scale):
-            parts.append(WeightLearner(weighted, self, generator))
-        biased = {n: layer for n, layer in chosen.items() if layer.bias is not None} if self.bias else {}
-        if biased:
-            aware = self.scale_aware == "rate"
-            rates = {
-                n: self.lr_weights * (mean_scale(layer) if aware and layer.spec.weight is not None else 1.0)
-                for n, layer in biased.items()
-            }
-            parts.append(BiasLearner(biased, rates))
-        quantizers = self.quantizers(run, chosen)
-        timed = {n: q for n, q in quantizers.items() if self._formed(n, q)}
-        if timed:
-            quantizers = {n: q for n, q in quantizers.items() if n not in timed}
-            parts.append(self._form(timed, generator))
-        if quantizers:
-            parts.append(ScaleLearner(quantizers, zero_points=self.zero_points, rate=self.lr_scales,
-                                      zero_rate=self.lr_zero_points))
-        if not parts:
-            raise InputError("there is nothing to train", where=f"step {self.label}",
-                             why=f"{len(chosen)} layers, but no quantized weight, bias or static scale of theirs",
-                             try_=f"--set {self.label}.iterations=0 leaves the step out")
-        return Together(*parts)
+        return together(self, run, chosen, generator)
 
-    def _form(self, timed: dict[str, ActivationQuantizer], generator: torch.Generator) -> Learner:
-        """What trains the quantizers that `scale_form` is for."""
-        if self.scale_form == "network":
-            return NetworkScaleLearner(timed, generator, warm_start=self.warm_start, rate=self.lr_scales)
-        if self.scale_form == "channel_groups":
-            return ChannelGroupLearner(timed, self.groups, entropy=self.entropy, group_rate=self.lr_groups,
-                                       straight_through=self.straight_through)
-        return GroupLearner(timed, self.groups, self.cluster, entropy=self.entropy, rate=self.lr_scales,
-                            group_rate=self.lr_groups, straight_through=self.straight_through)
-
-    def _formed(self, name: str, quantizer: ActivationQuantizer) -> bool:
-        """Whether `scale_form` is for this quantizer; the others are trained as tables."""
-        if self.scale_form == "network":
-            return quantizer.spec.timed and not quantizer.spec.time_groups
-        if self.scale_form == "channel_groups":
-            return by_channel(quantizer.spec)
-        return self.scale_form == "groups" and groupable(name, quantizer)
+    def norm_layers(self, run: Run) -> dict[str, nn.Module]:
+        """The normalisation layers that `norms` and `frozen` select."""
+        return {n: m for n, m in find_norms(run.model).items() if not self._is_frozen(n)} if self.norms else {}
 
     def _trains(self, plan: Plan) -> bool:
-        anything = self.weights != "none" or self.bias or self.weight_scale or self.scales != "none"
+        anything = (self.weights != "none" or self.bias or self.weight_scale or self.scales != "none"
+                    or self.codebooks or self.norms)
         return bool((self.iterations or self.scale_form in SEARCHED) and anything and plan.layers)
 
     def _is_frozen(self, name: str) -> bool:
@@ -387,7 +363,7 @@ class Finetune(Step):
         kept = "trained" if end["total"] < start["total"] else "start"  # NaN compares false: the start is kept
         if kept == "start":
             learner.restore()
-            end, facts = start, facts | {"codes_changed": 0.0} | dict.fromkeys({"steps_regrouped"} & set(facts), 0.0)
+            end, facts = start, facts | {"codes_changed": 0.0} | dict.fromkeys(MOVES & set(facts), 0.0)
         learner.release()
         return self._notes(run, learner, start, end) | {"kept": kept} | facts
 
@@ -427,17 +403,6 @@ class Finetune(Step):
             where=f"step {self.label}: {find_nonfinite(run.model, args, kwargs)}",
             why="the quantized network or its targets are not finite", try_="check the ranges found by the fit steps",
         )
-
-
-def apply_tuned(run: Run, tensors: dict[str, Tensor]) -> None:
-    """Store codes and weight scales, biases, activation scales and zero-points."""
-    apply_weights(run, tensors)
-    apply_activations(run, tensors)
-    layers = run.layers()
-    for key, tensor in tensors.items():
-        name, _, kind = key.rpartition("/")
-        if kind == "bias":
-            layers[name].set_bias(tensor)
 
 
 def _searches(learner: Together) -> list[GroupLearner | ChannelGroupLearner]:

@@ -17,7 +17,7 @@ from bitbrush.engine.run import Run
 from bitbrush.engine.step import Step, UnitResult
 from bitbrush.errors import NumericsError
 from bitbrush.kernels.proof import prove_layer
-from bitbrush.network import wrap
+from bitbrush.network import norms, wrap
 from bitbrush.network.layers import QuantLayer
 from bitbrush.network.survey import example_inputs
 
@@ -73,6 +73,7 @@ class Pack(Step):
             if name in layers and layers[name].face != "packed":
                 layers[name].pack()
         if unit == self.units(run)[-1]:
+            norms.fold(run.model)
             wrap.set_face(run.model, "packed")
 
     def _probe(self, run: Run, generator: torch.Generator) -> UnitResult:

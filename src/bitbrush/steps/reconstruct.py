@@ -20,9 +20,12 @@ from torch import Tensor, nn
 from bitbrush.engine.run import Run
 from bitbrush.engine.step import Step, UnitResult
 from bitbrush.engine.tape import Recording
+from bitbrush.errors import InputError
 from bitbrush.network import wrap
 from bitbrush.network.activation import ActivationQuantizer
 from bitbrush.network.layers import QuantLayer
+from bitbrush.network.survey import Survey
+from bitbrush.numbers.grid import Plan
 from bitbrush.steps.fit import apply_activations, apply_weights
 from bitbrush.steps.learners import Learner, RoundingLearner, ScaleLearner
 from bitbrush.steps.loop import Budget, Schedule, on_device, optimise
@@ -79,6 +82,14 @@ class Reconstruct(Step):
         """Packed weights cannot be trained."""
         return ("pack",)
 
+    def check(self, survey: Survey, plan: Plan) -> None:
+        """There is a weight to round, if any is quantized; layers on additive codebooks are passed over."""
+        weights = [spec.weight for spec in plan.layers.values() if spec.weight is not None]
+        if self.train == "rounding" and self.iterations and weights and all(w.additive for w in weights):
+            raise InputError("there are no rounding decisions to learn", where=f"step {self.label}: train",
+                             why=f"all {len(weights)} quantized weights are additive codebooks",
+                             try_="leave the step out; finetune with codebooks = true trains what they are made of")
+
     def units(self, run: Run) -> list[str]:
         """Blocks (or layers) that hold something to train, in execution order."""
         if self.iterations == 0:
@@ -113,7 +124,7 @@ class Reconstruct(Step):
     # ---- inside ------------------------------------------------------------------------------------------------
     def _trainable(self, run: Run, layers: dict[str, QuantLayer], unit: str, members: tuple[str, ...]) -> bool:
         if self.train == "rounding":
-            return any(name in layers and layers[name].spec.weight is not None for name in members)
+            return any(name in layers and _rounds(layers[name]) for name in members)
         return bool(_quantizers(run.model.get_submodule(unit)))
 
     def _record(self, run: Run, unit: str) -> tuple[Recording, Recording]:
@@ -136,7 +147,7 @@ class Reconstruct(Step):
         if self.train == "rounding":
             layers = run.layers()
             names = run.survey.blocks[unit] if self.by == "block" else (unit,)
-            chosen = {n: layers[n] for n in names if n in layers and layers[n].spec.weight is not None}
+            chosen = {n: layers[n] for n in names if n in layers and _rounds(layers[n])}
             return RoundingLearner(chosen, self)
         found = {f"{unit}.{name}" if name else unit: q for name, q in _quantizers(module).items()}
         return ScaleLearner(found)
@@ -188,6 +199,11 @@ def block_loss(answer: Tensor, target: Tensor, power: float) -> Tensor:
     delta = (answer.float() - target.float()).abs()
     delta = delta.square() if power == 2.0 else delta.pow(power)
     return delta.sum(dim=1 if delta.ndim != 3 else 2).mean()
+
+
+def _rounds(layer: QuantLayer) -> bool:
+    """Whether the weight's codes are rounded values; of additive codebooks they are numbers of codewords."""
+    return layer.spec.weight is not None and not layer.spec.weight.additive
 
 
 def _quantizers(module: nn.Module) -> dict[str, ActivationQuantizer]:
