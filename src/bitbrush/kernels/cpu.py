@@ -43,10 +43,14 @@ def why_not(layer: QuantLayer, device_type: str) -> str | None:
         return "the weight is a sum of codewords, not integers times a scale"
     if activation is None:
         return "weight only: the input stays float"
+    if layer.low_rank is not None:
+        return "a low-rank branch beside the product: simulated so far"
     if activation.position == "output":
         return "the output is quantized, not the input"
     if activation.granularity == "channel":
         return "a scale a channel cannot leave the integer sum: simulated only"
+    if activation.granularity == "token_group":
+        return "scales a token and group of channels: the kernel takes one scale a sample or a token so far"
     if activation.granularity == "channel_group":
         return "scales a group of channels need the channels sorted by group, a sum each: simulated so far"
     if activation.granularity == "pixel_group":

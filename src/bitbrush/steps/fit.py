@@ -341,7 +341,7 @@ def tables(static: dict[str, ActivationQuantizer]) -> dict[str, Tensor]:
 
 def weight_tables(
     layer: QuantLayer, spec: WeightSpec, search: Callable[[Tensor, Grid], tuple[Tensor, Tensor]],
-    magnitude: Callable[[Tensor], Tensor],
+    magnitude: Callable[[Tensor], Tensor], weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero-point ``[N, S]`` (float32) of the weight that a layer stores codes of.
 
@@ -350,8 +350,9 @@ def weight_tables(
         spec: The weight's spec; it need not be the layer's own.
         search: ``(values [R, M], grid) -> (scale [R], zero_point [R])``, for each bit class and segment.
         magnitude: ``values [R, M] -> scale [R]`` for symmetric 1-bit rows, whose zero-point is 1.
+        weight: Another one of the layer's shape, in its place.
     """
-    weight = layer.scaled_weight().detach().float()
+    weight = layer.scaled_weight().detach().float() if weight is None else weight
     rows = weight.shape[0]
     bits = torch.tensor(spec.row_bits or (spec.grid.bits,) * rows, device=weight.device)
     scale = torch.ones(rows, len(layer.segments), device=weight.device)
