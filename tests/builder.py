@@ -81,7 +81,7 @@ def spec_of(case: dict[str, Any]) -> LayerSpec:
     activation = ActivationSpec(
         grid=Grid(bits=case["activation_bits"], signed=case["activation_signed"]),
         mode="dynamic" if mode in ("tensor", "token", "token_group") else "static",
-        group=24 if mode == "token_group" else 0,
+        group=40 if mode == "token_group" else 0,
         granularity=mode if mode.startswith("token") else "channel" if "channel" in mode else "tensor",
         timed=mode.startswith("timed"),
     )
@@ -122,7 +122,7 @@ def quantize_weight(layer: QuantLayer, generator: torch.Generator) -> Tensor:
         layer.set_input_scale(torch.exp(spread * math.log(5)))
     if layer.low_rank is not None:
         up, down = layer.low_rank()
-        layer.set_low_rank(torch.randn(up.shape, generator=generator) * 0.3, torch.randn(down.shape, generator=generator))
+        layer.set_low_rank(*(torch.randn(t.shape, generator=generator) * 0.3 for t in (up, down)))
     weight = layer.scaled_weight()
     bits = torch.tensor(spec.row_bits or [spec.grid.bits] * layer.out_channels_)
     scales, zeros = [], []

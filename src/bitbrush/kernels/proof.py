@@ -228,11 +228,8 @@ class _Probe:
         partial = half_ulp(y, self.x.dtype) if self.x.dtype != torch.float32 else torch.zeros_like(y)
         if self.bias is not None:
             y, size = y + self.per_channel(self.bias), size + self.per_channel(self.bias).abs()
-        unit, k = _unit(self.x.device), self.weight[0].numel()
-        extra, more = bounds.branch(self.layer, self.prepared.to(self.x.dtype), unit)
-        if self.layer.low_rank is not None:  # rounded once more, before the branch is added
-            partial = partial + (half_ulp(y, self.x.dtype) if self.x.dtype != torch.float32 else 0)
-        return y + extra, (k + 2) * unit * size + partial + more
+        bound = (self.weight[0].numel() + 2) * _unit(self.x.device) * size + partial
+        return (y, bound) if self.layer.low_rank is None else self._with_branch(y, bound)
 
     def exact_integer(self) -> tuple[Tensor, Tensor]:
         """(y64, bound before the last rounding) of an integer kernel: only the epilogue is float32."""
@@ -249,7 +246,13 @@ class _Probe:
             start += self.layer.segments[s]
         if self.bias is not None:
             y, size = y + self.per_channel(self.bias), size + self.per_channel(self.bias).abs()
-        return y, (len(self.layer.segments) + 4) * _unit(self.x.device) * size
+        bound = (len(self.layer.segments) + 4) * _unit(self.x.device) * size
+        return (y, bound) if self.layer.low_rank is None else self._with_branch(y, bound)
+
+    def _with_branch(self, y: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
+        """A product that is rounded to the dtype of the input and has the low-rank branch added to it then."""
+        extra, more = bounds.branch(self.layer, self.prepared.to(self.x.dtype), _unit(self.x.device))
+        return y + extra, bound + more + half_ulp(y.abs() + bound, self.x.dtype)
 
 
 def _activation_bits(layer: QuantLayer) -> int:

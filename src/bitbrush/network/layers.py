@@ -278,9 +278,11 @@ class QuantLayer(nn.Module):
 
     def computed(self, x: Tensor, weight: Tensor) -> Tensor:
         """The output that the sim face and the reference kernel give for a decoded weight."""
-        prepared = self.prepare(x)
-        y = self.operation(self._quantized(prepared).to(x.dtype), weight)
-        return self.finish(y if self.low_rank is None else y + branch(self, prepared.to(x.dtype)))
+        return self.finish(self.with_branch(self.operation(self.quantize_input(x), weight), x))
+
+    def with_branch(self, y: Tensor, x: Tensor) -> Tensor:
+        """The product ``y`` for the input ``x``, and what the low-rank branch adds to it where there is one."""
+        return y if self.low_rank is None else y + branch(self, self.prepare(x).to(x.dtype))
 
     def weight_in_use(self) -> Tensor:
         """The weight that the sim face multiplies with: one that is trained, or the decoded one."""
@@ -296,13 +298,11 @@ class QuantLayer(nn.Module):
 
     def quantize_input(self, x: Tensor) -> Tensor:
         """``decode(encode(prepare(x)))``, or ``prepare(x)`` where the input is not quantized; in the dtype of ``x``."""
-        return self._quantized(self.prepare(x)).to(x.dtype)
-
-    def _quantized(self, prepared: Tensor) -> Tensor:
+        prepared = self.prepare(x)
         if self.input is None or self.input.spec.position == "output":
-            return prepared
-        quantized: Tensor = self.input(prepared, self.channel_dim % prepared.ndim)
-        return quantized
+            return prepared.to(x.dtype)
+        quantized: Tensor = self.input(prepared, self.channel_dim % x.ndim)
+        return quantized.to(x.dtype)
 
     def finish(self, y: Tensor) -> Tensor:
         """Quantize the output where the spec says ``position = "output"`` (PTQ4DM's form)."""

@@ -80,13 +80,13 @@ def product(up: Tensor, down: Tensor) -> Tensor:
     return (up.float() @ down.float().flatten(1)).reshape(len(up), *down.shape[1:])
 
 
-def branch(layer: QuantLayer, x: Tensor) -> Tensor | float:
-    """What the branch of a layer adds to its output for an input that has been scaled but not rounded; 0 without one.
+def branch(layer: QuantLayer, x: Tensor) -> Tensor:
+    """What the branch of a layer adds to its output for an input that has been scaled but not rounded.
 
     In the dtype of ``x``, the product with L2 first.
     """
     if layer.low_rank is None:
-        return 0.0
+        raise InternalError("the layer has no low-rank branch", where=type(layer).__name__)
     up, down = (table.to(x.dtype) for table in layer.low_rank())
     if isinstance(layer, nn.Conv2d):
         return F.conv2d(layer._conv_forward(x, down, None), up[:, :, None, None])
