@@ -37,8 +37,9 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "dilation": ((1, 1), (2, 1)),
     "dtype": (torch.float32, torch.float16, torch.bfloat16),
     "layout": ("contiguous", "channels_last", "strided", "expanded", "unbatched"),
-    "mode": ("static", "timed", "timed_batch", "tensor", "token", "channel", "timed channel"),
+    "mode": ("static", "timed", "timed_batch", "tensor", "token", "token_group", "channel", "timed channel"),
     "input_scale": (False, True),
+    "low_rank": (0, 3),
     "bias": (True, False),
 }
 ALWAYS: dict[str, Any] = {name: values[0] for name, values in FACTORS.items()}
@@ -79,15 +80,17 @@ def spec_of(case: dict[str, Any]) -> LayerSpec:
     mode = case["mode"]
     activation = ActivationSpec(
         grid=Grid(bits=case["activation_bits"], signed=case["activation_signed"]),
-        mode="dynamic" if mode in ("tensor", "token") else "static",
-        granularity="token" if mode == "token" else "channel" if "channel" in mode else "tensor",
+        mode="dynamic" if mode in ("tensor", "token", "token_group") else "static",
+        group=40 if mode == "token_group" else 0,
+        granularity=mode if mode.startswith("token") else "channel" if "channel" in mode else "tensor",
         timed=mode.startswith("timed"),
     )
     weight = WeightSpec(
         grid=Grid(bits=bits, signed=signed), row_bits=row_bits, binary="symmetric" if sign else "affine"
     )
     return LayerSpec(
-        weight=weight, activation=activation, segments=case["segments"], input_scale=case["input_scale"]
+        weight=weight, activation=activation, segments=case["segments"], input_scale=case["input_scale"],
+        low_rank=min(case["low_rank"], case["rows"]),
     )
 
 
@@ -117,6 +120,9 @@ def quantize_weight(layer: QuantLayer, generator: torch.Generator) -> Tensor:
     if layer.input_scale is not None:
         spread = torch.rand(layer.input_scale.shape, generator=generator) * 2 - 1
         layer.set_input_scale(torch.exp(spread * math.log(5)))
+    if layer.low_rank is not None:
+        up, down = layer.low_rank()
+        layer.set_low_rank(*(torch.randn(t.shape, generator=generator) * 0.3 for t in (up, down)))
     weight = layer.scaled_weight()
     bits = torch.tensor(spec.row_bits or [spec.grid.bits] * layer.out_channels_)
     scales, zeros = [], []

@@ -67,12 +67,13 @@ def build(
     sites = survey.layers()
     all_weights = sum(s.parameters for s in sites) + sum(survey.other.values())
     all_macs = sum(s.macs for s in sites) or 1
-    splits = any(step.do == "split" for step in recipe.steps)
+    to_come = foreseen(survey, planned.plan, recipe)
     rows = []
     for site in sites:
         spec = planned.plan.layers.get(site.name)
         activation = spec.activation if spec else None
-        segments = site.boundary if splits and spec else ()
+        seen = to_come.layers.get(site.name)
+        segments = seen.segments if seen else ()
         rows.append(
             {
                 "name": site.name,
@@ -86,7 +87,7 @@ def build(
                 "activation_bits": activation.grid.bits if activation else 16,
                 "segments": list(segments),
                 "block": site.block,
-                "note": _note(spec, segments) or planned.kept_float.get(site.name, ""),
+                "note": _note(seen, segments) or planned.kept_float.get(site.name, ""),
             }
         )
     kept = [
@@ -109,7 +110,7 @@ def build(
                 "why": "only Conv2d and Linear weights are quantized",
             }
         )
-    sizes = model_bytes(survey, foreseen(survey, planned.plan, recipe))
+    sizes = model_bytes(survey, to_come)
     totals = {
         "parameters": sizes["parameters"],
         "float_bytes": sizes["bf16_bytes"],
@@ -128,9 +129,18 @@ def build(
 
 def _note(spec: LayerSpec | None, segments: tuple[int, ...]) -> str:
     """How the weight is stored, where that is not one piece of plain rows."""
-    parts = [f"split {' + '.join(map(str, segments))}"] if segments else []
+    parts = [_cut(segments)] if segments else []
     weight = spec.weight if spec is not None else None
     if weight is not None and weight.additive:
         owner = f", set {weight.shared}" if weight.shared else ""
         parts.append(f"{weight.codebooks} codebooks of {weight.grid.levels} x {weight.group}{owner}")
+    if spec is not None and spec.low_rank:
+        parts.append(f"branch of rank {spec.low_rank}")
     return "; ".join(parts)
+
+
+def _cut(segments: tuple[int, ...]) -> str:
+    """The segments of a layer in words: one by one where they are few."""
+    if len(segments) < 4:
+        return f"split {' + '.join(map(str, segments))}"
+    return f"{len(segments)} groups of up to {max(segments)}"

@@ -65,6 +65,7 @@ def test_accumulators_equal_int64(builder: ModuleType) -> None:
     assert set(skipped) <= {
         "8-bit weights with free zero-points do not fit int8", "scales a pixel in a convolution larger than 1x1",
         "a scale a channel cannot leave the integer sum: simulated only",
+        "groups of a token's channels that are not the segments of the weight: a scale cannot leave the sum",
     }
 
 

@@ -85,7 +85,7 @@ def test_timed_scales_without_a_time_grid() -> None:
 def test_plans_this_release_cannot_run() -> None:
     specs = [
         LayerSpec(rotation="hadamard"),
-        LayerSpec(low_rank=4),
+        LayerSpec(activation=ActivationSpec(granularity="token_group", mode="dynamic")),  # without a size
         LayerSpec(sorted_channels=True),
         LayerSpec(exempt=(1,)),
         LayerSpec(weight=WeightSpec(grid=Grid(kind="log2"))),

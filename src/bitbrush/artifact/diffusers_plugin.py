@@ -29,8 +29,8 @@ from bitbrush.network import codebooks, correction, wrap
 from bitbrush.network.activation import ActivationQuantizer
 from bitbrush.network.attention import QuantAttention
 from bitbrush.network.codebook_layers import CodebookLayer
-from bitbrush.network.codebooks import Codebooks
 from bitbrush.network.correction import Correction, CorrectionSpec
+from bitbrush.network.dtypes import HalfTables
 from bitbrush.network.layers import QuantConv2d, QuantLayer, QuantLinear
 from bitbrush.numbers.grid import Plan
 
@@ -188,18 +188,18 @@ class BitbrushQuantizer(DiffusersQuantizer):
         """Claims the floating scale tables: they must not be cast."""
         owner, _, leaf = param_name.rpartition(".")
         module = model.get_submodule(owner)
-        mine = isinstance(module, QuantLayer | ActivationQuantizer | Correction | Codebooks) and leaf in module._buffers
-        return mine and state_dict[param_name].is_floating_point()
+        mine = isinstance(module, QuantLayer | ActivationQuantizer | Correction | HalfTables)
+        return mine and leaf in module._buffers and state_dict[param_name].is_floating_point()
 
     def create_quantized_param(  # type: ignore[override]
         self, model: Any, param_value: Tensor, param_name: str, target_device: Any, state_dict: dict[str, Any],
         *args: Any, **kwargs: Any,
     ) -> None:
-        """Puts the untouched table in its place: float16 of codebooks and their scales, else float32."""
+        """Puts the untouched table in its place: float16 of codebooks, their scales and branches, else float32."""
         table = state_dict[param_name]
         owner, _, leaf = param_name.rpartition(".")
         module = model.get_submodule(owner)
-        half = isinstance(module, Codebooks) or (isinstance(module, CodebookLayer) and leaf == "weight_scale")
+        half = isinstance(module, HalfTables) or (isinstance(module, CodebookLayer) and leaf == "weight_scale")
         signed = half or (leaf != "scale" and isinstance(module, Correction))
         dtype = torch.float16 if half else torch.float32
         fits = torch.isfinite(table) if signed else torch.isfinite(table) & (table > 0)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from bitbrush.engine.recipe import Recipe
 from bitbrush.engine.tape import BATCH, LABELS
+from bitbrush.network.low_rank import branch_bytes
 from bitbrush.network.survey import Site, Survey
 from bitbrush.numbers import packing
 from bitbrush.numbers.codebook import HALF_BITS, bits_of
@@ -32,13 +33,14 @@ ADVICE = (
 
 
 def layer_bytes(shape: tuple[int, ...], spec: LayerSpec, bias: bool, times: int = 1) -> int:
-    """Bytes of one layer in an artifact (codes, tables, bias); codebooks that layers share are not among them."""
+    """Bytes of one layer in an artifact (codes, tables, branch, bias), without codebooks that layers share."""
     rows, channels = shape[0], shape[1]
     kernel = (shape[2], shape[3]) if len(shape) == 4 else (1, 1)
     total = 4 * rows if bias else 0
     segments = spec.segments or (channels,)
     if spec.input_scale:
         total += 4 * channels
+    total += branch_bytes(shape, spec)
     if spec.weight is None:
         total += 4 * rows * channels * kernel[0] * kernel[1]
     elif spec.weight.additive:
@@ -172,7 +174,7 @@ def estimate(survey: Survey, plan: Plan, recipe: Recipe, guided: bool, device: s
             ranges = [s.model_dump()["samples"] for s in recipe.steps if s.kind == "fit activations"]
             forwards += 2.0 * arms * max(ranges, default=0)
             forwards += 4.0 * (arms - 1) * _calls(recipe, guided, data["trajectories"])
-        elif step.do in ("smooth", "group") and data["enabled"]:
+        elif step.do == "low_rank" or (step.do in ("smooth", "group") and data["enabled"]):
             forwards += min(data["samples"], tape or data["samples"])
         elif step.do == "allocate" and data["shares"]:  # a recording, three widths and the float layer
             forwards += 6.0 * min(data["samples"], tape or data["samples"])

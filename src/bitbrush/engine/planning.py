@@ -15,6 +15,9 @@ from bitbrush.network.log2 import check_log2
 from bitbrush.network.survey import Site, Survey
 from bitbrush.numbers.grid import ActivationSpec, Grid, LayerSpec, Plan, WeightSpec
 
+GROUP = 64
+"""Channels in a group of a token's channels where the recipe does not say: SVDQuant's, and those of int4 kernels."""
+
 
 @dataclass(frozen=True)
 class Planned:
@@ -108,6 +111,7 @@ def _spec(name: str, site: Site, recipe: Recipe) -> tuple[LayerSpec, str]:
     if site.kind != "attention":
         codebooks.check(name, spec, site.shape[1])
     _check_channel(name, site, spec.activation)
+    _check_group(name, site, activation)
     token = spec.activation is not None and spec.activation.granularity == "token"
     if token and site.kind == "conv" and site.shape[2:] != (1, 1):
         raise InputError(
@@ -130,6 +134,22 @@ def _check_channel(name: str, site: Site, activation: ActivationSpec | None) -> 
         if holds:
             raise InputError("scales per channel cannot be used here", where=name, why=why,
                              try_='give it mode = "static", or granularity = "tensor"')
+
+
+def _check_group(name: str, site: Site, rule: ActivationRule | str | None) -> None:
+    """Groups of a token's channels are of a layer's input, found at run time; a size without groups says nothing."""
+    if not isinstance(rule, ActivationRule) or (rule.granularity != "token_group" and rule.group is None):
+        return
+    reasons = {
+        'a group has a size only with granularity = "token_group"': rule.granularity != "token_group",
+        "scales a token are found at run time": rule.mode != "dynamic",
+        "operands of attention have one scale a tensor": site.kind == "attention",
+        "they are of a layer's input": rule.position == "output",
+    }
+    for why, holds in reasons.items():
+        if holds:
+            raise InputError("groups of a token's channels cannot be used here", where=name, why=why,
+                             try_='{ activation = { mode = "dynamic", granularity = "token_group", group = 64 } }')
 
 
 def _reason(pattern: str, rule: LayerRule) -> str:
@@ -175,4 +195,5 @@ def _activation(rule: ActivationRule | str | None, recipe: Recipe) -> Activation
     return ActivationSpec(
         grid=Grid(kind=rule.grid, bits=bits, signed=rule.signed), mode=rule.mode, granularity=rule.granularity,
         position=rule.position, timed=rule.timed, lookup=rule.lookup, scope=rule.scope,
+        group=(rule.group or GROUP) if rule.granularity == "token_group" else 0,
     )

@@ -6,7 +6,8 @@ accumulator, and the activation's zero-point is corrected with the integer sum o
     sum (code_a - zero_a) w  =  sum a w  +  (128 - zero_a) * sum w
 
 so that padding with the zero-point's code contributes exactly nothing. Only the epilogue is float32:
-``y = sum_s (acc_s * activation_scale_s) * weight_scale[n, s] + bias``, rounded once to the dtype of the input.
+``y = sum_s (acc_s * activation_scale_s) * weight_scale[n, s] + bias``, rounded once to the dtype of the input. A
+low-rank branch is computed as in the reference and added to that.
 
 Convolutions are products too: the int8 input is laid out as rows (kh, kw, channel), the order of the packed weight.
 """
@@ -47,13 +48,15 @@ def why_not(layer: QuantLayer, device_type: str) -> str | None:
         return "the output is quantized, not the input"
     if activation.granularity == "channel":
         return "a scale a channel cannot leave the integer sum: simulated only"
+    if activation.granularity == "token_group" and layer.segments != groups_of(layer.in_channels_, activation.group):
+        return "groups of a token's channels that are not the segments of the weight: a scale cannot leave the sum"
     if activation.granularity == "channel_group":
         return "scales a group of channels need the channels sorted by group, a sum each: simulated so far"
     if activation.granularity == "pixel_group":
         return "scales a group of pixels: the kernel takes one scale a sample or a token so far"
     if 8 in weight.bit_classes() and not weight.grid.signed:
         return "8-bit weights with free zero-points do not fit int8"
-    reason = _conv_reason(layer, activation.mode == "dynamic" and activation.granularity == "token")
+    reason = _conv_reason(layer, activation.granularity in ("token", "token_group"))
     widest, bound = max(segment_lengths(layer)), longest(layer)
     if reason is None and widest > bound:
         form = f"W{max(weight.bit_classes())}A{_bits(layer)}"
@@ -71,6 +74,11 @@ def _conv_reason(layer: QuantLayer, by_token: bool) -> str | None:
     if by_token and (layer.kernel_hw != (1, 1) or any(layer._reversed_padding_repeated_twice)):
         return "scales a pixel in a convolution larger than 1x1"
     return None
+
+
+def groups_of(channels: int, size: int) -> tuple[int, ...]:
+    """Channels in each group of ``size`` consecutive ones; the last may be short."""
+    return tuple(min(size, channels - start) for start in range(0, channels, size))
 
 
 def _bits(layer: QuantLayer) -> int:
@@ -118,9 +126,9 @@ def run(layer: QuantLayer, x: Tensor) -> Tensor:
         y = y + layer.bias.float()
     y = y.to(x.dtype)
     if not isinstance(layer, nn.Conv2d):
-        return y
+        return layer.with_branch(y, x)
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous() if x.ndim == 4 else False
-    y = y.permute(0, 3, 1, 2) if x.ndim == 4 else y.squeeze(0).permute(2, 0, 1)
+    y = layer.with_branch(y.permute(0, 3, 1, 2) if x.ndim == 4 else y.squeeze(0).permute(2, 0, 1), x)
     return y.contiguous(memory_format=torch.channels_last) if last else y.contiguous()
 
 

@@ -32,7 +32,8 @@ from torch import Tensor, nn
 
 from bitbrush import kernels
 from bitbrush.errors import InternalError
-from bitbrush.kernels import cpu, proof_codebook
+from bitbrush.kernels import bounds, cpu, proof_codebook
+from bitbrush.kernels.bounds import half_ulp
 from bitbrush.numbers import packing
 from bitbrush.numbers.codec import decode, encode, expand_activation_scale, expand_weight_scale, reciprocal
 
@@ -50,7 +51,8 @@ Json = dict[str, Any]
 
 
 def prove_layer(
-    layer_sim_codes: Tensor | None, layer: QuantLayer, x: Tensor, tables: tuple[Tensor, Tensor] | None = None
+    layer_sim_codes: Tensor | None, layer: QuantLayer, x: Tensor, tables: tuple[Tensor, Tensor] | None = None,
+    branch: tuple[Tensor, Tensor] | None = None,
 ) -> Json:
     """Prove one packed layer on one probe input; see the module's text for the checks.
 
@@ -61,6 +63,7 @@ def prove_layer(
         x: A probe input in the dtype the layer will be used with.
         tables: The simulation's `QuantLayer.weight_tables`; without them the packed layer's own tables are taken on
             trust.
+        branch: The factors of the simulation's low-rank branch, likewise.
 
     Returns:
         JSON-able numbers and ``ok``: codes, bytes, tables, activation_codes, and for each kernel what it was tested
@@ -73,7 +76,7 @@ def prove_layer(
         result: Json = {
             "codes": _stored(layer_sim_codes, layer),
             "bytes": _bytes(layer_sim_codes, layer, probe),
-            "tables": _tables(layer, tables),
+            "tables": _tables(layer, tables, branch),
             "activation_codes": _compare(probe.quantized_values(), layer.quantize_input(x)) if probe.input else None,
             "kernels": {},
         }
@@ -115,8 +118,12 @@ def _bytes(codes: Tensor | None, layer: QuantLayer, probe: _Probe) -> Json | Non
     return {"equal": equal, "total": total, "ok": all(part["ok"] for part in parts)}
 
 
-def _tables(layer: QuantLayer, expected: tuple[Tensor, Tensor] | None) -> Json:
-    """Scales as expected, float32, positive, finite; stored reciprocals equal to reciprocals computed here."""
+def _tables(
+    layer: QuantLayer, expected: tuple[Tensor, Tensor] | None, branch: tuple[Tensor, Tensor] | None = None
+) -> Json:
+    """Scales as expected, float32, positive, finite; stored reciprocals equal to reciprocals computed here; the factors
+    of a branch as expected."""
+    whole, of_branch = bounds.factors_hold(layer, branch)
     good, entries = True, 0
     additive = proof_codebook.additive(layer) is not None
     if additive:
@@ -133,7 +140,7 @@ def _tables(layer: QuantLayer, expected: tuple[Tensor, Tensor] | None) -> Json:
         pairs.append(layer.input_scale)
     for table in pairs:
         good = good and table.dtype == torch.float32 and bool(torch.isfinite(table).all()) and bool((table > 0).all())
-    return {"ok": good, "entries": entries + sum(table.numel() for table in pairs)}
+    return {"ok": good and whole, "entries": of_branch + entries + sum(table.numel() for table in pairs)}
 
 
 class _Probe:
@@ -221,8 +228,8 @@ class _Probe:
         partial = half_ulp(y, self.x.dtype) if self.x.dtype != torch.float32 else torch.zeros_like(y)
         if self.bias is not None:
             y, size = y + self.per_channel(self.bias), size + self.per_channel(self.bias).abs()
-        k = self.weight[0].numel()
-        return y, (k + 2) * _unit(self.x.device) * size + partial
+        bound = (self.weight[0].numel() + 2) * _unit(self.x.device) * size + partial
+        return (y, bound) if self.layer.low_rank is None else self._with_branch(y, bound)
 
     def exact_integer(self) -> tuple[Tensor, Tensor]:
         """(y64, bound before the last rounding) of an integer kernel: only the epilogue is float32."""
@@ -239,7 +246,13 @@ class _Probe:
             start += self.layer.segments[s]
         if self.bias is not None:
             y, size = y + self.per_channel(self.bias), size + self.per_channel(self.bias).abs()
-        return y, (len(self.layer.segments) + 4) * _unit(self.x.device) * size
+        bound = (len(self.layer.segments) + 4) * _unit(self.x.device) * size
+        return (y, bound) if self.layer.low_rank is None else self._with_branch(y, bound)
+
+    def _with_branch(self, y: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
+        """A product that is rounded to the dtype of the input and has the low-rank branch added to it then."""
+        extra, more = bounds.branch(self.layer, self.prepared.to(self.x.dtype), _unit(self.x.device))
+        return y + extra, bound + more + half_ulp(y.abs() + bound, self.x.dtype)
 
 
 def _activation_bits(layer: QuantLayer) -> int:
@@ -329,13 +342,6 @@ def stress_input(probe: _Probe) -> Tensor:
     return values.to(dtype=x.dtype, device=x.device)
 
 
-def half_ulp(y: Tensor, dtype: torch.dtype) -> Tensor:
-    """Half the distance between neighbours of ``dtype`` at each ``|y|`` (float64)."""
-    info = torch.finfo(dtype)
-    size = y.double().abs().clamp_min(info.tiny)
-    return torch.exp2(torch.frexp(size).exponent.double() - 1) * info.eps / 2
-
-
 def bound_ratio(y: Tensor, y64: Tensor, bound: Tensor) -> float:
     """Largest ``|y - y64| / bound``; infinite where ``y`` is not finite although the exact value fits its dtype."""
     if y.shape != y64.shape:
@@ -352,7 +358,8 @@ def bound_ratio(y: Tensor, y64: Tensor, bound: Tensor) -> float:
 def identity_probe(probe: _Probe, name: str) -> Json:
     """Feed a float kernel ``PROBE`` times an identity matrix: the output must be the decoded weight, bit for bit.
 
-    An input scale is replaced by powers of two near it for the probe: it counts, and products stay exact.
+    An input scale is replaced by powers of two near it for the probe: it counts, and products stay exact. A bias and a
+    low-rank branch are left out.
     """
     layer = probe.layer
     (rows, channels, kh, kw), outputs = (*probe.weight.shape, 1, 1)[:4], 1
@@ -372,7 +379,7 @@ def identity_probe(probe: _Probe, name: str) -> Json:
         picture = eye.new_zeros(channels, channels, 2 * kh - 1, 2 * kw - 1)
         picture[:, :, kh - 1, kw - 1] = eye
         eye = picture
-    with _quantizer(layer, enabled=False), _without_bias(layer), _input_scale(layer, factors):
+    with _quantizer(layer, enabled=False), _alone(layer), _input_scale(layer, factors):
         got = kernels.KERNELS[name](layer, eye).cpu()
     if isinstance(layer, nn.Conv2d):
         (top, left), (h, w) = (int(layer.padding[0]), int(layer.padding[1])), (kh, kw)
@@ -393,13 +400,13 @@ def _quantizer(layer: QuantLayer, *, enabled: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _without_bias(layer: QuantLayer) -> Iterator[None]:
-    bias = layer.bias
-    layer.bias = None
+def _alone(layer: QuantLayer) -> Iterator[None]:
+    bias, branch = layer.bias, layer.low_rank
+    layer.bias = layer.low_rank = None
     try:
         yield
     finally:
-        layer.bias = bias
+        layer.bias, layer.low_rank = bias, branch
 
 
 def exact_factors(input_scale: Tensor) -> Tensor:

@@ -12,5 +12,4 @@ if TYPE_CHECKING:
 
 def run(layer: QuantLayer, x: Tensor) -> Tensor:
     """Output of a packed layer from decoded weights and decoded inputs, in the dtype of ``x``."""
-    weight = layer.decoded_weight().to(x.dtype)
-    return layer.finish(layer.operation(layer.quantize_input(x), weight))
+    return layer.computed(x, layer.decoded_weight().to(x.dtype))

@@ -43,9 +43,10 @@ class ActivationQuantizer(nn.Module):
 
     Static scales are buffers ``scale``, ``inverse_scale`` (float32) and ``zero_point`` (uint8), all ``[T, S]`` with T
     rows over time (1 unless timed) and S channel segments; with granularity ``channel`` every channel is a segment.
-    Dynamic scales are computed from the tensor at hand. With ``spec.time_bits`` the largest code is looked up in a
-    table like the scale (`row_tops`, not stored: it follows from the spec). With ``spec.time_groups`` T is the number
-    of groups, and the row of a sample is the group of its timestep (`rows`).
+    Dynamic scales are computed from the tensor at hand, those of groups of a token's channels in `_by_group`. With
+    ``spec.time_bits`` the largest code is looked up in a table like the scale (`row_tops`, not stored: it follows from
+    the spec). With ``spec.time_groups`` T is the number of groups, and the row of a sample is the group of its timestep
+    (`rows`).
 
     With groups of channels or pixels the tables have a column a group, and the buffer ``group_of`` (uint8) says the
     group of each channel or pixel; see `expand`. Pixels are counted row by row.
@@ -306,7 +307,24 @@ class ActivationQuantizer(nn.Module):
             scale, zero = scale.index_select(0, row), zero.index_select(0, row)
         return scale, reciprocal(scale.detach()), zero
 
+    def _by_group(self, x: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
+        """Scale and zero-point of every group of consecutive channels of every token or pixel, in the shape of ``x``.
+
+        The last group may be short: it is filled up with zeros, and every range contains 0.
+        """
+        count = x.shape[channel_dim]
+        size = min(self.spec.group, count)
+        behind = [0, 0] * (x.ndim - 1 - channel_dim)
+        whole = x.float() if count % size == 0 else torch.nn.functional.pad(x.float(), [*behind, 0, -count % size])
+        parts = whole.unflatten(channel_dim, (-1, size))
+        dim = channel_dim + 1
+        tables = affine_parameters(parts.amin(dim, keepdim=True), parts.amax(dim, keepdim=True), self.spec.grid)
+        s, z = (t.expand(parts.shape).flatten(channel_dim, dim).narrow(channel_dim, 0, count) for t in tables)
+        return s, z
+
     def _dynamic(self, x: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
+        if self.spec.granularity == "token_group":
+            return self._by_group(x, channel_dim)
         dims = [channel_dim] if self.spec.granularity == "token" else list(range(x.ndim))
         parts = x.float().split(list(self.segments), dim=channel_dim) if self.segments else (x.float(),)
         scales, zeros = [], []
@@ -325,4 +343,5 @@ class ActivationQuantizer(nn.Module):
         time = ", timed" if self.spec.timed else ""
         bits = "/".join(str(b) for b in sorted(set(self.spec.time_bits or (self.spec.grid.bits,))))
         groups = f", {self.spec.groups} groups" if self.spec.groups else ""
+        groups += f" of {self.spec.group}" if self.spec.group else ""
         return f"{bits} bit, {self.spec.mode} per {self.spec.granularity}{groups}{time}"

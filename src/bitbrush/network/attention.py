@@ -293,7 +293,7 @@ def install_operands(attention: Any, specs: dict[str, LayerSpec], clock: Clock, 
             try_="name operands as '<attention module>:q'",
         )
     by_channel = [name for name, s in specs.items() if s.activation is not None
-                  and s.activation.granularity in ("channel", *GROUPED)]
+                  and s.activation.granularity in ("channel", "token_group", *GROUPED)]
     if by_channel:
         raise InputError("attention operands have no scales a channel or a group", where=", ".join(by_channel),
                          why="only the inputs and outputs of layers have a fixed number of channels",

@@ -11,21 +11,18 @@ Layers hold a shared set as they hold the clock, in a tuple: it is found by a de
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Self
-
 import torch
 from torch import Tensor, nn
 
 from bitbrush.errors import InputError, InternalError
-from bitbrush.network.dtypes import moving_only
+from bitbrush.network.dtypes import HalfTables
 from bitbrush.numbers.codebook import to_half
 from bitbrush.numbers.grid import LayerSpec, Plan
 
 NAME = "bitbrush_codebooks"
 
 
-class Codebooks(nn.Module):
+class Codebooks(HalfTables):
     """One set of codebooks, ``values`` float16 ``[K, 2**B, g]``.
 
     While a step trains it puts the trained codebooks (any floating dtype, same shape) into ``trial``; the sim face of
@@ -62,11 +59,6 @@ class Codebooks(nn.Module):
     def fix(self) -> None:
         """From now on a packed layer is decoded with the values."""
         self.trial, self.fixed = None, True
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move, but stay float16: in bfloat16 the packed weight would be another one."""
-        super()._apply(moving_only(fn), recurse)
-        return self
 
     def extra_repr(self) -> str:
         """Shape, for ``print(model)``."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Self
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def moving_only(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -15,3 +16,12 @@ def moving_only(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         return done if done.dtype == tensor.dtype else tensor.to(done.device)
 
     return moved
+
+
+class HalfTables(nn.Module):
+    """A module whose buffers are float16 numbers, of any sign, wherever it is moved and whatever it is cast to."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move, but stay float16: in bfloat16 what is computed with them would be something else."""
+        super()._apply(moving_only(fn), recurse)
+        return self

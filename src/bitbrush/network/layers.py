@@ -13,7 +13,8 @@ state. A bias that was trained is the buffer ``trained_bias`` until `pack` makes
 the teacher's.
 
 With ``LayerSpec.input_scale`` the layer computes with ``x * input_scale``, and the codes are those of the *scaled*
-weight ``W / input_scale``: the product is the same, the ranges are not (smoothing). Only `prepare` multiplies.
+weight ``W / input_scale``: the product is the same, the ranges are not (smoothing). Only `prepare` multiplies. With
+``LayerSpec.low_rank`` a branch in 16 bits stands beside the product; the codes are those of what it leaves over.
 
 Both classes derive from the torch class they replace, with ``weight`` as a read-only property that decodes: adapters
 (LoRA through PEFT) then accept the layer as a base. A merge cannot be written back; the plug-in refuses it by name.
@@ -26,6 +27,7 @@ Tensors of a packed layer (these names are the file format, see docs/format.md),
     input.scale        float32 [T, S]           input.inverse_scale float32, input.zero_point uint8
     input.group_of     uint8 [C] or [pixels]    only with groups of channels or pixels, S of them: which one each is in
     input_scale        float32 [C]              only with LayerSpec.input_scale
+    low_rank.up, .down float16                  only with LayerSpec.low_rank, see `bitbrush.network.low_rank`
     bias               as in the original
 """
 
@@ -40,6 +42,7 @@ from torch import Tensor, nn
 from bitbrush.errors import InternalError
 from bitbrush.network.activation import ActivationQuantizer
 from bitbrush.network.clock import Clock
+from bitbrush.network.low_rank import LowRank, branch
 from bitbrush.numbers import packing
 from bitbrush.numbers.codec import decode, expand_weight_scale
 from bitbrush.numbers.grid import LayerSpec, WeightSpec
@@ -62,6 +65,7 @@ class QuantLayer(nn.Module):
     input_scale: Tensor | None
     trained_bias: Tensor | None
     input: ActivationQuantizer | None
+    low_rank: LowRank | None
     kernel_size: tuple[int, ...]
     in_channels_: int
     out_channels_: int
@@ -80,6 +84,8 @@ class QuantLayer(nn.Module):
             self.register_buffer("input_scale", torch.ones(channels))
         else:
             self.input_scale = None
+        kernel = self.kernel_hw if isinstance(self, nn.Conv2d) else ()
+        self.low_rank = LowRank(spec.low_rank, (rows, channels, *kernel)) if spec.low_rank else None
         self.input = None
         if spec.activation is not None:
             at_input = spec.activation.position == "input"
@@ -154,11 +160,13 @@ class QuantLayer(nn.Module):
         return self._row_tables[key]
 
     def scaled_weight(self) -> Tensor:
-        """The weight that is quantized: ``float_weight / input_scale``, or ``float_weight``; float32, no gradients."""
+        """The weight that is quantized, float32, no gradients: ``float_weight``, divided by ``input_scale`` and less
+        the low-rank branch where the layer has them."""
         if self.float_weight is None:
             raise InternalError("the float weight is gone", where=type(self).__name__, why="the layer is packed")
         weight = self.float_weight.detach().float()
-        return weight if self.input_scale is None else weight / self._per_channel(self.input_scale)
+        weight = weight if self.input_scale is None else weight / self._per_channel(self.input_scale)
+        return weight if self.low_rank is None else weight - self.low_rank.weight()
 
     def _per_channel(self, table: Tensor) -> Tensor:
         """``[C]`` shaped to broadcast against the weight."""
@@ -175,6 +183,13 @@ class QuantLayer(nn.Module):
         if not torch.equal(table, self.input_scale):
             self.codes = None
         self.input_scale = table
+
+    def set_low_rank(self, up: Tensor, down: Tensor) -> None:
+        """Store the factors ``[N, r]`` and ``[r, C, ..]`` of the branch. Codes found before are forgotten."""
+        if self.low_rank is None:
+            raise InternalError("the layer's spec has no low-rank branch", where=type(self).__name__)
+        self.low_rank.set(up, down)
+        self.codes = None
 
     def set_bias(self, bias: Tensor) -> None:
         """Store a trained bias ``[N]`` for the sim face, in the dtype of the layer's; `pack` makes it the layer's."""
@@ -227,8 +242,8 @@ class QuantLayer(nn.Module):
         return self._weight_shape(packing.rows_to_weight(rows, self.segments, self.kernel_hw))
 
     def decoded_weight(self) -> Tensor:
-        """Weight that the sim and packed faces multiply with (the scaled one where there is an input scale): float32,
-        or the float weight as it is where it is not quantized."""
+        """Weight that the sim and packed faces multiply with (the scaled one where there is an input scale, without a
+        branch's part): float32, or the float weight as it is where it is not quantized."""
         if self.spec.weight is None:
             if self.float_weight is None:
                 raise InternalError("a layer without weight grid lost its float weight")
@@ -245,8 +260,9 @@ class QuantLayer(nn.Module):
         return decoded.to(self.bias.dtype) if self.bias is not None else decoded
 
     def restored_weight(self) -> Tensor:
-        """The decoded weight for an input without scale: ``decoded * input_scale``, float32."""
+        """The decoded weight, a branch's part with it, for an input without scale: times ``input_scale``, float32."""
         decoded = self.decoded_weight()
+        decoded = decoded if self.low_rank is None else decoded + self.low_rank.weight()
         return decoded if self.input_scale is None else decoded * self._per_channel(self.input_scale)
 
     # ---- forward -----------------------------------------------------------------------------------------------
@@ -258,7 +274,15 @@ class QuantLayer(nn.Module):
             from bitbrush import kernels
 
             return kernels.run(self, x)
-        return self.finish(self.operation(self.quantize_input(x), self.weight_in_use().to(x.dtype)))
+        return self.computed(x, self.weight_in_use().to(x.dtype))
+
+    def computed(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The output that the sim face and the reference kernel give for a decoded weight."""
+        return self.finish(self.with_branch(self.operation(self.quantize_input(x), weight), x))
+
+    def with_branch(self, y: Tensor, x: Tensor) -> Tensor:
+        """The product ``y`` for the input ``x``, and what the low-rank branch adds to it where there is one."""
+        return y if self.low_rank is None else y + branch(self, self.prepare(x).to(x.dtype))
 
     def weight_in_use(self) -> Tensor:
         """The weight that the sim face multiplies with: one that is trained, or the decoded one."""

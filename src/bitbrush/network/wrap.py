@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from torch import nn
 
 from bitbrush.errors import InputError
-from bitbrush.network import codebooks
+from bitbrush.network import codebooks, low_rank
 from bitbrush.network.activation import ActivationQuantizer
 from bitbrush.network.attention import QuantAttention, install_operands
 from bitbrush.network.clock import Clock
@@ -188,6 +188,9 @@ def _wrapped(module: nn.Module, name: str, spec: LayerSpec, clock: Clock, times:
             try_="leave the layer out of the smooth step's pattern",
         )
     codebooks.check(name, spec, int(channels), int(getattr(module, "groups", 1)))
+    if spec.low_rank and isinstance(module, nn.Conv2d | nn.Linear):
+        rows, features = module.weight.shape[0], module.weight[0].numel()
+        low_rank.check(name, spec, int(getattr(module, "groups", 1)), (rows, features))
     pixels = spec.activation.pixels if spec.activation is not None else 0
     if pixels and isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):
         raise InputError(
@@ -212,12 +215,14 @@ def _wrapped(module: nn.Module, name: str, spec: LayerSpec, clock: Clock, times:
 
 
 def _keep_weight(former: QuantLayer, layer: QuantLayer) -> None:
-    """Codes, their tables, input scale and trained bias of a layer whose activation's spec alone has changed."""
+    """Codes, tables, input scale, branch and trained bias of a layer whose activation's spec alone has changed."""
     same = {"activation": None}
     if former.spec.model_copy(update=same) != layer.spec.model_copy(update=same):
         return
     if former.input_scale is not None:
         layer.set_input_scale(former.input_scale)
+    if former.low_rank is not None:
+        layer.set_low_rank(*former.low_rank())
     layer.take_weight(former)
     if former.trained_bias is not None:
         layer.set_bias(former.trained_bias)

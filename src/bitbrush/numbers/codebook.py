@@ -121,7 +121,7 @@ def index_bytes(length: int, bits: int) -> int:
 
 
 def to_half(values: Tensor, name: str | None = None) -> Tensor:
-    """Codebooks or scales as they are stored, float16.
+    """Codebooks, scales or factors as they are stored, float16.
 
     Raises:
         NumericsError: A value is not finite in float16.
@@ -129,7 +129,7 @@ def to_half(values: Tensor, name: str | None = None) -> Tensor:
     half = values.detach().to(torch.float16)
     if not bool(half.isfinite().all()):
         raise NumericsError(
-            "codebooks or scales do not fit float16",
+            "a table does not fit float16",
             where=name,
             why=f"the largest magnitude is {float(values.detach().abs().max()):.3g}, float16 ends at 65504",
             try_="leave this layer in full precision",

@@ -8,6 +8,7 @@ their scales are partitioned:
     T   time buckets           ``ActivationSpec.timed``: a row of the scale table for each entry of ``Plan.timesteps``,
                                or for each group of them (``ActivationSpec.time_groups``)
     token / pixel              scales found at run time (``mode = "dynamic"``)
+    token_group                the same, one for every ``ActivationSpec.group`` consecutive channels of a token or pixel
     channel_group, pixel_group static scales of groups of any channels or pixels (``ActivationSpec.groups``)
 
 Fields that no recipe of this release can run are carried because the format is written once; `LayerSpec.unsupported`
@@ -25,7 +26,7 @@ _FROZEN = ConfigDict(frozen=True, extra="forbid", strict=True)
 GridKind = Literal["affine", "log2", "codebook"]
 Scope = Literal["sample", "head", "tensor"]
 Lookup = Literal["exact", "ceil", "nearest", "interpolate"]
-Granularity = Literal["tensor", "token", "channel", "pixel", "channel_group", "pixel_group"]
+Granularity = Literal["tensor", "token", "token_group", "channel", "pixel", "channel_group", "pixel_group"]
 GROUPED = ("channel_group", "pixel_group")
 """Granularities whose table has a column a group; which group an index is in lies with the tables."""
 
@@ -106,6 +107,9 @@ class ActivationSpec(BaseModel):
     With granularity ``channel_group`` or ``pixel_group`` (DGQ) the table has ``groups`` columns, each for any number of
     the input's channels or pixels; a tensor beside the tables says which. A pixel is a token of a linear layer or a
     place of a 1x1 convolution's input; ``pixels`` is how many of them there are.
+
+    With granularity ``token_group`` every ``group`` consecutive channels of a token (of a pixel, where the input is a
+    picture) have a scale, found at run time; the last group has what is left where the channels are not a multiple.
     """
 
     model_config = _FROZEN
@@ -114,6 +118,7 @@ class ActivationSpec(BaseModel):
     granularity: Granularity = "tensor"
     groups: int = Field(default=0, ge=0, le=256)
     pixels: int = Field(default=0, ge=0)
+    group: int = Field(default=0, ge=0, le=4096)
     position: Literal["input", "output"] = "input"
     timed: bool = False
     time_bits: tuple[Annotated[int, Field(ge=1, le=8)], ...] = ()
@@ -146,9 +151,9 @@ class ActivationSpec(BaseModel):
         return not table or (self.timed and self.mode == "static")
 
     def runnable_granularity(self) -> bool:
-        """Whether this release has such scales: a tensor always, a token at run time only, channels and groups static
-        only."""
-        modes = {"tensor": ("static", "dynamic"), "token": ("dynamic",), "pixel": ()}
+        """Whether this release has such scales: a tensor always, a token (or its groups) at run time only, channels and
+        their groups static only."""
+        modes = {"tensor": ("static", "dynamic"), "token": ("dynamic",), "token_group": ("dynamic",), "pixel": ()}
         return self.mode in modes.get(self.granularity, ("static",))
 
     def runnable_groups(self) -> bool:
@@ -157,6 +162,13 @@ class ActivationSpec(BaseModel):
         if self.granularity not in GROUPED:
             return not (self.groups or self.pixels)
         return self.groups > 0 and (self.pixels > 0) == (self.granularity == "pixel_group") and self.position == "input"
+
+    def runnable_group(self) -> bool:
+        """Whether a group's size is given where there are groups of a token's channels, of a layer's input, and only
+        there."""
+        if self.granularity != "token_group":
+            return self.group == 0
+        return self.group > 0 and self.position == "input"
 
     def runnable_grid(self) -> bool:
         """Whether this release has such a grid: affine, or ``log2`` with a delta found at run time and nothing more."""
@@ -170,7 +182,7 @@ class LayerSpec(BaseModel):
     """Everything static about how one layer, or one operand of attention, is quantized.
 
     ``exempt``: columns that stay float and have no part in the scale; this release can run ``(0,)``, the start token's,
-    of a softmax on a ``log2`` grid.
+    of a softmax on a ``log2`` grid. ``low_rank``: rank of the 16-bit branch beside the product, 0 where there is none.
     """
 
     model_config = _FROZEN
@@ -193,7 +205,6 @@ class LayerSpec(BaseModel):
         log2 = self.activation is not None and self.activation.grid.kind == "log2"
         found = [
             ("sorted_channels", self.sorted_channels),
-            ("low_rank", self.low_rank > 0),
             ("rotation", self.rotation != "none"),
             ("exempt", bool(self.exempt) and not (self.exempt == (0,) and log2)),
             ("weight.grid.kind", self.weight is not None and self.weight.grid.kind == "log2"),
@@ -206,6 +217,7 @@ class LayerSpec(BaseModel):
                   or bool(self.activation.time_groups and self.activation.time_bits))),
             ("activation.granularity", self.activation is not None and not self.activation.runnable_granularity()),
             ("activation.groups", self.activation is not None and not self.activation.runnable_groups()),
+            ("activation.group", self.activation is not None and not self.activation.runnable_group()),
             ("activation.groups with segments", self.activation is not None and len(self.segments) > 1
              and self.activation.granularity in GROUPED),
             ("activation.lookup", self.activation is not None and self.activation.lookup == "interpolate"),
@@ -261,7 +273,7 @@ class Plan(BaseModel):
 
 _SINCE = {
     "weight": {"binary": "affine", "codebooks": 0, "group": 8, "shared": ""},
-    "activation": {"time_groups": [], "scope": "sample", "groups": 0, "pixels": 0},
+    "activation": {"time_groups": [], "scope": "sample", "groups": 0, "pixels": 0, "group": 0},
 }
 """What format 1 did not have from the start, with its defaults."""
 

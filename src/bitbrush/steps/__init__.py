@@ -9,6 +9,7 @@ from bitbrush.steps.correct import Correct, Trajectories
 from bitbrush.steps.finetune import Finetune
 from bitbrush.steps.fit import Fit
 from bitbrush.steps.group import Group
+from bitbrush.steps.low_rank import LowRank
 from bitbrush.steps.pack import Pack
 from bitbrush.steps.reconstruct import Reconstruct
 from bitbrush.steps.relax import Relax
@@ -21,6 +22,7 @@ STEPS: dict[str, type[Step]] = {
     "trajectories": Trajectories,
     "split": Split,
     "smooth": Smooth,
+    "low_rank": LowRank,
     "fit": Fit,
     "group": Group,
     "allocate": Allocate,

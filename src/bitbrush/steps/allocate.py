@@ -33,6 +33,7 @@ from bitbrush.numbers import ranges
 from bitbrush.numbers.codec import decode, expand_weight_scale
 from bitbrush.numbers.grid import Grid, Plan, WeightSpec
 from bitbrush.numbers.straight_through import BINARY_TOP, encode_weight
+from bitbrush.steps.branches import apply_branches
 from bitbrush.steps.fit import apply_activations, apply_weights, binary_scale, class_grid, weight_tables
 from bitbrush.steps.smooth import apply_input_scales
 
@@ -130,6 +131,7 @@ class Allocate(Step):
     def apply(self, run: Run, unit: str, result: UnitResult) -> None:
         """Store codes and tables in the layer, which was wrapped anew; its output is final now."""
         apply_input_scales(run, result.tensors)
+        apply_branches(run, result.tensors)
         apply_weights(run, result.tensors)
         apply_activations(run, {k: v for k, v in result.tensors.items() if k.startswith(f"{unit}.input/")})
         settle(run, run.memo(self.label), unit)
@@ -178,6 +180,8 @@ class Allocate(Step):
         tensors = {f"{unit}/{key}": value for key, value in coded.items()}
         if layer.input_scale is not None:
             tensors[f"{unit}/input_scale"] = layer.input_scale
+        if layer.low_rank is not None:
+            tensors[f"{unit}/up"], tensors[f"{unit}/down"] = layer.low_rank()
         if layer.input is not None and layer.input.spec.mode == "static":
             tensors[f"{unit}.input/scale"] = layer.input.scale
             tensors[f"{unit}.input/zero_point"] = layer.input.zero_point

@@ -341,7 +341,7 @@ def tables(static: dict[str, ActivationQuantizer]) -> dict[str, Tensor]:
 
 def weight_tables(
     layer: QuantLayer, spec: WeightSpec, search: Callable[[Tensor, Grid], tuple[Tensor, Tensor]],
-    magnitude: Callable[[Tensor], Tensor],
+    magnitude: Callable[[Tensor], Tensor], weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero-point ``[N, S]`` (float32) of the weight that a layer stores codes of.
 
@@ -350,21 +350,26 @@ def weight_tables(
         spec: The weight's spec; it need not be the layer's own.
         search: ``(values [R, M], grid) -> (scale [R], zero_point [R])``, for each bit class and segment.
         magnitude: ``values [R, M] -> scale [R]`` for symmetric 1-bit rows, whose zero-point is 1.
+        weight: Another one of the layer's shape, in its place.
     """
-    weight = layer.scaled_weight().detach().float()
+    weight = layer.scaled_weight().detach().float() if weight is None else weight
     rows = weight.shape[0]
     bits = torch.tensor(spec.row_bits or (spec.grid.bits,) * rows, device=weight.device)
     scale = torch.ones(rows, len(layer.segments), device=weight.device)
     zero = torch.ones_like(scale)
-    for column, part in enumerate(weight.reshape(rows, layer.in_channels_, -1).split(list(layer.segments), dim=1)):
+    parts = weight.reshape(rows, layer.in_channels_, -1).split(list(layer.segments), dim=1)
+    for size in dict.fromkeys(layer.segments):  # segments of one size are searched together
+        columns = torch.tensor([c for c, count in enumerate(layer.segments) if count == size], device=weight.device)
+        alike = torch.stack([parts[c].flatten(1) for c in columns.tolist()], dim=1)  # [N, s, values]
         for width in spec.bit_classes():
             here = (bits == width).nonzero().flatten()
-            values = part[here].reshape(1 if spec.granularity == "tensor" else len(here), -1)
-            if spec.halved(width):
-                scale[here, column] = magnitude(values).expand(len(here))
-            else:
-                s, z = search(values, class_grid(spec, width))
-                scale[here, column], zero[here, column] = s.expand(len(here)), z.expand(len(here))
+            values, shape = alike[here].flatten(0, 1), (len(here), len(columns))
+            if spec.granularity == "tensor":
+                values, shape = alike[here].transpose(0, 1).flatten(1), (1, len(columns))
+            s, z = (magnitude(values), torch.ones_like(values[:, 0])) if spec.halved(width) else search(
+                values, class_grid(spec, width))
+            for table, found in ((scale, s), (zero, z)):
+                table[here[:, None], columns] = found.reshape(shape).expand(len(here), -1)
     return scale, zero
 
 

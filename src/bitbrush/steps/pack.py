@@ -108,13 +108,14 @@ class Pack(Step):
     def _pack(self, run: Run, layer: QuantLayer, name: str, probe: dict[str, Tensor]) -> dict[str, Any]:
         codes = None if layer.spec.weight is None else layer.stored_codes().clone()
         tables = None if codes is None else layer.weight_tables()
+        branch = None if layer.low_rank is None else layer.low_rank()  # set anew, never changed in place
         layer.pack()
         if codes is None:
             return {"ok": True, "note": "weight kept in float"}
         x = probe[f"x/{name}"].to(run.device)
         times = probe["timestep"].to(run.device)
         with torch.no_grad(), run.clock.at(times[:1] if _of_pixels(layer) else times):
-            proof = prove_layer(codes, layer, x, tables)
+            proof = prove_layer(codes, layer, x, tables, branch)
         if not proof["ok"]:
             raise NumericsError("packed execution differs from the simulation", where=name, why=str(proof)[:400],
                                 try_="report this; `bitbrush resume` repeats the step")

@@ -62,7 +62,7 @@ class Smooth(Step):
     @property
     def not_after(self) -> tuple[str, ...]:
         """Factors are folded once, and everything that is fitted is fitted to the scaled weights and inputs."""
-        return ("smooth", "fit weights", "fit activations", "allocate", "finetune", "pack")
+        return ("smooth", "low_rank", "fit weights", "fit activations", "allocate", "finetune", "pack")
 
     def check(self, survey: Survey, plan: Plan) -> None:
         """The pattern names layers of this model."""
@@ -98,7 +98,7 @@ class Smooth(Step):
 
     def factors(self, inputs: Tensor, weights: Tensor) -> Tensor:
         """``delta`` ``[C]`` from the maxima ``[C]`` of a layer's input and weight by input channel."""
-        x, w = _clamped(inputs), _clamped(weights)
+        x, w = clamped(inputs), clamped(weights)
         if self.ratios == "activation":
             return x.log().mean().exp() / x
         return w.pow(self.exponent) / x.pow(1 - self.exponent)
@@ -145,7 +145,7 @@ def apply_input_scales(run: Run, tensors: dict[str, Tensor]) -> None:
             layers[name].set_input_scale(value)
 
 
-def _clamped(maxima: Tensor) -> Tensor:
+def clamped(maxima: Tensor) -> Tensor:
     """Positive maxima; a layer of zeros has them all equal."""
     largest = maxima.max()
     return maxima.clamp_min(FLOOR * float(largest)) if largest > 0 else torch.ones_like(maxima)
