@@ -5,6 +5,7 @@ from __future__ import annotations
 from bitbrush.engine.step import Step
 from bitbrush.steps.allocate import Allocate
 from bitbrush.steps.calibrate import Calibrate
+from bitbrush.steps.codebooks import FitCodebooks
 from bitbrush.steps.correct import Correct, Trajectories
 from bitbrush.steps.finetune import Finetune
 from bitbrush.steps.fit import Fit
@@ -22,6 +23,7 @@ STEPS: dict[str, type[Step]] = {
     "split": Split,
     "smooth": Smooth,
     "fit": Fit,
+    "codebooks": FitCodebooks,
     "group": Group,
     "allocate": Allocate,
     "reconstruct": Reconstruct,

@@ -72,7 +72,7 @@ class Reconstruct(Step):
     @property
     def needs(self) -> tuple[str, ...]:
         """Samples, and ranges to start from."""
-        return ("calibrate", "fit weights" if self.train == "rounding" else "fit activations")
+        return ("calibrate", "codebooks", "fit weights" if self.train == "rounding" else "fit activations")
 
     @property
     def not_after(self) -> tuple[str, ...]:
@@ -113,7 +113,7 @@ class Reconstruct(Step):
     # ---- inside ------------------------------------------------------------------------------------------------
     def _trainable(self, run: Run, layers: dict[str, QuantLayer], unit: str, members: tuple[str, ...]) -> bool:
         if self.train == "rounding":
-            return any(name in layers and layers[name].spec.weight is not None for name in members)
+            return any(name in layers and _rounds(layers[name]) for name in members)
         return bool(_quantizers(run.model.get_submodule(unit)))
 
     def _record(self, run: Run, unit: str) -> tuple[Recording, Recording]:
@@ -136,7 +136,7 @@ class Reconstruct(Step):
         if self.train == "rounding":
             layers = run.layers()
             names = run.survey.blocks[unit] if self.by == "block" else (unit,)
-            chosen = {n: layers[n] for n in names if n in layers and layers[n].spec.weight is not None}
+            chosen = {n: layers[n] for n in names if n in layers and _rounds(layers[n])}
             return RoundingLearner(chosen, self)
         found = {f"{unit}.{name}" if name else unit: q for name, q in _quantizers(module).items()}
         return ScaleLearner(found)
@@ -188,6 +188,11 @@ def block_loss(answer: Tensor, target: Tensor, power: float) -> Tensor:
     delta = (answer.float() - target.float()).abs()
     delta = delta.square() if power == 2.0 else delta.pow(power)
     return delta.sum(dim=1 if delta.ndim != 3 else 2).mean()
+
+
+def _rounds(layer: QuantLayer) -> bool:
+    """Whether the weight's codes are rounded values; of additive codebooks they are numbers of codewords."""
+    return layer.spec.weight is not None and not layer.spec.weight.additive
 
 
 def _quantizers(module: nn.Module) -> dict[str, ActivationQuantizer]:
