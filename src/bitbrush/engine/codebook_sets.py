@@ -14,11 +14,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from math import prod
+from typing import Any
 
 from bitbrush.engine.recipe import WeightRule
 from bitbrush.network.survey import Site, Survey
 from bitbrush.numbers.codebook import bits_of
-from bitbrush.numbers.grid import LayerSpec
+from bitbrush.numbers.grid import LayerSpec, Plan
+
+_POSITION = 60e-6  # seconds of a GPU for one place of a beam search, replayed: some twenty small kernels
+_MOVE = 1e-4  # and for a layer's part in one iteration of Adam
 
 _Class = tuple[tuple[int, int, int], str, float]
 
@@ -119,3 +123,29 @@ def _joined(sites: list[Site], shape: tuple[int, int, int], share: str, limit: f
 def _cheapest(sets: list[_Set], share: str) -> tuple[float, _Set, _Set] | None:
     pairs = ((price, a, b) for a, b in combinations(sets, 2) if (price := a.price(b, share)) is not None)
     return min(pairs, key=lambda pair: pair[0], default=None)
+
+
+def searched(survey: Survey, plan: Plan, step: Mapping[str, Any]) -> dict[str, float]:
+    """What fitting all codebooks costs: multiply-accumulates, seconds of GPU launches, and passes over trajectories.
+
+    Args:
+        survey: Shapes.
+        plan: Which layers.
+        step: The settings of `bitbrush.steps.codebooks.FitCodebooks`.
+    """
+    macs = launches = 0.0
+    subsets = set()
+    for site in survey.layers():
+        weight = plan.layers[site.name].weight if site.name in plan.layers else None
+        if weight is None or not weight.additive:
+            continue
+        subsets.add(subset_of(site.name))
+        rows, columns = site.shape[0], prod(site.shape[1:])
+        places, words = columns // weight.group * weight.codebooks, weight.grid.levels
+        points = min(step["points"] * words, rows * columns // weight.group)
+        each = rows * columns**2 * (step["steps"] + step["beam"]) + places * rows * step["beam"] * words * weight.group
+        macs += step["epochs"] * each + max(step["tokens"], step["tokens_per_feature"] * columns) * columns**2
+        macs += weight.codebooks * step["kmeans_iterations"] * points * words * weight.group
+        launches += step["epochs"] * (places * _POSITION + step["steps"] * _MOVE)
+    passes = 0 if step["inputs"] == "none" else len(subsets)
+    return {"macs": macs, "launches": launches, "passes": passes}

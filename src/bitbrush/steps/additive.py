@@ -26,7 +26,8 @@ from torch.nn import functional
 
 from bitbrush.errors import InputError
 from bitbrush.numbers.codebook import add_codewords, decode, to_half
-from bitbrush.steps.beam import BLOCK_GROUPS, BUDGET, row_losses, search
+from bitbrush.steps.beam import BLOCK_GROUPS, BUDGET, Visitor, row_losses, search, visit
+from bitbrush.steps.captured import Captured
 
 _FLOOR = 1e-9  # added to scales: a row of zeros stays a row of zeros
 _CHECK = 10  # k-means looks for convergence every so many iterations: the check waits for the device
@@ -92,7 +93,8 @@ Report = Callable[[str, int, float], None]
 
 
 def fit(
-    targets: Sequence[Target], settings: Settings, generator: torch.Generator, report: Report | None = None
+    targets: Sequence[Target], settings: Settings, generator: torch.Generator, report: Report | None = None,
+    visitor: Visitor | None = None,
 ) -> tuple[Solution, list[float]]:
     """Codebooks, codes and scales for layers that share them, and the losses: at the start, then after every epoch.
 
@@ -101,11 +103,13 @@ def fit(
         settings: Format and schedule.
         generator: On the CPU; all draws come from it.
         report: Told about every phase.
+        visitor: Of the search, see there.
 
     Raises:
         InputError: No layers, or columns that groups do not divide.
     """
     solution = start(targets, settings, generator)
+    visitor = visitor or Captured(visit, targets[0].weight.device)
     energies = [target.energy() for target in targets]
     losses = [float(loss(targets, energies, solution))]
     tell = report or (lambda phase, epoch, value: None)
@@ -114,7 +118,7 @@ def fit(
     for epoch in range(1, settings.epochs + 1):
         solution, value = adam.phase(solution)
         tell("adam", epoch, float(value))
-        solution = reassign(targets, solution, settings, generator)
+        solution = reassign(targets, solution, settings, generator, visitor)
         losses.append(float(loss(targets, energies, solution)))
         tell("beam", epoch, losses[-1])
         if losses[-1] >= losses[-2] * (1 - settings.tolerance):
@@ -142,12 +146,13 @@ def output_error(weight: Tensor, decoded: Tensor, covariance: Tensor) -> Tensor:
 
 
 def reassign(
-    targets: Sequence[Target], solution: Solution, settings: Settings, generator: torch.Generator
+    targets: Sequence[Target], solution: Solution, settings: Settings, generator: torch.Generator,
+    visitor: Visitor | None = None,
 ) -> Solution:
     """One pass of `bitbrush.steps.beam.search` over every layer; no row's loss grows."""
     codes = [
         search(target.weight, target.covariance, old, solution.codebooks, scale, beam=settings.beam,
-               generator=generator, block_groups=settings.block_groups, budget=settings.budget)
+               generator=generator, block_groups=settings.block_groups, budget=settings.budget, visitor=visitor)
         for target, old, scale in zip(targets, solution.codes, solution.scales, strict=True)
     ]
     return replace(solution, codes=tuple(codes))
@@ -314,7 +319,8 @@ class Adam:
         groups = [{"params": [self.books], "lr": settings.rate * sum(lengths) / len(lengths)}]
         groups += [{"params": [s], "lr": settings.rate / n} for s, n in zip(self.scales, lengths, strict=True)]
         # eps: the loss is relative, so that gradients of codewords that few groups use may be below 1e-8
-        self.optimizer = torch.optim.Adam(groups, betas=settings.betas, eps=1e-12, amsgrad=True)
+        how = {"capturable": True, "fused": True} if self.books.is_cuda else {}
+        self.optimizer = torch.optim.Adam(groups, betas=settings.betas, eps=1e-12, amsgrad=True, **how)
 
     @torch.no_grad()
     def phase(self, solution: Solution) -> tuple[Solution, Tensor]:
@@ -326,13 +332,24 @@ class Adam:
         best = [parameter.clone() for parameter in parameters]
         lowest = torch.full((), torch.inf, device=self.books.device)
         users = Users.of(solution.codes, self.books.shape[1])
-        for step in range(self.steps + 1):
+
+        def look() -> tuple[Tensor, ...]:
             value = self.differentiate(solution.codes, users)
             better = value < lowest
-            lowest = torch.where(better, value, lowest)
-            best = [torch.where(better, new, old) for new, old in zip(parameters, best, strict=True)]
-            if step < self.steps:
-                self.optimizer.step()
+            lowest.copy_(torch.where(better, value, lowest))
+            for new, old in zip(parameters, best, strict=True):
+                old.copy_(torch.where(better, new, old))
+            return ()
+
+        def step() -> tuple[Tensor, ...]:
+            look()
+            self.optimizer.step()
+            return ()
+
+        advance = Captured(step, self.books.device)
+        for _ in range(self.steps):
+            advance()
+        look()
         for parameter, kept in zip(parameters, best, strict=True):
             parameter.copy_(kept)
         return Solution(best[0], solution.codes, tuple(best[1:])), lowest

@@ -34,7 +34,9 @@ from bitbrush.numbers.codebook import to_groups, to_half
 from bitbrush.numbers.grid import Plan, WeightSpec
 from bitbrush.steps import additive
 from bitbrush.steps.additive import Settings, Solution, Target
+from bitbrush.steps.beam import visit
 from bitbrush.steps.calibrate import calibration
+from bitbrush.steps.captured import Captured
 from bitbrush.steps.covariance import Covariance
 from bitbrush.steps.moments import held_bytes, record
 from bitbrush.steps.observe import observe
@@ -44,7 +46,7 @@ from bitbrush.steps.student import student_so_far
 
 @dataclass(frozen=True)
 class Group:
-    """Layers with one set of codebooks; ``name`` is the set's, or that of the only layer where it is the layer's own."""
+    """Layers with one set of codebooks; ``name`` is the set's, or the layer's where it is its own."""
 
     name: str
     shared: bool
@@ -130,12 +132,13 @@ class FitCodebooks(Step):
         found = self._covariances(run, {name: layers[name] for name in layers if name in names}, generator)
         tensors: dict[str, Tensor] = {}
         sets: dict[str, Any] = {}
+        visitor = Captured(visit, run.device)
         errors: dict[str, float] = {}
         run.progress.start(f"codebooks of {unit}", len(groups))
         try:
             for group in groups:
                 targets = [self._target(layers[name], found.get(name)) for name in group.layers]
-                solution, losses = self._fit(run, group, layers[group.layers[0]], targets, generator)
+                solution, losses = self._fit(run, group, layers[group.layers[0]], targets, generator, visitor)
                 tensors |= stored(group, solution)
                 final = additive.relative_errors(targets, [t.energy() for t in targets], additive.rounded(solution))
                 errors |= {name: _short(float(e)) for name, e in zip(group.layers, final, strict=True)}
@@ -163,7 +166,9 @@ class FitCodebooks(Step):
         run.forget_all()
 
     # ---- inputs ------------------------------------------------------------------------------------------------
-    def _covariances(self, run: Run, layers: dict[str, QuantLayer], generator: torch.Generator) -> dict[str, Covariance]:
+    def _covariances(
+        self, run: Run, layers: dict[str, QuantLayer], generator: torch.Generator
+    ) -> dict[str, Covariance]:
         if self.inputs == "none":
             return {}
         source = calibration(run)
@@ -202,12 +207,13 @@ class FitCodebooks(Step):
 
     # ---- the fit -----------------------------------------------------------------------------------------------
     def _fit(
-        self, run: Run, group: Group, layer: QuantLayer, targets: list[Target], generator: torch.Generator
+        self, run: Run, group: Group, layer: QuantLayer, targets: list[Target], generator: torch.Generator,
+        visitor: Captured,
     ) -> tuple[Solution, list[float]]:
         def report(phase: str, epoch: int, value: float) -> None:
             run.progress.advance(0, f"{group.name}: {phase} {epoch} of {self.epochs}, error {value:.4g}")
 
-        return additive.fit(targets, self.settings(_spec(layer)), generator, report)
+        return additive.fit(targets, self.settings(_spec(layer)), generator, report, visitor)
 
     def settings(self, spec: WeightSpec) -> Settings:
         """This step's settings for layers with such a weight."""
@@ -219,20 +225,19 @@ class FitCodebooks(Step):
 
 
 def by_subset(plan: Plan) -> dict[str, list[Group]]:
-    """Sets of codebooks by the subset of the network in which they are fitted: the last in which a layer of theirs lies.
+    """Sets of codebooks by the subset of the network that they are fitted with, the last one with a layer of theirs.
 
-    Subsets and sets in the order of execution.
+    Subsets and sets are in the order of execution.
     """
     members: dict[tuple[bool, str], list[str]] = {}
     for name, spec in plan.layers.items():
         if spec.weight is not None and spec.weight.additive:
             key = (True, spec.weight.shared) if spec.weight.shared else (False, name)
             members.setdefault(key, []).append(name)
-    order = list(dict.fromkeys(subset_of(name) for names in members.values() for name in names))
-    first = {subset: list(plan.layers).index(next(n for n in plan.layers if subset_of(n) == subset)) for subset in order}
-    found: dict[str, list[Group]] = {subset: [] for subset in sorted(order, key=lambda s: first[s])}
+    order = list(dict.fromkeys(subset_of(name) for name in plan.layers))
+    found: dict[str, list[Group]] = {subset: [] for subset in order}
     for (shared, name), names in members.items():
-        found[max((subset_of(n) for n in names), key=lambda s: first[s])].append(Group(name, shared, tuple(names)))
+        found[max((subset_of(n) for n in names), key=order.index)].append(Group(name, shared, tuple(names)))
     return {subset: groups for subset, groups in found.items() if groups}
 
 
