@@ -11,8 +11,10 @@ A row's scale starts as its root mean square, where the paper takes the norm: co
 whatever n is, which layers of different n need to share them and float16 to store them. The learning rates are
 converted (codebooks times sqrt(n), scales by 1 / sqrt(n)), so that Adam takes the very steps of the paper's form.
 
-Deviations from the released code, on purpose: the best point of an Adam phase is kept, not the last; a pass of the
-search that rounding made worse is undone row by row. The loss of epochs never rises.
+Deviations from the released code, on purpose: codes are chosen with error feedback before each search, where that makes
+a row better (`bitbrush.steps.feedback`: the search alone ends above GPTQ where inputs are strongly correlated); the best
+point of an Adam phase is kept, not the last; a pass of the search that rounding made worse is undone row by row. The
+loss of epochs never rises.
 """
 
 from __future__ import annotations
@@ -28,8 +30,10 @@ from bitbrush.errors import InputError
 from bitbrush.numbers.codebook import add_codewords, decode, to_half
 from bitbrush.steps.beam import BLOCK_GROUPS, BUDGET, Visitor, row_losses, search, visit
 from bitbrush.steps.captured import Captured
+from bitbrush.steps.feedback import encode
 
 _FLOOR = 1e-9  # added to scales: a row of zeros stays a row of zeros
+_FEED = 8  # hypotheses of a group with error feedback: few kernels, whatever the beam
 _CHECK = 10  # k-means looks for convergence every so many iterations: the check waits for the device
 
 
@@ -56,7 +60,7 @@ class Settings:
     ``count`` K, ``bits`` B, ``group`` g; ``weighted``: k-means points count by their effect on the output (pitfall 6 of
     the paper's initialization) or alike; ``points``: of each codebook's fit, a centre (None: all points; all are
     assigned in any case); ``steps`` of Adam an epoch; ``tolerance``: relative improvement of an epoch below which the
-    next one is not begun; ``budget``: bytes for the search's state and for k-means' distances.
+    next one is not begun; ``feedback``: damping of the start with error feedback (0: the codes of k-means); ``budget``: bytes for the search's state and for k-means' distances.
     """
 
     count: int = 3
@@ -71,6 +75,7 @@ class Settings:
     beam: int = 8
     epochs: int = 30
     tolerance: float = 0.01
+    feedback: float = 0.01
     block_groups: int = BLOCK_GROUPS
     budget: int = BUDGET
 
@@ -108,7 +113,7 @@ def fit(
     Raises:
         InputError: No layers, or columns that groups do not divide.
     """
-    solution = start(targets, settings, generator)
+    solution = feed(targets, start(targets, settings, generator), settings)
     visitor = visitor or Captured(visit, targets[0].weight.device)
     energies = [target.energy() for target in targets]
     losses = [float(loss(targets, energies, solution))]
@@ -118,12 +123,26 @@ def fit(
     for epoch in range(1, settings.epochs + 1):
         solution, value = adam.phase(solution)
         tell("adam", epoch, float(value))
-        solution = reassign(targets, solution, settings, generator, visitor)
+        solution = reassign(targets, feed(targets, solution, settings), settings, generator, visitor)
         losses.append(float(loss(targets, energies, solution)))
         tell("beam", epoch, losses[-1])
         if losses[-1] >= losses[-2] * (1 - settings.tolerance):
             break
     return solution, losses
+
+
+def feed(targets: Sequence[Target], solution: Solution, settings: Settings) -> Solution:
+    """Codes found with error feedback, row by row where they are better (`bitbrush.steps.feedback`)."""
+    if settings.feedback == 0:
+        return solution
+    codes = []
+    for target, old, scale in zip(targets, solution.codes, solution.scales, strict=True):
+        new = encode(target.weight, target.covariance, solution.codebooks, scale, beam=max(settings.beam, _FEED),
+                     damping=settings.feedback).to(old.dtype)
+        before, after = (row_losses(target.weight - decode(c, solution.codebooks, scale), target.covariance)
+                         for c in (old, new))
+        codes.append(torch.where((after < before)[:, None, None], new, old))
+    return replace(solution, codes=tuple(codes))
 
 
 def loss(targets: Sequence[Target], energies: Sequence[Tensor], solution: Solution) -> Tensor:

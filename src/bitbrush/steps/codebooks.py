@@ -72,6 +72,9 @@ class FitCodebooks(Step):
         tolerance: Relative improvement of an epoch below which no other follows.
         kmeans_iterations: Of Lloyd's algorithm, at most.
         points: Groups of weights a centre that k-means is fitted to (all are assigned).
+        feedback: The start's codes are chosen with error feedback, H damped by this share of its mean diagonal
+            (`bitbrush.steps.feedback`); 0 leaves k-means' codes, as the paper.
+        damping: Share of its mean diagonal that is added to H throughout; the paper: 0.
         weighted: Groups count in k-means by their effect on the output.
         tokens, tokens_per_feature: Of a layer's inputs so many tokens or pixels are kept, and so many times the columns
             of its weight, whichever is more.
@@ -89,6 +92,8 @@ class FitCodebooks(Step):
     kmeans_iterations: int = Field(default=50, ge=1)
     points: int = Field(default=1000, ge=1)
     weighted: bool = True
+    feedback: float = Field(default=0.01, ge=0, le=1)
+    damping: float = Field(default=0.01, ge=0, le=1)
     tokens: int = Field(default=16384, ge=1)
     tokens_per_feature: int = Field(default=8, ge=1)
     memory: float = Field(default=2.0, gt=0)
@@ -203,7 +208,7 @@ class FitCodebooks(Step):
         weight = to_groups(layer.scaled_weight(), _spec(layer).group).contiguous()
         if covariance is None:
             return Target(weight, torch.eye(weight.shape[1], device=weight.device))
-        return Target(weight, covariance.mean())
+        return damped(Target(weight, covariance.mean()), self.damping)
 
     # ---- the fit -----------------------------------------------------------------------------------------------
     def _fit(
@@ -218,10 +223,16 @@ class FitCodebooks(Step):
     def settings(self, spec: WeightSpec) -> Settings:
         """This step's settings for layers with such a weight."""
         return Settings(
-            count=spec.codebooks, bits=spec.grid.bits, group=spec.group, weighted=self.weighted,
+            count=spec.codebooks, bits=spec.grid.bits, group=spec.group, weighted=self.weighted, feedback=self.feedback,
             kmeans_iterations=self.kmeans_iterations, points=self.points, steps=self.steps, rate=self.rate,
             beam=self.beam, epochs=self.epochs, tolerance=self.tolerance,
         )
+
+
+def damped(target: Target, share: float) -> Target:
+    """With a share of H's mean diagonal added to it: what few samples leave out costs a little, too."""
+    h = target.covariance
+    return Target(target.weight, h + share * h.diagonal().mean() * torch.eye(len(h), device=h.device, dtype=h.dtype))
 
 
 def by_subset(plan: Plan) -> dict[str, list[Group]]:
