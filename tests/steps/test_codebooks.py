@@ -239,7 +239,7 @@ def test_order_is_checked_before_a_run(tmp_path: Path) -> None:
         LAYERS + CALIBRATE + FIT + PACK: "needs a step 'codebooks'",
         LAYERS + CALIBRATE + STEP + FIT + PACK: "needs a step 'fit weights'",
         LAYERS + FIT + STEP + PACK: "needs a step 'calibrate'",
-        LAYERS + CALIBRATE + FIT + STEP + PACK + STEP.replace('"codebooks"', '"codebooks"\nid = "b"'): "must come before",
+        LAYERS + CALIBRATE + FIT + STEP + PACK + STEP.replace('"codebooks"', '"codebooks"\nid = "b"'): "must come",
     }
     for text, words in cases.items():
         with pytest.raises(InputError, match=words) as caught:

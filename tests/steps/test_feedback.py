@@ -42,7 +42,8 @@ def gptq(weight: Tensor, covariance: Tensor, levels: Tensor, damping: float) -> 
 
 def test_groups_of_one_column_are_gptq() -> None:
     target, levels = correlated(6, 40), torch.linspace(-3, 3, 16)
-    found = feedback.encode(target.weight, target.covariance, levels[None, :, None], torch.ones(6), beam=1, damping=0.01)
+    books, scale = levels[None, :, None], torch.ones(6)
+    found = feedback.encode(target.weight, target.covariance, books, scale, beam=1, damping=0.01)
     expected = gptq(target.weight, target.covariance, levels.double(), 0.01)
     assert found.shape == (6, 40, 1) and torch.equal(found[:, :, 0].long(), expected)
     assert not torch.equal(expected, (target.weight[..., None] - levels).abs().argmin(dim=2))
@@ -52,7 +53,8 @@ def test_an_h_without_correlation_changes_nothing() -> None:
     weight, books = torch.randn(5, 8, generator=seeded()), torch.randn(1, 32, 4, generator=seeded(1))
     for h in (torch.eye(8), torch.zeros(8, 8)):
         found = feedback.encode(weight, h, books, torch.ones(5), beam=1, damping=0.01)
-        assert torch.equal(found[:, :, 0].long(), torch.cdist(weight.reshape(5, 2, 4), books[0].expand(5, -1, -1)).argmin(2))
+        nearest = torch.cdist(weight.reshape(5, 2, 4), books[0].expand(5, -1, -1)).argmin(2)
+        assert torch.equal(found[:, :, 0].long(), nearest)
 
 
 def test_a_full_beam_finds_the_best_sum() -> None:

@@ -11,10 +11,10 @@ A row's scale starts as its root mean square, where the paper takes the norm: co
 whatever n is, which layers of different n need to share them and float16 to store them. The learning rates are
 converted (codebooks times sqrt(n), scales by 1 / sqrt(n)), so that Adam takes the very steps of the paper's form.
 
-Deviations from the released code, on purpose: codes are chosen with error feedback before each search, where that makes
-a row better (`bitbrush.steps.feedback`: the search alone ends above GPTQ where inputs are strongly correlated); the best
-point of an Adam phase is kept, not the last; a pass of the search that rounding made worse is undone row by row. The
-loss of epochs never rises.
+Deviations from the released code, on purpose: before the first searches codes are chosen with error feedback, where
+that makes a row better (`bitbrush.steps.feedback`: the search alone ends above GPTQ where inputs are strongly
+correlated); the best point of an Adam phase is kept, not the last; a pass of the search that rounding made worse is
+undone row by row. The loss of epochs never rises.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from bitbrush.steps.feedback import encode
 
 _FLOOR = 1e-9  # added to scales: a row of zeros stays a row of zeros
 _FEED = 8  # hypotheses of a group with error feedback: few kernels, whatever the beam
+_FED = 2  # epochs with error feedback, besides the start; later it finds next to nothing
 _CHECK = 10  # k-means looks for convergence every so many iterations: the check waits for the device
 
 
@@ -60,7 +61,8 @@ class Settings:
     ``count`` K, ``bits`` B, ``group`` g; ``weighted``: k-means points count by their effect on the output (pitfall 6 of
     the paper's initialization) or alike; ``points``: of each codebook's fit, a centre (None: all points; all are
     assigned in any case); ``steps`` of Adam an epoch; ``tolerance``: relative improvement of an epoch below which the
-    next one is not begun; ``feedback``: damping of the start with error feedback (0: the codes of k-means); ``budget``: bytes for the search's state and for k-means' distances.
+    next one is not begun; ``feedback``: damping of H where codes are chosen with error feedback (0: they are not);
+    ``budget``: bytes for the search's state and for k-means' distances.
     """
 
     count: int = 3
@@ -123,7 +125,9 @@ def fit(
     for epoch in range(1, settings.epochs + 1):
         solution, value = adam.phase(solution)
         tell("adam", epoch, float(value))
-        solution = reassign(targets, feed(targets, solution, settings), settings, generator, visitor)
+        if epoch <= _FED:
+            solution = feed(targets, solution, settings)
+        solution = reassign(targets, solution, settings, generator, visitor)
         losses.append(float(loss(targets, energies, solution)))
         tell("beam", epoch, losses[-1])
         if losses[-1] >= losses[-2] * (1 - settings.tolerance):

@@ -231,8 +231,9 @@ class FitCodebooks(Step):
 
 def damped(target: Target, share: float) -> Target:
     """With a share of H's mean diagonal added to it: what few samples leave out costs a little, too."""
-    h = target.covariance
-    return Target(target.weight, h + share * h.diagonal().mean() * torch.eye(len(h), device=h.device, dtype=h.dtype))
+    h = target.covariance.clone()
+    h.diagonal().add_(share * h.diagonal().mean())
+    return Target(target.weight, h)
 
 
 def by_subset(plan: Plan) -> dict[str, list[Group]]:

@@ -66,11 +66,12 @@ def encode(
 
 def factor(covariance: Tensor, damping: float) -> Tensor:
     """U of ``(H + damping * mean(diag H) * I)^-1 = U^T U``, float32; an H of zeros counts as the identity."""
-    h = covariance.double()
+    h = covariance.to(torch.float64, copy=True)  # one at a time: for the largest layers it is half a gigabyte
     mean = h.diagonal().mean()
-    h = h + torch.where(mean > 0, damping * mean, 1) * torch.eye(len(h), dtype=h.dtype, device=h.device)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    h.diagonal().add_(torch.where(mean > 0, damping * mean, 1))
+    h = torch.linalg.cholesky(h)
+    h = torch.cholesky_inverse(h)
+    return torch.linalg.cholesky(h, upper=True).float()
 
 
 def sums(points: Tensor, books: Tensor, beam: int) -> Tensor:
