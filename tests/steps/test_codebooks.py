@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def test_every_layer_is_fitted_and_the_loss_never_rises(text: Run) -> None:
     losses = [each["losses"] for u in units for each in u["sets"].values()]
     assert len(losses) == sum(len(groups) for groups in by_subset(text.plan).values()) > 5
     for found in losses:
-        assert len(found) >= 2 and all(b <= a * (1 + 1e-5) for a, b in zip(found, found[1:], strict=False))
+        assert len(found) >= 2 and all(b <= a * (1 + 1e-5) for a, b in pairwise(found))
     assert all(u["loss_end"] < u["loss_start"] for u in units)
 
 

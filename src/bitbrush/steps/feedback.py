@@ -76,7 +76,7 @@ def factor(covariance: Tensor, damping: float) -> Tensor:
 
 def sums(points: Tensor, books: Tensor, beam: int) -> Tensor:
     """Codes ``[P, K]`` int64 whose codewords' sum is near each of ``points`` ``[P, g]``, by a beam over codebooks."""
-    count, words, group = books.shape
+    _, words, group = books.shape
     residual, codes = points[:, None], points.new_zeros((len(points), 1, 0), dtype=torch.int64)
     change = points.new_zeros(len(points), 1)
     for book in books:
