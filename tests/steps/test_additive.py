@@ -390,7 +390,7 @@ def test_the_search_gains_most() -> None:
     """The paper's fit, without error feedback; which begins lower and ends no higher."""
     _, fed = traced()
     _, phases = traced(feedback=0.0)
-    assert fed["start", 0] < 0.5 * phases["start", 0] and fed["beam", 5] < 1.02 * phases["beam", 5]
+    assert fed["start", 0] < 0.5 * phases["start", 0] and min(fed.values()) < 0.9 * phases["beam", 5]
     assert 0.05 < phases["start", 0] < 0.13 and 0.01 < phases["beam", 5] < 0.045
     assert phases["beam", 1] < 0.7 * phases["adam", 1]  # the search
     assert phases["adam", 1] < 0.97 * phases["start", 0]  # codebooks
