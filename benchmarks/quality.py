@@ -357,6 +357,8 @@ def smoke_settings(arm: Arm) -> dict[str, Any]:
         "low_rank": {"samples": 8, "rows": 32, "grid": 3, "iterations": 2},
         "allocate": {"samples": 4, "points": 4},
         "trajectories": {"samples": 2},
+        "codebooks": {"epochs": 1, "steps": 4, "beam": 1, "kmeans_iterations": 4, "tokens": 512,
+                      "tokens_per_feature": 1},
         "finetune": {"iterations": 3, "batch": 4, "evaluate_every": 2, "evaluate_rows": 4},
     }
     return {f"{step.label}.{key}": value for step in recipe.steps for key, value in small.get(step.do, {}).items()}

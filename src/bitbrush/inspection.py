@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from bitbrush.engine.estimate import codebook_bits, estimate, foreseen, model_bytes, weight_bits
+from bitbrush.engine.estimate import (
+    codebook_storage,
+    codebook_totals,
+    estimate,
+    foreseen,
+    model_bytes,
+    stored_bits,
+    weight_bits,
+)
 from bitbrush.engine.planning import Planned
 from bitbrush.engine.recipe import Recipe
 from bitbrush.network.survey import Survey
@@ -18,11 +26,13 @@ class Inspection:
 
     Attributes:
         rows: One dict a layer, in execution order: name, kind, shape, parameters, macs, share_of_weights,
-            share_of_compute (0 to 1), weight_bits (the mean where rows differ), activation_bits (16 = float), segments,
+            share_of_compute (0 to 1), weight_bits (the mean where rows differ), activation_bits (16 = float),
+            stored_bits (a parameter, with scales, bias and codebooks; a shared set by the layer's part), segments,
             block, note.
         kept_float: Layers that stay float: name, parameters, share, why.
         totals: parameters, float_bytes (bf16), packed_bytes, average_bits (everything kept counts), macs, layers; where
-            there are additive codebooks codebook_bits, theirs a weight with codebooks (sets once) and scales.
+            there are additive codebooks codebook_bits, theirs a weight with codebooks (sets once) and scales,
+            codebook_sets, and the bytes of codes, codebooks and scales.
         estimates: device, seconds, peak_bytes, tape_bytes, forwards, macs_per_second, advice; see `engine.estimate`.
     """
 
@@ -67,12 +77,13 @@ def build(
     sites = survey.layers()
     all_weights = sum(s.parameters for s in sites) + sum(survey.other.values())
     all_macs = sum(s.macs for s in sites) or 1
-    to_come = foreseen(survey, planned.plan, recipe)
+    later = foreseen(survey, planned.plan, recipe)
+    additive = codebook_storage({site.name: site.shape for site in sites}, planned.plan)
     rows = []
     for site in sites:
         spec = planned.plan.layers.get(site.name)
         activation = spec.activation if spec else None
-        seen = to_come.layers.get(site.name)
+        seen = later.layers.get(site.name)
         segments = seen.segments if seen else ()
         rows.append(
             {
@@ -85,6 +96,7 @@ def build(
                 "share_of_compute": site.macs / all_macs,
                 "weight_bits": weight_bits(spec),
                 "activation_bits": activation.grid.bits if activation else 16,
+                "stored_bits": stored_bits(site, later.layers.get(site.name), additive, len(later.timesteps) or 1),
                 "segments": list(segments),
                 "block": site.block,
                 "note": _note(seen, segments) or planned.kept_float.get(site.name, ""),
@@ -110,7 +122,7 @@ def build(
                 "why": "only Conv2d and Linear weights are quantized",
             }
         )
-    sizes = model_bytes(survey, to_come)
+    sizes = model_bytes(survey, later)
     totals = {
         "parameters": sizes["parameters"],
         "float_bytes": sizes["bf16_bytes"],
@@ -118,10 +130,8 @@ def build(
         "average_bits": round(8 * sizes["packed_bytes"] / sizes["parameters"], 3),
         "macs": all_macs,
         "layers": len(sites),
+        **codebook_totals(additive),
     }
-    additive = codebook_bits({site.name: site.shape for site in sites}, planned.plan)
-    if additive is not None:
-        totals["codebook_bits"] = round(additive, 3)
     return Inspection(
         source, network, recipe.name, rows, kept, totals, estimate(survey, planned.plan, recipe, guided, device)
     )

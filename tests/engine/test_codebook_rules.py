@@ -37,7 +37,7 @@ def test_what_is_refused_before_a_run(tmp_path: Path) -> None:
         ('"*" = { weight = { grid = "codebook" } }', "", "multiple of the group of 8"),  # conv_in has 4 channels
         ('"*" = { weight = { grid = "codebook", group = 4, bits = 5 } }', "", "no number of codebooks"),
         ('"*" = { weight = { shared = "a" } }', "", "kind codebook"),
-        (RULE, '[[step]]\ndo = "fit"\nwhat = "weights"\n', "not additive codebooks"),
+        (RULE, '[[step]]\ndo = "fit"\nwhat = "weights"\n[[step]]\ndo = "pack"\n', "needs a step 'codebooks'"),
     ]
     for layers, steps, words in cases:
         with pytest.raises(InputError, match=words):

@@ -118,6 +118,7 @@ def facts(title: str, pairs: Mapping[str, object]) -> RenderableType:
 
 def inspection_tables(report: Mapping[str, Any]) -> list[RenderableType]:
     """Layers, what stays float and why, totals and estimates of `bitbrush.inspect`."""
+    codebooks = "codebook_bits" in report["totals"]  # what they add is not in the bits of a code
     rows = [
         (
             row["name"],
@@ -126,11 +127,12 @@ def inspection_tables(report: Mapping[str, Any]) -> list[RenderableType]:
             share(row["share_of_weights"]),
             share(row["share_of_compute"]),
             _bits(row["weight_bits"], row["activation_bits"]),
+            *((f"{row['stored_bits']:.2f}",) if codebooks else ()),
             row["note"],
         )
         for row in report["rows"]
     ]
-    columns = ("layer", "kind", "shape", "weights", "compute", "bits", "note")
+    columns = ("layer", "kind", "shape", "weights", "compute", "bits", *(("stored",) if codebooks else ()), "note")
     title = f"{report['network']} of {report['source']}, recipe {report['recipe']}, layers in the order they run"
     parts: list[RenderableType] = [table(title, columns, rows, left=3)]
     kept = report["kept_float"]
@@ -156,6 +158,10 @@ NAMES = {
     "packed_bytes": "size packed",
     "average_bits": "bits a weight on average",
     "codebook_bits": "bits a weight in codebooks, with them",
+    "codebook_sets": "sets of codebooks",
+    "codes_bytes": "codes",
+    "codebooks_bytes": "codebooks",
+    "scales_bytes": "their scales",
     "macs": "multiply-adds a sample",
     "seconds": "time",
     "peak_bytes": "memory",

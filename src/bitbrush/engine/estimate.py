@@ -11,12 +11,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from bitbrush.engine.codebook_sets import searched
 from bitbrush.engine.recipe import Recipe
 from bitbrush.engine.tape import BATCH, LABELS
 from bitbrush.network.low_rank import branch_bytes
 from bitbrush.network.survey import Site, Survey
 from bitbrush.numbers import packing
-from bitbrush.numbers.codebook import HALF_BITS, bits_of
+from bitbrush.numbers.codebook import HALF_BITS, StoredBits, bits_of
 from bitbrush.numbers.grid import LayerSpec, Plan, WeightSpec
 
 START = 5.0  # seconds: loading, hashing, packing, saving
@@ -65,23 +66,44 @@ def shared_bytes(plan: Plan) -> int:
     return sum(prod(shape) * HALF_BITS // 8 for name, shape in sets.items() if name)
 
 
-def codebook_bits(shapes: Mapping[str, tuple[int, ...]], plan: Plan) -> float | None:
-    """Bits a weight of the layers stored as additive codebooks: codes, scales and codebooks, sets counted once.
+def codebook_storage(shapes: Mapping[str, tuple[int, ...]], plan: Plan) -> dict[str, StoredBits]:
+    """What each set of additive codebooks and its layers take, by the set's name or, of a layer's own, the layer's.
 
     Args:
         shapes: Weight shapes of the plan's layers.
         plan: With their specs.
-
-    Returns:
-        None where no layer is stored so.
     """
-    sets: dict[tuple[str, WeightSpec], list[tuple[int, ...]]] = {}
+    sets: dict[str, list[tuple[int, ...]]] = {}
+    specs: dict[str, WeightSpec] = {}
     for name, spec in plan.layers.items():
         if spec.weight is not None and spec.weight.additive:
-            owner = "" if spec.weight.shared else name
-            sets.setdefault((owner, spec.weight), []).append(shapes[name])
-    stored = [bits_of(found, w.codebooks, w.grid.bits, w.group) for (_, w), found in sets.items()]
-    return sum(each.total for each in stored) / sum(each.weights for each in stored) if stored else None
+            owner = f"set {spec.weight.shared}" if spec.weight.shared else name
+            sets.setdefault(owner, []).append(shapes[name])
+            specs[owner] = spec.weight
+    return {name: bits_of(found, specs[name].codebooks, specs[name].grid.bits, specs[name].group)
+            for name, found in sets.items()}
+
+
+def codebook_totals(stored: Mapping[str, StoredBits]) -> dict[str, float]:
+    """Of all sets: ``codebook_bits`` a weight with codes and scales, ``codebook_sets``, and the bytes of the parts."""
+    if not stored:
+        return {}
+    found = StoredBits(*(sum(getattr(each, part) for each in stored.values())
+                         for part in ("index", "codebooks", "scales", "weights")))
+    return {"codebook_bits": round(found.per_weight, 3), "codebook_sets": len(stored),
+            "codes_bytes": found.index // 8, "codebooks_bytes": found.codebooks // 8, "scales_bytes": found.scales // 8}
+
+
+def stored_bits(site: Site, spec: LayerSpec | None, stored: Mapping[str, StoredBits], times: int) -> float:
+    """Bits a parameter that a layer takes in an artifact; a set that it shares counts by its part of the weights."""
+    if spec is None:
+        return 32.0
+    weights = prod(site.shape)
+    total = 8.0 * layer_bytes(site.shape, spec, site.parameters > weights, times)
+    if spec.weight is not None and spec.weight.shared:
+        owner = stored[f"set {spec.weight.shared}"]
+        total += owner.codebooks * weights / owner.weights
+    return round(total / site.parameters, 3)
 
 
 def weight_bits(spec: LayerSpec | None) -> int | float:
@@ -178,6 +200,10 @@ def estimate(survey: Survey, plan: Plan, recipe: Recipe, guided: bool, device: s
             forwards += min(data["samples"], tape or data["samples"])
         elif step.do == "allocate" and data["shares"]:  # a recording, three widths and the float layer
             forwards += 6.0 * min(data["samples"], tape or data["samples"])
+        elif step.do == "codebooks":
+            found = searched(survey, plan, data)
+            forwards += found["passes"] * _calls(recipe, guided, data["trajectories"]) + found["macs"] / max(1, macs)
+            launches += found["launches"]
         elif step.do == "reconstruct" and data["iterations"]:
             samples = min(data["samples"], tape or data["samples"])
             forwards += 3.0 * data["iterations"] * data["batch"] + 6.0 * samples

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from bitbrush.engine.codebook_sets import form_sets
 from bitbrush.engine.recipe import FLOAT_BITS, ActivationRule, LayerRule, Recipe, WeightRule
 from bitbrush.errors import InputError
 from bitbrush.network import codebooks
@@ -47,6 +48,7 @@ def make_plan(survey: Survey, recipe: Recipe) -> Planned:
                 layers[name] = spec
             elif site.kind != "attention":
                 kept[name] = why
+    layers |= form_sets(survey, layers, {s.name: r for s in survey.layers() if (r := _weight_rule(s.name, recipe))})
     plan = Plan(layers=layers)
     for step in recipe.steps:
         step.check(survey, plan)
@@ -150,6 +152,12 @@ def _check_group(name: str, site: Site, rule: ActivationRule | str | None) -> No
         if holds:
             raise InputError("groups of a token's channels cannot be used here", where=name, why=why,
                              try_='{ activation = { mode = "dynamic", granularity = "token_group", group = 64 } }')
+
+
+def _weight_rule(name: str, recipe: Recipe) -> WeightRule | None:
+    """The last rule that says something of a layer's weight, where it does not leave it float."""
+    said = [r.weight for pattern, r in recipe.layers.items() if r.weight is not None and matches(pattern, name)]
+    return said[-1] if said and isinstance(said[-1], WeightRule) else None
 
 
 def _reason(pattern: str, rule: LayerRule) -> str:

@@ -29,7 +29,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bitbrush.engine.step import Step
 from bitbrush.errors import InputError
@@ -54,6 +54,10 @@ class WeightRule(BaseModel):
     ``grid = "codebook"``: additive codebooks, each group of ``group`` input channels a sum of one vector from each of
     ``codebooks`` codebooks of ``2**bits`` vectors. There ``bits`` left out means 8, and ``codebooks`` left out as many
     as make the run's ``--weights`` bits a weight. Layers that name the same set under ``shared`` have it in common.
+
+    ``share`` forms sets by itself: ``layer`` gives every layer its own; ``shape`` lets layers of one shape in one block
+    of the network have a set in common, ``block`` any layers there, those of one shape or kind first, until all sets
+    together add no more than ``table_bits`` bits a weight (`bitbrush.engine.codebook_sets`).
     """
 
     model_config = _STRICT
@@ -65,6 +69,14 @@ class WeightRule(BaseModel):
     codebooks: int | None = Field(default=None, ge=1, le=16)
     group: int = Field(default=8, ge=1, le=128)
     shared: str = Field(default="", pattern=r"^[A-Za-z0-9_-]*$", max_length=64)
+    share: Literal["layer", "shape", "block"] = "layer"
+    table_bits: float = Field(default=0.05, gt=0)
+
+    @model_validator(mode="after")
+    def _sharing(self) -> WeightRule:
+        if self.share != "layer" and (self.shared or self.grid != "codebook"):
+            raise ValueError("share forms sets of additive codebooks: it needs grid = codebook, and no set by name")
+        return self
 
 
 class ActivationRule(BaseModel):
@@ -193,9 +205,10 @@ def check_order(recipe: Recipe) -> None:
         late = [name for name in step.not_after if name in done]
         if missing or late:
             what = f"needs a step {missing[0]!r} before it" if missing else f"must come before the step {late[0]!r}"
+            like = "vqdm" if "codebooks" in (*missing, *late) else "qdiffusion"
             raise InputError(f"step {step.label!r} {what}", where=where,
                              why=f"before it come: {', '.join(sorted(done)) or 'no steps'}",
-                             try_="compare with `bitbrush recipes show qdiffusion`")
+                             try_=f"compare with `bitbrush recipes show {like}`")
         labels.add(step.label)
         done.add(step.kind)
     _check_allocation(recipe, where)
@@ -221,9 +234,12 @@ def _activations(recipe: Recipe) -> list[ActivationRule]:
 
 def _unneeded(recipe: Recipe) -> set[str]:
     """Kinds of steps that the layers of this recipe can do without."""
-    spare = set()
-    if recipe.weights == FLOAT_BITS or not any(isinstance(r.weight, WeightRule) for r in recipe.layers.values()):
-        spare.add("fit weights")
+    spare, grids = set(), set()
+    if recipe.weights != FLOAT_BITS:
+        grids = {r.weight.grid for r in recipe.layers.values() if isinstance(r.weight, WeightRule)}
+    for grid, step in (("affine", "fit weights"), ("codebook", "codebooks")):
+        if grid not in grids:
+            spare.add(step)
     if recipe.activations == FLOAT_BITS or all(rule.mode == "dynamic" for rule in _activations(recipe)):
         spare.add("fit activations")
     return spare

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bitbrush.engine.step import Step
 from bitbrush.steps.allocate import Allocate
 from bitbrush.steps.calibrate import Calibrate
+from bitbrush.steps.codebooks import FitCodebooks
 from bitbrush.steps.correct import Correct, Trajectories
 from bitbrush.steps.finetune import Finetune
 from bitbrush.steps.fit import Fit
@@ -24,6 +25,7 @@ STEPS: dict[str, type[Step]] = {
     "smooth": Smooth,
     "low_rank": LowRank,
     "fit": Fit,
+    "codebooks": FitCodebooks,
     "group": Group,
     "allocate": Allocate,
     "reconstruct": Reconstruct,

@@ -11,8 +11,10 @@ A row's scale starts as its root mean square, where the paper takes the norm: co
 whatever n is, which layers of different n need to share them and float16 to store them. The learning rates are
 converted (codebooks times sqrt(n), scales by 1 / sqrt(n)), so that Adam takes the very steps of the paper's form.
 
-Deviations from the released code, on purpose: the best point of an Adam phase is kept, not the last; a pass of the
-search that rounding made worse is undone row by row. The loss of epochs never rises.
+Deviations from the released code, on purpose: before the first searches codes are chosen with error feedback, where
+that makes a row better (`bitbrush.steps.feedback`: the search alone ends above GPTQ where inputs are strongly
+correlated); the best point of an Adam phase is kept, not the last; a pass of the search that rounding made worse is
+undone row by row. The loss of epochs never rises.
 """
 
 from __future__ import annotations
@@ -26,10 +28,14 @@ from torch.nn import functional
 
 from bitbrush.errors import InputError
 from bitbrush.numbers.codebook import add_codewords, decode, to_half
-from bitbrush.steps.beam import BLOCK_GROUPS, BUDGET, row_losses, search
+from bitbrush.steps.beam import BLOCK_GROUPS, BUDGET, Visitor, row_losses, search, visit
+from bitbrush.steps.captured import Captured
+from bitbrush.steps.feedback import encode
 
 _FLOOR = 1e-9  # added to scales: a row of zeros stays a row of zeros
 _CHUNK = 64  # groups that one thread adds up
+_FEED = 8  # hypotheses of a group with error feedback: few kernels, whatever the beam
+_FED = 2  # epochs with error feedback, besides the start; later it finds next to nothing
 _CHECK = 10  # k-means looks for convergence every so many iterations: the check waits for the device
 
 
@@ -56,7 +62,8 @@ class Settings:
     ``count`` K, ``bits`` B, ``group`` g; ``weighted``: k-means points count by their effect on the output (pitfall 6 of
     the paper's initialization) or alike; ``points``: of each codebook's fit, a centre (None: all points; all are
     assigned in any case); ``steps`` of Adam an epoch; ``tolerance``: relative improvement of an epoch below which the
-    next one is not begun; ``budget``: bytes for the search's state and for k-means' distances.
+    next one is not begun; ``feedback``: damping of H where codes are chosen with error feedback (0: they are not);
+    ``budget``: bytes for the search's state and for k-means' distances.
     """
 
     count: int = 3
@@ -71,6 +78,7 @@ class Settings:
     beam: int = 8
     epochs: int = 30
     tolerance: float = 0.01
+    feedback: float = 0.01
     block_groups: int = BLOCK_GROUPS
     budget: int = BUDGET
 
@@ -93,7 +101,8 @@ Report = Callable[[str, int, float], None]
 
 
 def fit(
-    targets: Sequence[Target], settings: Settings, generator: torch.Generator, report: Report | None = None
+    targets: Sequence[Target], settings: Settings, generator: torch.Generator, report: Report | None = None,
+    visitor: Visitor | None = None,
 ) -> tuple[Solution, list[float]]:
     """Codebooks, codes and scales for layers that share them, and the losses: at the start, then after every epoch.
 
@@ -102,11 +111,13 @@ def fit(
         settings: Format and schedule.
         generator: On the CPU; all draws come from it.
         report: Told about every phase.
+        visitor: Of the search, see there.
 
     Raises:
         InputError: No layers, or columns that groups do not divide.
     """
-    solution = start(targets, settings, generator)
+    solution = feed(targets, start(targets, settings, generator), settings)
+    visitor = visitor or Captured(visit, targets[0].weight.device)
     energies = [target.energy() for target in targets]
     losses = [float(loss(targets, energies, solution))]
     tell = report or (lambda phase, epoch, value: None)
@@ -115,12 +126,28 @@ def fit(
     for epoch in range(1, settings.epochs + 1):
         solution, value = adam.phase(solution)
         tell("adam", epoch, float(value))
-        solution = reassign(targets, solution, settings, generator)
+        if epoch <= _FED:
+            solution = feed(targets, solution, settings)
+        solution = reassign(targets, solution, settings, generator, visitor)
         losses.append(float(loss(targets, energies, solution)))
         tell("beam", epoch, losses[-1])
         if losses[-1] >= losses[-2] * (1 - settings.tolerance):
             break
     return solution, losses
+
+
+def feed(targets: Sequence[Target], solution: Solution, settings: Settings) -> Solution:
+    """Codes found with error feedback, row by row where they are better (`bitbrush.steps.feedback`)."""
+    if settings.feedback == 0:
+        return solution
+    codes = []
+    for target, old, scale in zip(targets, solution.codes, solution.scales, strict=True):
+        new = encode(target.weight, target.covariance, solution.codebooks, scale, beam=max(settings.beam, _FEED),
+                     damping=settings.feedback).to(old.dtype)
+        before, after = (row_losses(target.weight - decode(c, solution.codebooks, scale), target.covariance)
+                         for c in (old, new))
+        codes.append(torch.where((after < before)[:, None, None], new, old))
+    return replace(solution, codes=tuple(codes))
 
 
 def loss(targets: Sequence[Target], energies: Sequence[Tensor], solution: Solution) -> Tensor:
@@ -143,12 +170,13 @@ def output_error(weight: Tensor, decoded: Tensor, covariance: Tensor) -> Tensor:
 
 
 def reassign(
-    targets: Sequence[Target], solution: Solution, settings: Settings, generator: torch.Generator
+    targets: Sequence[Target], solution: Solution, settings: Settings, generator: torch.Generator,
+    visitor: Visitor | None = None,
 ) -> Solution:
     """One pass of `bitbrush.steps.beam.search` over every layer; no row's loss grows."""
     codes = [
         search(target.weight, target.covariance, old, solution.codebooks, scale, beam=settings.beam,
-               generator=generator, block_groups=settings.block_groups, budget=settings.budget)
+               generator=generator, block_groups=settings.block_groups, budget=settings.budget, visitor=visitor)
         for target, old, scale in zip(targets, solution.codes, solution.scales, strict=True)
     ]
     return replace(solution, codes=tuple(codes))
@@ -329,7 +357,8 @@ class Adam:
         groups = [{"params": [self.books], "lr": settings.rate * sum(lengths) / len(lengths)}]
         groups += [{"params": [s], "lr": settings.rate / n} for s, n in zip(self.scales, lengths, strict=True)]
         # eps: the loss is relative, so that gradients of codewords that few groups use may be below 1e-8
-        self.optimizer = torch.optim.Adam(groups, betas=settings.betas, eps=1e-12, amsgrad=True)
+        how = {"capturable": True, "fused": True} if self.books.is_cuda else {}
+        self.optimizer = torch.optim.Adam(groups, betas=settings.betas, eps=1e-12, amsgrad=True, **how)
 
     @torch.no_grad()
     def phase(self, solution: Solution) -> tuple[Solution, Tensor]:
@@ -341,13 +370,24 @@ class Adam:
         best = [parameter.clone() for parameter in parameters]
         lowest = torch.full((), torch.inf, device=self.books.device)
         users = Users.of(solution.codes, self.books.shape[1])
-        for step in range(self.steps + 1):
+
+        def look() -> tuple[Tensor, ...]:
             value = self.differentiate(solution.codes, users)
             better = value < lowest
-            lowest = torch.where(better, value, lowest)
-            best = [torch.where(better, new, old) for new, old in zip(parameters, best, strict=True)]
-            if step < self.steps:
-                self.optimizer.step()
+            lowest.copy_(torch.where(better, value, lowest))
+            for new, old in zip(parameters, best, strict=True):
+                old.copy_(torch.where(better, new, old))
+            return ()
+
+        def step() -> tuple[Tensor, ...]:
+            look()
+            self.optimizer.step()
+            return ()
+
+        advance = Captured(step, self.books.device)
+        for _ in range(self.steps):
+            advance()
+        look()
         for parameter, kept in zip(parameters, best, strict=True):
             parameter.copy_(kept)
         return Solution(best[0], solution.codes, tuple(best[1:])), lowest

@@ -75,7 +75,7 @@ class Allocate(Step):
     @property
     def needs(self) -> tuple[str, ...]:
         """Splits are compared on samples, behind quantized layers, with quantized inputs."""
-        return ("calibrate", "fit weights", "fit activations")
+        return ("calibrate", "fit weights", "codebooks", "fit activations")
 
     @property
     def not_after(self) -> tuple[str, ...]:

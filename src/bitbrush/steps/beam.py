@@ -18,7 +18,7 @@ What makes it fast and small:
   does not pile up. Results do not depend on the size of a block but by rounding.
 * Hypotheses that are copied within a block copy P and the codes of that block; the whole state follows once a block.
 * All shapes are fixed from the start (missing hypotheses have an infinite loss), and nothing within a block asks the
-  device for a value: `visit_block` can be captured or compiled.
+  device for a value: `visit` can be captured (`bitbrush.steps.captured`).
 
 The loss cannot grow but by rounding, as the old code is among the candidates; what rounding did is undone at the end:
 a row whose exact loss is above that of the given codes keeps those.
@@ -26,7 +26,7 @@ a row whose exact loss is above that of the given codes keeps those.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +39,9 @@ BLOCK_GROUPS = 8
 """Groups of a block: with g = 8, P is kept for 64 columns."""
 BUDGET = 1 << 30
 """Bytes for the state of the rows that are searched at a time."""
+
+
+Visitor = Callable[..., tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ def row_losses(delta: Tensor, covariance: Tensor) -> Tensor:
 @torch.no_grad()
 def search(
     weight: Tensor, covariance: Tensor, codes: Tensor, codebooks: Tensor, scale: Tensor, *, beam: int,
-    generator: torch.Generator, block_groups: int = BLOCK_GROUPS, budget: int = BUDGET,
+    generator: torch.Generator, block_groups: int = BLOCK_GROUPS, budget: int = BUDGET, visitor: Visitor | None = None,
 ) -> Tensor:
     """One pass over all positions: codes with a loss not above that of the given codes, in any row.
 
@@ -82,13 +85,15 @@ def search(
         generator: For the order of visits, on the CPU: all devices visit alike.
         block_groups: Groups of a block.
         budget: Bytes for the state of a chunk of rows (at least one row is taken), besides a few copies of the weight.
+        visitor: `visit`, or a captured form of it.
     """
     books, factors, h = codebooks.float(), scale.float(), covariance.float()
     target = weight.float() / torch.where(factors == 0, 1, factors)[:, None]
     blocks = visiting_order(codes.shape[1], len(books), block_groups, generator)
     found = torch.empty_like(codes)
     for rows in row_chunks(codes.shape, books.shape, beam, block_groups, budget):
-        found[rows] = _search_rows(target[rows], h, codes[rows], books, blocks, beam).to(codes.dtype)
+        part = _search_rows(target[rows], h, codes[rows], books, blocks, beam, visitor or visit)
+        found[rows] = part.to(codes.dtype)
     before = row_losses(weight - decode(codes, codebooks, scale), covariance)
     after = row_losses(weight - decode(found, codebooks, scale), covariance)
     return torch.where((after <= before)[:, None, None], found, codes)
@@ -129,7 +134,8 @@ def make_block(groups: Tensor, order: Tensor, covariance: Tensor, books: Tensor)
 
 
 def _search_rows(
-    target: Tensor, covariance: Tensor, codes: Tensor, books: Tensor, blocks: list[tuple[Tensor, Tensor]], beam: int
+    target: Tensor, covariance: Tensor, codes: Tensor, books: Tensor, blocks: list[tuple[Tensor, Tensor]], beam: int,
+    visitor: Visitor,
 ) -> Tensor:
     """Best codes ``[r, G, K]`` for rows in units of their scales, ``[r, n]``; int16."""
     rows, groups, count = codes.shape
@@ -144,7 +150,7 @@ def _search_rows(
         inverse = block.order.argsort(dim=1).expand(rows * beam, -1, -1)
         field = residual @ covariance.index_select(0, block.columns).T
         here = states[:, block.groups].long().gather(2, block.order.expand(rows * beam, -1, -1))
-        change, ancestor, here = visit_block(field, here, change, block)
+        change, ancestor, here = visit_block(field, here, change, block, visitor)
         here = here.gather(2, inverse)
         if beam > 1:
             states, residual = states[ancestor], residual[ancestor]
@@ -155,32 +161,42 @@ def _search_rows(
     return states.reshape(rows, beam, groups, count)[:, 0]
 
 
-def visit_block(field: Tensor, codes: Tensor, change: Tensor, block: Block) -> tuple[Tensor, Tensor, Tensor]:
-    """Visit every position of a block. No shape depends on values and no value is read back.
+def visit_block(
+    field: Tensor, codes: Tensor, change: Tensor, block: Block, visitor: Visitor | None = None
+) -> tuple[Tensor, ...]:
+    """Visit every position of a block.
 
     Args:
         field: P = R H at the block's columns, ``[r*b, T*g]``.
         codes: Codes of the block in the order of visits, int64 ``[r*b, T, K]``.
         change: Loss of each hypothesis against that of the codes the search began with, ``[r, b]``.
         block: Codebooks and covariance.
+        visitor: `visit`, or a captured form of it.
 
     Returns:
         The new change, ascending in each row; the hypothesis of the arguments that each one descends from, as an index
         into ``r*b``; its codes.
     """
+    return (visitor or visit)(field, codes, change, block.books, block.covariance, block.squares)
+
+
+def visit(
+    field: Tensor, codes: Tensor, change: Tensor, books: Tensor, covariance: Tensor, squares: Tensor
+) -> tuple[Tensor, ...]:
+    """`visit_block` as a function of tensors. No shape depends on values and no value is read back."""
     rows, beam = change.shape
-    size, count, words, group = block.books.shape
+    size, count, words, group = books.shape
     base = torch.arange(rows, device=field.device)[:, None] * beam
     ancestor = torch.arange(rows * beam, device=field.device)
     codes = codes.flatten(1).clone()
     for t in range(size):
         columns = slice(t * group, (t + 1) * group)
         for m in range(count):
-            book, place = block.books[t, m], t * count + m
+            book, place = books[t, m], t * count + m
             old = codes[:, place]
             before = functional.embedding(old, book)  # not visited yet: the same in all hypotheses of a row
-            pull = torch.addmm(field[:, columns], before, block.covariance[columns, columns])
-            scores = torch.addmm(block.squares[t, m], pull, book.T, alpha=-2)
+            pull = torch.addmm(field[:, columns], before, covariance[columns, columns])
+            scores = torch.addmm(squares[t, m], pull, book.T, alpha=-2)
             scores += change.reshape(-1, 1) - scores.gather(1, old[:, None])
             change, chosen = lowest(scores.reshape(rows, beam * words), beam)
             new = (chosen % words).flatten()
@@ -188,7 +204,7 @@ def visit_block(field: Tensor, codes: Tensor, change: Tensor, block: Block) -> t
                 parent = (torch.div(chosen, words, rounding_mode="floor") + base).flatten()
                 field, codes, ancestor = field[parent], codes[parent], ancestor[parent]
             codes[:, place] = new
-            field = torch.addmm(field, functional.embedding(new, book) - before, block.covariance[columns], alpha=-1)
+            field = torch.addmm(field, functional.embedding(new, book) - before, covariance[columns], alpha=-1)
     return change, ancestor, codes.reshape(-1, size, count)
 
 

@@ -52,7 +52,7 @@ class Calibrate(Step):
     @property
     def not_after(self) -> tuple[str, ...]:
         """A new time grid discards what was fitted."""
-        return ("smooth", "fit weights", "fit activations", "pack")
+        return ("smooth", "fit weights", "codebooks", "fit activations", "pack")
 
     def needs_prompts(self) -> int:
         """One a trajectory, or the fewest that are enough."""

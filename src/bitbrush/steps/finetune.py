@@ -197,7 +197,7 @@ class Finetune(Step):
     @property
     def needs(self) -> tuple[str, ...]:
         """Trajectories, and a quantized network to start from: the student is all of it, whatever is trained."""
-        return ("calibrate", "fit weights", "fit activations")
+        return ("calibrate", "fit weights", "codebooks", "fit activations")
 
     @property
     def not_after(self) -> tuple[str, ...]:

@@ -91,7 +91,7 @@ class Fit(Step):
     @property
     def needs(self) -> tuple[str, ...]:
         """Activations are fitted on samples, behind quantized weights."""
-        return ("calibrate", "fit weights") if self.what == "activations" else ()
+        return ("calibrate", "fit weights", "codebooks") if self.what == "activations" else ()
 
     @property
     def not_after(self) -> tuple[str, ...]:
@@ -100,12 +100,7 @@ class Fit(Step):
         return (trained, "finetune", "pack")
 
     def check(self, survey: Survey, plan: Plan) -> None:
-        """Calls one after another can only be told apart by scales a timestep; codebooks are not ranges."""
-        additive = next((n for n, s in plan.layers.items() if s.weight is not None and s.weight.additive), None)
-        if self.what == "weights" and additive is not None:
-            raise InputError("this step fits scales, not additive codebooks", where=additive,
-                             why='the recipe gives its weight grid = "codebook"',
-                             try_="give the layer an affine grid; `bitbrush inspect` shows the recipe's sizes as it is")
+        """Calls one after another can only be told apart by scales a timestep."""
         static = [a for s in plan.layers.values() if (a := s.activation) is not None and a.mode == "static"]
         if self.inputs == "progressive" and static and not any(a.timed for a in static):
             raise InputError("progressive calibration needs scales a timestep", where=f"step {self.label}: inputs",
@@ -113,10 +108,10 @@ class Fit(Step):
                              try_='give the layers activation = { timed = true }, or inputs = "float"')
 
     def units(self, run: Run) -> list[str]:
-        """Weights block by block, where a block has quantized ones; activations all at once."""
+        """Weights block by block, where a block has some on a grid with scales; activations all at once."""
         if self.what == "activations":
             return ["all activations"]
-        quantized = {name for name, spec in run.plan.layers.items() if spec.weight is not None}
+        quantized = {n for n, s in run.plan.layers.items() if s.weight is not None and not s.weight.additive}
         return [block for block, members in run.survey.blocks.items() if not quantized.isdisjoint(members)]
 
     def run_unit(self, run: Run, unit: str, generator: torch.Generator) -> UnitResult:
@@ -127,7 +122,8 @@ class Fit(Step):
         tensors: dict[str, Tensor] = {}
         layers = run.layers()
         for name in run.survey.blocks[unit]:
-            if name in layers and layers[name].spec.weight is not None:
+            spec = layers[name].spec.weight if name in layers else None
+            if spec is not None and not spec.additive:
                 for key, value in self.weight(layers[name]).items():
                     tensors[f"{name}/{key}"] = value
         return UnitResult(tensors)

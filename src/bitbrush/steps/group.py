@@ -61,7 +61,7 @@ class Group(Step):
     @property
     def needs(self) -> tuple[str, ...]:
         """Samples, and the weights that they will be seen behind."""
-        return ("calibrate", "fit weights")
+        return ("calibrate", "fit weights", "codebooks")
 
     @property
     def not_after(self) -> tuple[str, ...]:

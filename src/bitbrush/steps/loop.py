@@ -148,7 +148,7 @@ def on_device(*stores: Store) -> bool:
 
 
 @functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
+def side_stream(device: torch.device) -> torch.cuda.Stream:
     """One for all loops: cuBLAS keeps a workspace (32 MiB on Hopper) for every stream that it has ever seen."""
     return torch.cuda.Stream(device)
 
@@ -295,7 +295,7 @@ class _Loop:
             self._step()
             return
         self.learner.release()  # no graph of an iteration before, made on another stream, may be alive
-        side = _side_stream(self.index.device)
+        side = side_stream(self.index.device)
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             self._step()

@@ -39,7 +39,7 @@ class Pack(Step):
     @property
     def needs(self) -> tuple[str, ...]:
         """Ranges of everything that is quantized."""
-        return ("fit weights", "fit activations")
+        return ("fit weights", "codebooks", "fit activations")
 
     @property
     def not_after(self) -> tuple[str, ...]:

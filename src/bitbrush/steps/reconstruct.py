@@ -75,7 +75,7 @@ class Reconstruct(Step):
     @property
     def needs(self) -> tuple[str, ...]:
         """Samples, and ranges to start from."""
-        return ("calibrate", "fit weights" if self.train == "rounding" else "fit activations")
+        return ("calibrate", "codebooks", "fit weights" if self.train == "rounding" else "fit activations")
 
     @property
     def not_after(self) -> tuple[str, ...]:

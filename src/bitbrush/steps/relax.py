@@ -55,7 +55,7 @@ class Relax(Step):
     @property
     def needs(self) -> tuple[str, ...]:
         """Trajectories to measure on, and fitted tables."""
-        return ("calibrate", "fit weights", "fit activations")
+        return ("calibrate", "fit weights", "codebooks", "fit activations")
 
     @property
     def not_after(self) -> tuple[str, ...]:

@@ -62,7 +62,7 @@ class Smooth(Step):
     @property
     def not_after(self) -> tuple[str, ...]:
         """Factors are folded once, and everything that is fitted is fitted to the scaled weights and inputs."""
-        return ("smooth", "low_rank", "fit weights", "fit activations", "allocate", "finetune", "pack")
+        return ("smooth", "low_rank", "fit weights", "codebooks", "fit activations", "allocate", "finetune", "pack")
 
     def check(self, survey: Survey, plan: Plan) -> None:
         """The pattern names layers of this model."""

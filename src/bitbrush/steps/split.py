@@ -34,7 +34,7 @@ class Split(Step):
     @property
     def not_after(self) -> tuple[str, ...]:
         """Ranges belong to the segments."""
-        return ("smooth", "low_rank", "fit weights", "fit activations", "pack")
+        return ("smooth", "low_rank", "fit weights", "codebooks", "fit activations", "pack")
 
     def foresee(self, survey: Survey, plan: Plan) -> dict[str, LayerSpec]:
         """Every such layer, in segments."""

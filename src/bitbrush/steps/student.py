@@ -10,6 +10,7 @@ import torch
 from bitbrush.engine.run import Run
 from bitbrush.network import wrap
 from bitbrush.network.layers import QuantLayer
+from bitbrush.network.temporary import holding
 
 
 @contextmanager
@@ -34,3 +35,19 @@ def student(run: Run, trained: dict[str, QuantLayer]) -> Iterator[None]:
         for p in wanted:
             p.requires_grad_(True)
         model.train(training)
+
+
+@contextmanager
+def student_so_far(run: Run) -> Iterator[None]:
+    """The network where only some layers have got their codes: these are quantized, all others are float, and so are
+    activations. What is quantized is decoded once."""
+    coded = [layer for layer in run.layers().values() if layer.spec.weight is not None and layer.codes is not None]
+    try:
+        with torch.no_grad():
+            for layer in coded:
+                layer.trial_weight = layer.decoded_weight()
+        with wrap.show(run.model, "float"), wrap.float_activations(run.model), holding(coded, "face", "sim"):
+            yield
+    finally:
+        for layer in coded:
+            layer.trial_weight = None
