@@ -354,6 +354,7 @@ def smoke_settings(arm: Arm) -> dict[str, Any]:
         "reconstruct": {"iterations": 3, "batch": 2, "samples": 16},
         "fit": {"samples": 8},
         "smooth": {"samples": 8},
+        "group": {"samples": 16},
         "allocate": {"samples": 4, "points": 4},
         "trajectories": {"samples": 2},
         "finetune": {"iterations": 3, "batch": 4, "evaluate_every": 2, "evaluate_rows": 4},

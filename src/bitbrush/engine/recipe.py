@@ -70,8 +70,8 @@ class WeightRule(BaseModel):
 class ActivationRule(BaseModel):
     """What a pattern says of inputs. ``bits`` left out means the run's ``--activations``.
 
-    ``granularity``: one scale a tensor, a token (found at run time: ``mode = "dynamic"``), or an input channel
-    (``mode = "static"``; simulated only, no integer product can factor such scales out).
+    ``granularity``: one scale a tensor, a sample or a token (both found at run time: ``mode = "dynamic"``), or an input
+    channel (``mode = "static"``; simulated only, no integer product can factor such scales out).
 
     Of the softmax of attention (``*:softmax``) with ``mode = "dynamic"``: ``grid = "log2"`` for powers of two times
     delta, the largest value of what ``scope`` names: a ``sample``, a ``head`` of it, or the ``tensor`` (a picture then
@@ -83,7 +83,7 @@ class ActivationRule(BaseModel):
     bits: int | None = Field(default=None, ge=1, le=8)
     signed: bool = False
     mode: Literal["static", "dynamic"] = "static"
-    granularity: Literal["tensor", "token", "channel"] = "tensor"
+    granularity: Literal["tensor", "sample", "token", "channel"] = "tensor"
     position: Literal["input", "output"] = "input"
     timed: bool = False
     lookup: Lookup = "nearest"
