@@ -35,6 +35,7 @@ from bitbrush.errors import InternalError
 from bitbrush.kernels import cpu, proof_codebook
 from bitbrush.numbers import packing
 from bitbrush.numbers.codec import decode, encode, expand_activation_scale, expand_weight_scale, reciprocal
+from bitbrush.numbers.rotation import rotate, unrotate
 
 if TYPE_CHECKING:
     from bitbrush.network.activation import ActivationQuantizer
@@ -148,6 +149,7 @@ class _Probe:
         self.bias = None if layer.bias is None else layer.bias.detach().cpu().double()
         self.factors = self._factors()
         self.prepared = x.cpu() if self.factors is None else x.cpu().float() * self.factors
+        self.prepared = rotate(self.prepared) if layer.rotated else self.prepared
         ndim = 4 if self.conv else 2
         if codes is None:
             self.weight = layer.decoded_weight().cpu()
@@ -323,6 +325,7 @@ def stress_input(probe: _Probe) -> Tensor:
     else:
         signs = signs.reshape(*signs.shape[:1], *([1] * (x.ndim - 2)), -1) if x.ndim > 1 else signs[0]
     values = signs * torch.finfo(torch.float16).max
+    values = unrotate(values) if layer.rotated else values
     if probe.factors is not None:  # small factors must not keep the input from the ends of its range
         largest = torch.finfo(x.dtype).max
         values = (values / probe.factors).clamp(-largest, largest)
@@ -352,7 +355,8 @@ def bound_ratio(y: Tensor, y64: Tensor, bound: Tensor) -> float:
 def identity_probe(probe: _Probe, name: str) -> Json:
     """Feed a float kernel ``PROBE`` times an identity matrix: the output must be the decoded weight, bit for bit.
 
-    An input scale is replaced by powers of two near it for the probe: it counts, and products stay exact.
+    An input scale is replaced by powers of two near it for the probe: it counts, and products stay exact. A rotation is
+    left out.
     """
     layer = probe.layer
     (rows, channels, kh, kw), outputs = (*probe.weight.shape, 1, 1)[:4], 1
@@ -409,12 +413,12 @@ def exact_factors(input_scale: Tensor) -> Tensor:
 
 @contextmanager
 def _input_scale(layer: QuantLayer, factors: Tensor | None) -> Iterator[None]:
-    before = layer.input_scale
-    layer.input_scale = factors
+    before, rotated = layer.input_scale, layer.rotated
+    layer.input_scale, layer.rotated = factors, False
     try:
         yield
     finally:
-        layer.input_scale = before
+        layer.input_scale, layer.rotated = before, rotated
 
 
 def _unit(device: torch.device) -> float:

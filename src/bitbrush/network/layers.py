@@ -13,7 +13,9 @@ state. A bias that was trained is the buffer ``trained_bias`` until `pack` makes
 the teacher's.
 
 With ``LayerSpec.input_scale`` the layer computes with ``x * input_scale``, and the codes are those of the *scaled*
-weight ``W / input_scale``: the product is the same, the ranges are not (smoothing). Only `prepare` multiplies.
+weight ``W / input_scale``: the product is the same, the ranges are not (smoothing). Only `prepare` multiplies. With
+``LayerSpec.rotation`` (linear layers) input and weight are then rotated by the same orthogonal matrix, see
+`numbers.rotation`; it has no tensors.
 
 Both classes derive from the torch class they replace, with ``weight`` as a read-only property that decodes: adapters
 (LoRA through PEFT) then accept the layer as a base. A merge cannot be written back; the plug-in refuses it by name.
@@ -43,6 +45,7 @@ from bitbrush.network.clock import Clock
 from bitbrush.numbers import packing
 from bitbrush.numbers.codec import decode, expand_weight_scale
 from bitbrush.numbers.grid import LayerSpec, WeightSpec
+from bitbrush.numbers.rotation import rotate, unrotate
 from bitbrush.numbers.straight_through import BINARY_TOP
 
 Face = Literal["float", "sim", "packed"]
@@ -69,6 +72,7 @@ class QuantLayer(nn.Module):
     def _setup(self, spec: LayerSpec, rows: int, channels: int, clock: Clock | None, times: int) -> None:
         self.spec, self.face = spec, "float"
         self.out_channels_, self.in_channels_ = rows, channels
+        self.rotated = spec.rotation != "none"  # off while a proof looks at the weight alone
         self.kernel = "reference"  # which kernel runs the packed face; set by kernels.use
         self.trial_weight: Tensor | None = None
         self.trial_bias: Tensor | None = None
@@ -154,11 +158,13 @@ class QuantLayer(nn.Module):
         return self._row_tables[key]
 
     def scaled_weight(self) -> Tensor:
-        """The weight that is quantized: ``float_weight / input_scale``, or ``float_weight``; float32, no gradients."""
+        """The weight that is quantized: ``float_weight / input_scale``, or ``float_weight``, rotated where the input is;
+        float32, no gradients."""
         if self.float_weight is None:
             raise InternalError("the float weight is gone", where=type(self).__name__, why="the layer is packed")
         weight = self.float_weight.detach().float()
-        return weight if self.input_scale is None else weight / self._per_channel(self.input_scale)
+        weight = weight if self.input_scale is None else weight / self._per_channel(self.input_scale)
+        return rotate(weight) if self.rotated else weight
 
     def _per_channel(self, table: Tensor) -> Tensor:
         """``[C]`` shaped to broadcast against the weight."""
@@ -245,8 +251,8 @@ class QuantLayer(nn.Module):
         return decoded.to(self.bias.dtype) if self.bias is not None else decoded
 
     def restored_weight(self) -> Tensor:
-        """The decoded weight for an input without scale: ``decoded * input_scale``, float32."""
-        decoded = self.decoded_weight()
+        """The decoded weight for an input without scale and rotation: ``decoded * input_scale``, float32."""
+        decoded = unrotate(self.decoded_weight()) if self.rotated else self.decoded_weight()
         return decoded if self.input_scale is None else decoded * self._per_channel(self.input_scale)
 
     # ---- forward -----------------------------------------------------------------------------------------------
@@ -265,12 +271,12 @@ class QuantLayer(nn.Module):
         return self.trial_weight if self.trial_weight is not None else self.decoded_weight()
 
     def prepare(self, x: Tensor) -> Tensor:
-        """What is encoded: ``x * input_scale`` in float32, or ``x`` itself where there is no input scale."""
-        if self.input_scale is None:
-            return x
-        shape = [1] * x.ndim
-        shape[self.channel_dim % x.ndim] = -1
-        return x.float() * self.input_scale.reshape(shape)
+        """What is encoded: ``x * input_scale``, rotated where the spec says so, in float32; or ``x`` itself."""
+        if self.input_scale is not None:
+            shape = [1] * x.ndim
+            shape[self.channel_dim % x.ndim] = -1
+            x = x.float() * self.input_scale.reshape(shape)
+        return rotate(x) if self.rotated else x
 
     def quantize_input(self, x: Tensor) -> Tensor:
         """``decode(encode(prepare(x)))``, or ``prepare(x)`` where the input is not quantized; in the dtype of ``x``."""

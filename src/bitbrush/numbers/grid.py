@@ -198,7 +198,8 @@ class LayerSpec(BaseModel):
         found = [
             ("sorted_channels", self.sorted_channels),
             ("low_rank", self.low_rank > 0),
-            ("rotation", self.rotation != "none"),
+            ("rotation", self.rotation != "none" and (
+                self.weight is None or self.weight.grid.kind != "affine" or len(self.segments) > 1)),
             ("exempt", self.exempt not in ((), (0,)) or bool(self.exempt and (self.weight or not self.activation))),
             ("weight.grid.kind", self.weight is not None and self.weight.grid.kind == "log2"),
             ("activation.grid.kind", self.activation is not None and not self.activation.runnable_grid()),

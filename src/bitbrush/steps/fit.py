@@ -184,8 +184,8 @@ class Fit(Step):
         return UnitResult(tensors, notes={"ranges": history, "quantizers": len(static)})
 
     def watcher(self, quantizer: ActivationQuantizer, generator: torch.Generator) -> Watcher:
-        """Keeps what one quantizer sees. The static delta of a log2 grid is a high quantile: of many values, without the
-        extremes of every sample."""
+        """Keeps what one quantizer sees. The static delta of a log2 grid is a high quantile: it takes many values, and
+        none that was chosen because it is large."""
         if quantizer.spec.grid.kind == "log2" and quantizer.spec.mode == "static":
             return Watcher(quantizer, max(self.values, QUANTILE_VALUES), generator, extremes=False)
         return Watcher(quantizer, self.values, generator, quantizer.spec.most_bits >= self.extremes_from)
