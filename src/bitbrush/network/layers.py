@@ -158,7 +158,7 @@ class QuantLayer(nn.Module):
         return self._row_tables[key]
 
     def scaled_weight(self) -> Tensor:
-        """The weight that is quantized: ``float_weight / input_scale``, or ``float_weight``, rotated where the input is;
+        """The weight that is quantized: ``float_weight / input_scale``, or ``float_weight``, rotated as the input is;
         float32, no gradients."""
         if self.float_weight is None:
             raise InternalError("the float weight is gone", where=type(self).__name__, why="the layer is packed")
