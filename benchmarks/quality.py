@@ -355,6 +355,7 @@ def smoke_settings(arm: Arm) -> dict[str, Any]:
         "fit": {"samples": 8},
         "smooth": {"samples": 8},
         "low_rank": {"samples": 8, "rows": 32, "grid": 3, "iterations": 2},
+        "group": {"samples": 16},
         "allocate": {"samples": 4, "points": 4},
         "trajectories": {"samples": 2},
         "codebooks": {"epochs": 1, "steps": 4, "beam": 1, "kmeans_iterations": 4, "tokens": 512,

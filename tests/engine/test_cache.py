@@ -14,6 +14,7 @@ from bitbrush.engine.disk import Disk
 from bitbrush.engine.progress import Silent
 from bitbrush.engine.sealed import seal, unseal
 from bitbrush.engine.step import UnitResult
+from bitbrush.network.wrap import layers
 from bitbrush.numbers.grid import Grid, LayerSpec, WeightSpec
 from small import CALIBRATE, FIT, HEAD, PACK, RANGES, ROUND, SPLIT, least_pipeline, recipe
 
@@ -35,6 +36,42 @@ def test_a_key_holds_the_steps_before_and_not_those_after(tmp_path: Path) -> Non
     layers = keys(tmp_path, TEXT.replace("conv_in | conv_out", "conv_in"))
     seed = keys(tmp_path, TEXT, PRINT | {"seed": "1"})
     assert not any(set(base.values()) & set(other.values()) for other in (bits, layers, seed))
+
+
+def test_arms_that_differ_in_activations_share_the_weights(tmp_path: Path) -> None:
+    """Calibration, ranges of weights and rounding do not look at activations; a split changes whole specs."""
+    text = HEAD + CALIBRATE + FIT + ROUND + RANGES + PACK
+    base, shared = keys(tmp_path, text), {"calibrate", "weights-fit", "weights"}
+    ran = 0
+    for arm in (text.replace("activation = {}", "activation = { timed = true }"),
+                text.replace("activations = 8", "activations = 6"),
+                text.replace("[layers]", '[layers]\n"*:q" = { activation = { bits = 8 }, optional = true }'),
+                text.replace('"conv_in', '"*.to_k" = { activation = "float" }\n"conv_in')):
+        assert arm != text
+        other = keys(tmp_path, arm)
+        assert {name for name in base if base[name] == other[name]} == shared
+        ran += 1
+    assert ran == 4
+    early = keys(tmp_path, HEAD + CALIBRATE + SPLIT + FIT + ROUND + RANGES + PACK)
+    other = keys(tmp_path, (HEAD + CALIBRATE + SPLIT + FIT + ROUND + RANGES + PACK).replace("tions = 8", "tions = 6"))
+    assert {name for name in early if early[name] == other[name]} == {"calibrate"}
+    order = text.replace('"*" =', '"*.to_k" = { weight = { bits = 8 } }\n"*" =')
+    assert not set(keys(tmp_path, order).values()) & set(base.values()), "which rule comes last decides"
+
+
+def test_weights_come_from_an_arm_with_other_activations(tmp_path: Path) -> None:
+    one, two = tmp_path / "one.toml", tmp_path / "two.toml"
+    one.write_text(HEAD + CALIBRATE + FIT + ROUND + RANGES + PACK)
+    two.write_text(one.read_text().replace("activation = {}", "activation = { timed = true }"))
+    done, codes = [], []
+    for path in (one, two):
+        result = bitbrush.quantize(least_pipeline(), path, output=tmp_path / path.stem, cache=tmp_path / "cache",
+                                   progress=Silent())
+        done.append(set(result.costs))
+        codes.append(torch.cat([m.stored_codes().flatten() for m in layers(result.pipeline.unet).values()]))
+        assert result.proof["ok"]
+    assert done[0] - done[1] == {"calibrate", "weights-fit", "weights"} and "activations-fit" in done[1]
+    assert torch.equal(*codes) and len(codes[0]) > 1000
 
 
 def test_a_result_comes_back_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ def test_json_has_what_is_new_only_where_it_is_used() -> None:
 REFUSED: dict[str, tuple[str, LayerSpec]] = {
     "not a softmax": ("a:q", LayerSpec(activation=spec())),
     "a layer": ("a", LayerSpec(activation=spec())),
-    "static": ("a:softmax", LayerSpec(activation=spec(mode="static"))),
+    "static, by head": ("a:softmax", LayerSpec(activation=spec(mode="static", scope="head"))),
     "timed": ("a:softmax", LayerSpec(activation=spec(timed=True))),
     "signed": ("a:softmax", LayerSpec(activation=spec(grid=Grid(kind="log2", signed=True)))),
     "a token": ("a:softmax", LayerSpec(activation=spec(granularity="token"))),
@@ -178,10 +178,21 @@ def test_what_means_nothing_is_refused(case: str) -> None:
     with pytest.raises(InputError) as caught:
         check_log2(name, refused)
     assert caught.value.where == name and caught.value.why and caught.value.try_
-    assert bool(refused.unsupported()) == (name == "a:softmax"), "what a name says is not the spec's to know"
+    named = case in ("not a softmax", "a layer", "static, by head", "affine exempt")
+    assert bool(refused.unsupported()) == (not named), "what a name says is not the spec's to know"
 
 
 def test_what_is_allowed() -> None:
     for allowed in (LayerSpec(), LayerSpec(activation=spec()), LayerSpec(activation=spec(scope="head"), exempt=(0,))):
         check_log2("a:softmax", allowed)
         assert not allowed.unsupported()
+    for static in (spec(mode="static"), spec(mode="static", timed=True)):
+        check_log2("a:softmax", LayerSpec(activation=static, exempt=(0,)))
+        assert not LayerSpec(activation=static, exempt=(0,)).unsupported()
+    k = LayerSpec(activation=ActivationSpec(timed=True), exempt=(0,))
+    check_log2("a:k", k)
+    assert not k.unsupported()
+    for wrong in ("a:q", "a:v", "a"):
+        with pytest.raises(InputError, match="logarithmic grid") as caught:
+            check_log2(wrong, k)
+        assert "and of k" in (caught.value.why or "")

@@ -1,7 +1,10 @@
 """Results of units that runs which begin alike share: arms of a comparison need not calibrate and round again.
 
 A unit's result depends on the model, prompts, seed, kind of device and versions, on the recipe's layers and bits, and
-on the steps up to its own; its key is the hash of all that. Later steps do not count.
+on the steps up to its own; its key is the hash of all that. Later steps do not count. Up to the first step that looks
+at activations (`Step.sees_activations`) what the recipe says of them does not count either: arms that differ in their
+activations have the very same weights. (Alone, such a run may round a weight differently, where operands of attention
+are quantized in one arm and not in another: scores written out and fused kernels differ in their last digits.)
 """
 
 from __future__ import annotations
@@ -34,9 +37,11 @@ class Cache:
         self.folder, self.disk = folder, disk
         self.found = 0
         table = {k: v for k, v in recipe.to_dict().items() if k not in NOT_OF_THE_RESULT}
-        key = _hash([fingerprint, table])
+        key, whole = _hash([fingerprint, _of_weights(table)]), False
         self.keys: dict[str, str] = {}
         for step in recipe.steps:
+            if step.sees_activations and not whole:
+                key, whole = _hash([key, table]), True
             key = _hash([key, step.model_dump(mode="json")])
             self.keys[step.label] = key
 
@@ -56,6 +61,12 @@ class Cache:
 
     def _path(self, step: str, unit: str) -> Path:
         return self.folder / f"{_hash([self.keys[step], unit])}.unit"
+
+
+def _of_weights(table: dict[str, Any]) -> dict[str, Any]:
+    """What a recipe says of weights; of the rules those that do, in order."""
+    rules = [[pattern, rule["weight"]] for pattern, rule in table["layers"].items() if rule["weight"] is not None]
+    return {k: v for k, v in table.items() if k not in ("layers", "activations")} | {"layers": rules}
 
 
 def _hash(content: Any) -> str:

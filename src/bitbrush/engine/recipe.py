@@ -82,9 +82,9 @@ class WeightRule(BaseModel):
 class ActivationRule(BaseModel):
     """What a pattern says of inputs. ``bits`` left out means the run's ``--activations``.
 
-    ``granularity``: one scale a tensor, a token (found at run time: ``mode = "dynamic"``), or an input channel
-    (``mode = "static"``; simulated only, no integer product can factor such scales out); with ``token_group`` one for
-    every ``group`` consecutive channels of a token or pixel (``mode = "dynamic"``; 64 where it is left out).
+    ``granularity``: one scale a tensor, a sample or a token (both found at run time: ``mode = "dynamic"``), or an input
+    channel (``mode = "static"``; simulated only, no integer product can factor such scales out); with ``token_group``
+    one for every ``group`` consecutive channels of a token or pixel (``mode = "dynamic"``; 64 where it is left out).
 
     Of the softmax of attention (``*:softmax``) with ``mode = "dynamic"``: ``grid = "log2"`` for powers of two times
     delta, the largest value of what ``scope`` names: a ``sample``, a ``head`` of it, or the ``tensor`` (a picture then
@@ -96,7 +96,7 @@ class ActivationRule(BaseModel):
     bits: int | None = Field(default=None, ge=1, le=8)
     signed: bool = False
     mode: Literal["static", "dynamic"] = "static"
-    granularity: Literal["tensor", "token", "token_group", "channel"] = "tensor"
+    granularity: Literal["tensor", "sample", "token", "token_group", "channel"] = "tensor"
     group: int | None = Field(default=None, ge=1, le=4096)
     position: Literal["input", "output"] = "input"
     timed: bool = False

@@ -69,6 +69,11 @@ class Step(BaseModel):
         """Kinds of steps whose outcome it would spoil."""
         return ()
 
+    @property
+    def sees_activations(self) -> bool:
+        """Whether what the plan says of activations has a part in the result; if not, arms may share it (`Cache`)."""
+        return True
+
     def check(self, survey: Survey, plan: Plan) -> None:
         """Look at the model's sites and the plan, before anything slow.
 

@@ -36,6 +36,7 @@ from bitbrush.kernels import bounds, cpu, proof_codebook
 from bitbrush.kernels.bounds import half_ulp
 from bitbrush.numbers import packing
 from bitbrush.numbers.codec import decode, encode, expand_activation_scale, expand_weight_scale, reciprocal
+from bitbrush.numbers.rotation import rotate, unrotate
 
 if TYPE_CHECKING:
     from bitbrush.network.activation import ActivationQuantizer
@@ -155,6 +156,7 @@ class _Probe:
         self.bias = None if layer.bias is None else layer.bias.detach().cpu().double()
         self.factors = self._factors()
         self.prepared = x.cpu() if self.factors is None else x.cpu().float() * self.factors
+        self.prepared = rotate(self.prepared) if layer.rotated else self.prepared
         ndim = 4 if self.conv else 2
         if codes is None:
             self.weight = layer.decoded_weight().cpu()
@@ -336,6 +338,7 @@ def stress_input(probe: _Probe) -> Tensor:
     else:
         signs = signs.reshape(*signs.shape[:1], *([1] * (x.ndim - 2)), -1) if x.ndim > 1 else signs[0]
     values = signs * torch.finfo(torch.float16).max
+    values = unrotate(values) if layer.rotated else values
     if probe.factors is not None:  # small factors must not keep the input from the ends of its range
         largest = torch.finfo(x.dtype).max
         values = (values / probe.factors).clamp(-largest, largest)
@@ -358,8 +361,8 @@ def bound_ratio(y: Tensor, y64: Tensor, bound: Tensor) -> float:
 def identity_probe(probe: _Probe, name: str) -> Json:
     """Feed a float kernel ``PROBE`` times an identity matrix: the output must be the decoded weight, bit for bit.
 
-    An input scale is replaced by powers of two near it for the probe: it counts, and products stay exact. A bias and a
-    low-rank branch are left out.
+    An input scale is replaced by powers of two near it for the probe: it counts, and products stay exact. A bias, a
+    low-rank branch and a rotation are left out.
     """
     layer = probe.layer
     (rows, channels, kh, kw), outputs = (*probe.weight.shape, 1, 1)[:4], 1
@@ -416,12 +419,12 @@ def exact_factors(input_scale: Tensor) -> Tensor:
 
 @contextmanager
 def _input_scale(layer: QuantLayer, factors: Tensor | None) -> Iterator[None]:
-    before = layer.input_scale
-    layer.input_scale = factors
+    before, rotated = layer.input_scale, layer.rotated
+    layer.input_scale, layer.rotated = factors, False
     try:
         yield
     finally:
-        layer.input_scale = before
+        layer.input_scale, layer.rotated = before, rotated
 
 
 def _unit(device: torch.device) -> float:

@@ -90,6 +90,7 @@ class ActivationQuantizer(nn.Module):
         self.straight_through = True  # otherwise only while a step searches as ADP-DM's released code does
         self._tops: dict[str, Tensor] = {}  # by what and where; see `row_tops`
         self._groups: dict[str, Tensor] = {}  # likewise; see `rows`
+        self.exempt: tuple[int, ...] = ()  # of operands of attention: what is not quantized
         self.place = ""  # the layer's name, where known, for errors
         if spec.granularity in GROUPED:
             members = spec.pixels or channels
@@ -200,6 +201,10 @@ class ActivationQuantizer(nn.Module):
         row = self.rows()
         if row is not None:
             tables = tuple(t.index_select(0, row) for t in tables)  # type: ignore[assignment]
+        if self._elsewhere(x.shape, channel_dim):
+            hull = self._hull(tables[0], tables[2], row)
+            a, b, c = (expand_activation_scale(t, (), x.ndim, channel_dim) for t in hull)
+            return a, b, c
         a, b, c = (self.expand(t, x.shape, channel_dim) for t in tables)
         return a, b, c
 
@@ -225,12 +230,26 @@ class ActivationQuantizer(nn.Module):
             raise self._other_pixels(math.prod(places))
         return wide.reshape([*(table.shape[:1] if channel_dim else places[:1]), *places[1:]])
 
+    def _elsewhere(self, shape: torch.Size, channel_dim: int) -> bool:
+        """Whether the input has another number of pixels than the groups were made for, and that is allowed."""
+        if self.spec.granularity != "pixel_group" or self.spec.fallback == "refuse":
+            return False
+        return math.prod(shape[1:]) // shape[channel_dim] != self.spec.pixels
+
+    def _hull(self, scale: Tensor, zero: Tensor, row: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """(scale, inverse_scale, zero_point) ``[R, 1]`` of the range that spans those of all groups ``[R, K]``."""
+        tops = self.row_tops()
+        top = tops if isinstance(tops, int) or row is None else tops.index_select(0, row)
+        low, high = (-zero * scale).amin(1, keepdim=True), ((top - zero) * scale).amax(1, keepdim=True)
+        wide = (high - low) / top
+        return wide, reciprocal(wide), torch.round(-low * reciprocal(wide))
+
     def _other_pixels(self, given: int) -> InputError:
         return InputError(
             "the layer's groups of pixels are for another size of the input", where=self.place or "an activation",
             why=f"it was calibrated for {self.spec.pixels} pixels and is given {given}",
-            try_="use the size and the length of text of the calibration, or quantize with dimension = \"channel\" in "
-                 "the group step",
+            try_="use the size and the length of text of the calibration, or quantize with dimension = \"channel\" or "
+                 "fallback = \"tensor\" in the group step",
         )
 
     def parts(self, x: Tensor, channel_dim: int) -> tuple[Tensor, ...]:
@@ -326,6 +345,8 @@ class ActivationQuantizer(nn.Module):
         if self.spec.granularity == "token_group":
             return self._by_group(x, channel_dim)
         dims = [channel_dim] if self.spec.granularity == "token" else list(range(x.ndim))
+        if self.spec.granularity == "sample" and channel_dim > 0:  # without a batch all is one sample
+            dims = dims[1:]
         parts = x.float().split(list(self.segments), dim=channel_dim) if self.segments else (x.float(),)
         scales, zeros = [], []
         for part in parts:

@@ -60,7 +60,9 @@ class QuantAttention(nn.Module):
             rows = times if spec is not None and spec.timed else 1
             quantizer = None if spec is None else ActivationQuantizer(spec, (), clock, rows)
             if spec is not None and spec.grid.kind == "log2":
-                quantizer = Log2Quantizer(spec, specs[name].exempt)
+                quantizer = Log2Quantizer(spec, specs[name].exempt, clock, rows)
+            if quantizer is not None:
+                quantizer.exempt = specs[name].exempt
             self.add_module(name, quantizer)
 
     def __call__(
@@ -121,7 +123,7 @@ class QuantAttention(nn.Module):
         wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *tables))
         approximate = torch.is_grad_enabled() and self.training_softmax == "float"
         if self.face == "sim" and (approximate or (wanted and of_softmax is None)):
-            q, k, v = _rounded(of_q, q), _rounded(of_k, k), _rounded(of_v, v)
+            q, k, v = _rounded(of_q, q), _rounded_k(of_k, k), _rounded(of_v, v)
             return F.scaled_dot_product_attention(q, k, v, None if mask is None else mask.to(q.dtype))
         sizes = _sizes(q, k, of_softmax is not None and _spans_batch(of_softmax))
         counts = -(-q.shape[0] // sizes[0]), -(-q.shape[1] // sizes[1])
@@ -142,7 +144,7 @@ class QuantAttention(nn.Module):
         quantizer: ActivationQuantizer | None = getattr(self, name)
         if quantizer is None or not quantizer.enabled:
             return None
-        dim = like.ndim - 1
+        like, dim = _words(quantizer, like)[1] if name == "k" else like, like.ndim - 1
         top = quantizer.top_for(like.ndim, dim)
         if name == "softmax" and quantizer.spec.mode == "dynamic":
             return _Rounding(quantizer, None, top)
@@ -170,7 +172,7 @@ def _spans_batch(rounding: _Rounding) -> bool:
     """Whether the scale depends on all samples at once, and there is no first pass to find it (`_known`)."""
     if isinstance(rounding.quantizer, Log2Quantizer):
         return False
-    return rounding.tables is None and rounding.quantizer.spec.granularity == "tensor"
+    return rounding.tables is None and rounding.quantizer.spec.granularity in ("tensor", "sample")
 
 
 def _known(rounding: _Rounding | None, cuts: list[list[Any]], counts: tuple[int, int]) -> _Rounding | None:
@@ -184,7 +186,7 @@ def _known(rounding: _Rounding | None, cuts: list[list[Any]], counts: tuple[int,
         cuts: The parts of q, k, v, mask and of the roundings of q, k and v.
         counts: Parts of the batch, and of the heads of a sample.
     """
-    if rounding is None or not isinstance(rounding.quantizer, Log2Quantizer):
+    if rounding is None or rounding.tables is not None or not isinstance(rounding.quantizer, Log2Quantizer):
         return rounding
     scope = rounding.quantizer.spec.scope
     shared = [dim for dim in {"head": (), "sample": (1,), "tensor": (0, 1)}[scope] if counts[dim] > 1]
@@ -211,6 +213,20 @@ def _rounded(rounding: _Rounding | ActivationQuantizer | None, x: Tensor) -> Ten
     return round_trip(x, scale, inverse, zero, top)
 
 
+def _rounded_k(rounding: _Rounding | ActivationQuantizer | None, k: Tensor) -> Tensor:
+    """k ``[B, heads, T', d]``; the start token's row stays as it is where it is exempt."""
+    if rounding is None:
+        return k
+    start, words = _words(rounding.quantizer if isinstance(rounding, _Rounding) else rounding, k)
+    return torch.cat([start, _rounded(rounding, words)], dim=-2) if start.shape[-2] else _rounded(rounding, words)
+
+
+def _words(quantizer: ActivationQuantizer, k: Tensor) -> tuple[Tensor, Tensor]:
+    """(rows of k that stay float, the others); a text of one token has no others."""
+    first = len(quantizer.exempt) if k.shape[-2] > len(quantizer.exempt) else 0
+    return k[..., :first, :], k[..., first:, :]
+
+
 def _explicit(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *roundings: _Rounding | ActivationQuantizer | None
 ) -> Tensor:
@@ -226,7 +242,7 @@ def _weights(
     of_k: _Rounding | ActivationQuantizer | None,
 ) -> Tensor:
     """The softmax of the scores, float32."""
-    scores = _rounded(of_q, q) @ _rounded(of_k, k).transpose(-1, -2)
+    scores = _rounded(of_q, q) @ _rounded_k(of_k, k).transpose(-1, -2)
     scores *= q.shape[-1] ** -0.5
     if mask is not None:
         scores = scores + mask
@@ -298,8 +314,9 @@ def install_operands(attention: Any, specs: dict[str, LayerSpec], clock: Clock, 
         raise InputError("attention operands have no scales a channel or a group", where=", ".join(by_channel),
                          why="only the inputs and outputs of layers have a fixed number of channels",
                          try_="granularity = \"tensor\" for the operands")
-    if specs.get("softmax", LayerSpec()).exempt and not attention.is_cross_attention:
-        raise InputError("only cross-attention has a start token", where="softmax: exempt",
+    apart = [name for name, s in specs.items() if s.exempt]
+    if apart and not attention.is_cross_attention:
+        raise InputError("only cross-attention has a start token", where=f"{', '.join(apart)}: exempt",
                          why="the columns of self-attention are positions of the picture",
                          try_="exempt = [0] for the softmax of cross-attention alone, such as \"*attn2:softmax\"")
     device = attention.to_q.weight.device

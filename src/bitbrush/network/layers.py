@@ -14,7 +14,9 @@ the teacher's.
 
 With ``LayerSpec.input_scale`` the layer computes with ``x * input_scale``, and the codes are those of the *scaled*
 weight ``W / input_scale``: the product is the same, the ranges are not (smoothing). Only `prepare` multiplies. With
-``LayerSpec.low_rank`` a branch in 16 bits stands beside the product; the codes are those of what it leaves over.
+``LayerSpec.low_rank`` a branch in 16 bits stands beside the product; the codes are those of what it leaves over. With
+``LayerSpec.rotation`` (linear layers) input and weight are then rotated by the same orthogonal matrix, see
+`numbers.rotation`; it has no tensors.
 
 Both classes derive from the torch class they replace, with ``weight`` as a read-only property that decodes: adapters
 (LoRA through PEFT) then accept the layer as a base. A merge cannot be written back; the plug-in refuses it by name.
@@ -46,6 +48,7 @@ from bitbrush.network.low_rank import LowRank, branch
 from bitbrush.numbers import packing
 from bitbrush.numbers.codec import decode, expand_weight_scale
 from bitbrush.numbers.grid import LayerSpec, WeightSpec
+from bitbrush.numbers.rotation import rotate, unrotate
 from bitbrush.numbers.straight_through import BINARY_TOP
 
 Face = Literal["float", "sim", "packed"]
@@ -73,6 +76,7 @@ class QuantLayer(nn.Module):
     def _setup(self, spec: LayerSpec, rows: int, channels: int, clock: Clock | None, times: int) -> None:
         self.spec, self.face = spec, "float"
         self.out_channels_, self.in_channels_ = rows, channels
+        self.rotated = spec.rotation != "none"  # off while a proof looks at the weight alone
         self.kernel = "reference"  # which kernel runs the packed face; set by kernels.use
         self.trial_weight: Tensor | None = None
         self.trial_bias: Tensor | None = None
@@ -160,12 +164,13 @@ class QuantLayer(nn.Module):
         return self._row_tables[key]
 
     def scaled_weight(self) -> Tensor:
-        """The weight that is quantized, float32, no gradients: ``float_weight``, divided by ``input_scale`` and less
-        the low-rank branch where the layer has them."""
+        """The weight that is quantized, float32, no gradients: ``float_weight``, divided by ``input_scale``, rotated as
+        the input is, and less the low-rank branch, where the layer has them."""
         if self.float_weight is None:
             raise InternalError("the float weight is gone", where=type(self).__name__, why="the layer is packed")
         weight = self.float_weight.detach().float()
         weight = weight if self.input_scale is None else weight / self._per_channel(self.input_scale)
+        weight = rotate(weight) if self.rotated else weight
         return weight if self.low_rank is None else weight - self.low_rank.weight()
 
     def _per_channel(self, table: Tensor) -> Tensor:
@@ -260,9 +265,10 @@ class QuantLayer(nn.Module):
         return decoded.to(self.bias.dtype) if self.bias is not None else decoded
 
     def restored_weight(self) -> Tensor:
-        """The decoded weight, a branch's part with it, for an input without scale: times ``input_scale``, float32."""
+        """The decoded weight, a branch's part with it, for an input without scale and rotation: float32."""
         decoded = self.decoded_weight()
         decoded = decoded if self.low_rank is None else decoded + self.low_rank.weight()
+        decoded = unrotate(decoded) if self.rotated else decoded
         return decoded if self.input_scale is None else decoded * self._per_channel(self.input_scale)
 
     # ---- forward -----------------------------------------------------------------------------------------------
@@ -289,12 +295,12 @@ class QuantLayer(nn.Module):
         return self.trial_weight if self.trial_weight is not None else self.decoded_weight()
 
     def prepare(self, x: Tensor) -> Tensor:
-        """What is encoded: ``x * input_scale`` in float32, or ``x`` itself where there is no input scale."""
-        if self.input_scale is None:
-            return x
-        shape = [1] * x.ndim
-        shape[self.channel_dim % x.ndim] = -1
-        return x.float() * self.input_scale.reshape(shape)
+        """What is encoded: ``x * input_scale``, rotated where the spec says so, in float32; or ``x`` itself."""
+        if self.input_scale is not None:
+            shape = [1] * x.ndim
+            shape[self.channel_dim % x.ndim] = -1
+            x = x.float() * self.input_scale.reshape(shape)
+        return rotate(x) if self.rotated else x
 
     def quantize_input(self, x: Tensor) -> Tensor:
         """``decode(encode(prepare(x)))``, or ``prepare(x)`` where the input is not quantized; in the dtype of ``x``."""

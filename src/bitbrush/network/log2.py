@@ -7,6 +7,8 @@ text takes most of every row; left float (``exempt``), delta is the largest valu
 
 The released code takes one delta for the whole batch, so that a picture depends on the prompts beside it; that is
 ``scope = "tensor"``. Rows are not normalized again afterwards, there or here.
+
+For comparison delta may be static, fitted from samples (`numbers.ranges.search_log2`): larger values are then clipped.
 """
 
 from __future__ import annotations
@@ -16,26 +18,33 @@ from torch import Tensor
 
 from bitbrush.errors import InputError
 from bitbrush.network.activation import ActivationQuantizer
+from bitbrush.network.clock import Clock
 from bitbrush.numbers.codec import decode_log2, encode_log2
 from bitbrush.numbers.grid import ActivationSpec, LayerSpec
 from bitbrush.numbers.straight_through import fake_log2
 
 
 class Log2Quantizer(ActivationQuantizer):
-    """Quantizes softmax weights ``[B, heads, T, T']`` to ``delta * 2**-code``. It has no tables and nothing to train.
+    """Quantizes softmax weights ``[B, heads, T, T']`` to ``delta * 2**-code``. It has nothing to train, and no tables
+    unless delta is static: then ``scale`` ``[T or 1, 1]`` holds it.
 
     Args:
         spec: Grid and scope.
         exempt: Columns that stay float and have no part in delta: ``()``, or ``(0,)``, that of the start token.
+        clock, rows: Of a static delta a timestep.
     """
 
-    def __init__(self, spec: ActivationSpec, exempt: tuple[int, ...] = ()) -> None:
-        super().__init__(spec)
+    def __init__(
+        self, spec: ActivationSpec, exempt: tuple[int, ...] = (), clock: Clock | None = None, rows: int = 1
+    ) -> None:
+        super().__init__(spec, (), clock, rows)
         self.exempt = exempt
 
     def delta(self, x: Tensor) -> Tensor:
         """The largest value that is quantized, of each sample ``[B, 1, 1, 1]``, head ``[B, heads, 1, 1]`` or in all
-        ``[1, 1, 1, 1]``, float32; 0 where there is none."""
+        ``[1, 1, 1, 1]``, float32; 0 where there is none. A static one: that of each sample's timestep."""
+        if self.spec.mode == "static":
+            return self.parameters_for(x, x.ndim - 1)[0]
         dims = {"sample": (1, 2, 3), "head": (2, 3), "tensor": (0, 1, 2, 3)}[self.spec.scope]
         x = self._split(x.detach())[1]
         return x.float().amax(dims, keepdim=True) if x.shape[-1] else x.new_zeros(1, 1, 1, 1, dtype=torch.float32)
@@ -63,6 +72,10 @@ class Log2Quantizer(ActivationQuantizer):
         """`round_trip` of weights in one piece; ``channel_dim`` is for the interface."""
         return self.round_trip(x) if self.enabled else x
 
+    def parts(self, x: Tensor, channel_dim: int) -> tuple[Tensor, ...]:
+        """What a static delta is fitted to: all columns that are quantized."""
+        return (self._split(x)[1],)
+
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(columns that stay float, columns that are quantized)."""
         first = len(self.exempt)  # `check_log2`: they are the first ones
@@ -70,7 +83,8 @@ class Log2Quantizer(ActivationQuantizer):
 
     def extra_repr(self) -> str:
         """Bits, scope and what is left out, for ``print(model)``."""
-        return f"{self.spec.grid.bits} bit log2, a delta per {self.spec.scope}, exempt {list(self.exempt)}"
+        of = f"a delta per {self.spec.scope}" if self.spec.mode == "dynamic" else "a static delta"
+        return f"{self.spec.grid.bits} bit log2, {of}, exempt {list(self.exempt)}"
 
 
 def check_log2(name: str, spec: LayerSpec) -> None:
@@ -87,13 +101,16 @@ def check_log2(name: str, spec: LayerSpec) -> None:
     reasons = {
         "it is for values between 0 and a maximum, those of the softmax of attention":
             log2 and not name.endswith(":softmax"),
-        "its scale is the maximum at run time, nothing is fitted": log2 and (a.mode != "dynamic" or a.timed),
+        "a maximum found at run time has no rows over time": log2 and a.mode == "dynamic" and a.timed,
+        "a static scale is one for all, scope is for maxima found at run time":
+            log2 and a.mode == "static" and a.scope != "sample",
         "its values are not negative, its codes not signed": log2 and a.grid.signed,
         "what shares a scale is said by scope, not by granularity": log2 and a.granularity != "tensor",
         "operands of attention are inputs of its products": log2 and a.position != "input",
         "scope says what shares the scale of a log2 grid, and this grid is affine": not log2 and a.scope != "sample",
-        "only the start token's column can be exempt, [0]": log2 and spec.exempt not in ((), (0,)),
-        "only of a softmax on a log2 grid can a column be exempt": not log2 and bool(spec.exempt),
+        "only the start token's column can be exempt, [0]": spec.exempt not in ((), (0,)),
+        "only of a softmax on a log2 grid, and of k, can the start token be exempt":
+            not log2 and bool(spec.exempt) and not name.endswith(":k"),
     }
     for why, holds in reasons.items():
         if holds:

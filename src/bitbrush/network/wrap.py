@@ -181,6 +181,9 @@ def _wrapped(module: nn.Module, name: str, spec: LayerSpec, clock: Clock, times:
             why=f"they sum to {sum(spec.segments)}, the layer has {channels} input channels",
             try_="take the boundary that `bitbrush inspect` shows",
         )
+    if spec.rotation != "none" and not isinstance(module, nn.Linear):
+        raise InputError("only linear layers can have rotated inputs", where=name,
+                         why="the rotation mixes channels that lie last", try_="leave rotation out for this layer")
     if spec.input_scale and conv and module.groups != 1:
         raise InputError(
             "the input of a grouped convolution cannot be scaled by channel", where=name,

@@ -7,7 +7,7 @@ their scales are partitioned:
     K   input channels         ``LayerSpec.segments``: consecutive channel counts after sorting by segment
     T   time buckets           ``ActivationSpec.timed``: a row of the scale table for each entry of ``Plan.timesteps``,
                                or for each group of them (``ActivationSpec.time_groups``)
-    token / pixel              scales found at run time (``mode = "dynamic"``)
+    sample / token / pixel     scales found at run time (``mode = "dynamic"``)
     token_group                the same, one for every ``ActivationSpec.group`` consecutive channels of a token or pixel
     channel_group, pixel_group static scales of groups of any channels or pixels (``ActivationSpec.groups``)
 
@@ -26,7 +26,8 @@ _FROZEN = ConfigDict(frozen=True, extra="forbid", strict=True)
 GridKind = Literal["affine", "log2", "codebook"]
 Scope = Literal["sample", "head", "tensor"]
 Lookup = Literal["exact", "ceil", "nearest", "interpolate"]
-Granularity = Literal["tensor", "token", "token_group", "channel", "pixel", "channel_group", "pixel_group"]
+Granularity = Literal["tensor", "sample", "token", "token_group", "channel", "pixel", "channel_group", "pixel_group"]
+Fallback = Literal["refuse", "tensor"]
 GROUPED = ("channel_group", "pixel_group")
 """Granularities whose table has a column a group; which group an index is in lies with the tables."""
 
@@ -106,7 +107,8 @@ class ActivationSpec(BaseModel):
 
     With granularity ``channel_group`` or ``pixel_group`` (DGQ) the table has ``groups`` columns, each for any number of
     the input's channels or pixels; a tensor beside the tables says which. A pixel is a token of a linear layer or a
-    place of a 1x1 convolution's input; ``pixels`` is how many of them there are.
+    place of a 1x1 convolution's input; ``pixels`` is how many of them there are, and ``fallback`` says what happens to
+    an input with another number: ``refuse``, or ``tensor``, one scale that spans the ranges of all groups.
 
     With granularity ``token_group`` every ``group`` consecutive channels of a token (of a pixel, where the input is a
     picture) have a scale, found at run time; the last group has what is left where the channels are not a multiple.
@@ -118,6 +120,7 @@ class ActivationSpec(BaseModel):
     granularity: Granularity = "tensor"
     groups: int = Field(default=0, ge=0, le=256)
     pixels: int = Field(default=0, ge=0)
+    fallback: Fallback = "refuse"
     group: int = Field(default=0, ge=0, le=4096)
     position: Literal["input", "output"] = "input"
     timed: bool = False
@@ -151,10 +154,11 @@ class ActivationSpec(BaseModel):
         return not table or (self.timed and self.mode == "static")
 
     def runnable_granularity(self) -> bool:
-        """Whether this release has such scales: a tensor always, a token (or its groups) at run time only, channels and
-        their groups static only."""
-        modes = {"tensor": ("static", "dynamic"), "token": ("dynamic",), "token_group": ("dynamic",), "pixel": ()}
-        return self.mode in modes.get(self.granularity, ("static",))
+        """Whether this release has such scales: a tensor always, a sample or a token (or its groups) at run time only,
+        channels and their groups static only."""
+        if self.granularity in ("sample", "token", "token_group"):
+            return self.mode == "dynamic"
+        return self.granularity == "tensor" or (self.mode == "static" and self.granularity != "pixel")
 
     def runnable_groups(self) -> bool:
         """Whether the groups fit the granularity: at least one where there are groups, of a layer's input; a number of
@@ -171,18 +175,20 @@ class ActivationSpec(BaseModel):
         return self.group > 0 and self.position == "input"
 
     def runnable_grid(self) -> bool:
-        """Whether this release has such a grid: affine, or ``log2`` with a delta found at run time and nothing more."""
+        """Whether this release has such a grid: affine, or ``log2`` with one delta, found at run time or static (and
+        timed, or not)."""
         if self.grid.kind != "log2":
             return self.grid.kind == "affine"
-        plain = self.granularity == "tensor" and self.position == "input" and not (self.timed or self.grid.signed)
-        return self.mode == "dynamic" and plain
+        plain = self.granularity == "tensor" and self.position == "input" and not self.grid.signed
+        return plain and (not self.timed or self.mode == "static") and not (self.time_bits or self.time_groups)
 
 
 class LayerSpec(BaseModel):
     """Everything static about how one layer, or one operand of attention, is quantized.
 
     ``exempt``: columns that stay float and have no part in the scale; this release can run ``(0,)``, the start token's,
-    of a softmax on a ``log2`` grid. ``low_rank``: rank of the 16-bit branch beside the product, 0 where there is none.
+    of a softmax on a ``log2`` grid, and of k, which has a row for each of those columns. ``low_rank``: rank of the
+    16-bit branch beside the product, 0 where there is none.
     """
 
     model_config = _FROZEN
@@ -205,8 +211,10 @@ class LayerSpec(BaseModel):
         log2 = self.activation is not None and self.activation.grid.kind == "log2"
         found = [
             ("sorted_channels", self.sorted_channels),
-            ("rotation", self.rotation != "none"),
-            ("exempt", bool(self.exempt) and not (self.exempt == (0,) and log2)),
+            ("rotation", self.rotation != "none" and (
+                self.weight is None or self.weight.grid.kind != "affine" or len(self.segments) > 1)),
+            ("rotation with low_rank", self.rotation != "none" and self.low_rank > 0),
+            ("exempt", self.exempt not in ((), (0,)) or bool(self.exempt and (self.weight or not self.activation))),
             ("weight.grid.kind", self.weight is not None and self.weight.grid.kind == "log2"),
             ("activation.grid.kind", self.activation is not None and not self.activation.runnable_grid()),
             ("activation.scope", self.activation is not None and self.activation.scope != "sample" and not log2),
@@ -273,7 +281,7 @@ class Plan(BaseModel):
 
 _SINCE = {
     "weight": {"binary": "affine", "codebooks": 0, "group": 8, "shared": ""},
-    "activation": {"time_groups": [], "scope": "sample", "groups": 0, "pixels": 0, "group": 0},
+    "activation": {"time_groups": [], "scope": "sample", "groups": 0, "pixels": 0, "fallback": "refuse", "group": 0},
 }
 """What format 1 did not have from the start, with its defaults."""
 

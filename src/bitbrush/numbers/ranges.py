@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bitbrush.numbers.codec import decode, encode, reciprocal
+from bitbrush.numbers.codec import decode, decode_log2, encode, encode_log2, reciprocal
 from bitbrush.numbers.grid import Grid
 
 Method = Literal["minmax", "percentile", "mse"]
@@ -109,3 +109,24 @@ def error(values: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, power: 
     s, z = scale[:, None], zero_point[:, None]
     delta = values - decode(encode(values, reciprocal(s), z, grid.levels - 1), s, z)
     return delta.abs().pow(power).mean(dim=1)
+
+
+LOG2_QUANTILES = (0.999, 0.9999, 0.99999)
+"""Candidates for the static delta of a ``log2`` grid (DGQ's released code)."""
+
+
+def search_log2(values: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """The static delta of a ``log2`` grid for each row of ``values`` ``[R, M]``: of `LOG2_QUANTILES` the one with the
+    least mean squared error; 1 for a row of zeros.
+
+    Returns:
+        delta ``[R]`` and zeros ``[R]`` (such a grid has no zero-point), float32.
+    """
+    ordered = values.float().sort(dim=1).values
+    best, least = torch.ones_like(ordered[:, 0]), torch.full_like(ordered[:, 0], torch.inf)
+    for quantile in LOG2_QUANTILES:
+        place = min(ordered.shape[1] - 1, round(quantile * (ordered.shape[1] - 1)))
+        delta = torch.where(ordered[:, place] > 0, ordered[:, place], 1.0)[:, None]
+        error = (decode_log2(encode_log2(ordered, delta, grid.levels - 1), delta) - ordered).square().mean(dim=1)
+        best, least = torch.where(error < least, delta[:, 0], best), torch.minimum(error, least)
+    return best, torch.zeros_like(best)

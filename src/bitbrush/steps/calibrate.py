@@ -54,6 +54,11 @@ class Calibrate(Step):
         """A new time grid discards what was fitted."""
         return ("smooth", "fit weights", "codebooks", "fit activations", "pack")
 
+    @property
+    def sees_activations(self) -> bool:
+        """The float network is sampled."""
+        return False
+
     def needs_prompts(self) -> int:
         """One a trajectory, or the fewest that are enough."""
         return min(self.prompts or self.trajectories, self.trajectories)

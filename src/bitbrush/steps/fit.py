@@ -39,6 +39,8 @@ from bitbrush.steps.observe import observe
 CHUNK = 1 << 24  # values searched together
 VALUES_BY_CHANNEL = 4096
 """Values kept a sample of a quantizer with scales a channel or a group, over all of them (at least two each)."""
+QUANTILE_VALUES = 2048
+"""Values kept a sample, at least, of a quantizer whose scale is a high quantile of them."""
 BINARY_ROUNDS = 24
 """Golden-section steps to the magnitude of a symmetric 1-bit row: to a hundred-thousandth of its range."""
 
@@ -87,6 +89,11 @@ class Fit(Step):
     def kind(self) -> str:
         """``fit weights`` or ``fit activations``."""
         return f"fit {self.what}"
+
+    @property
+    def sees_activations(self) -> bool:
+        """Weights are fitted without any."""
+        return self.what == "activations"
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -149,6 +156,8 @@ class Fit(Step):
         return binary_scale(values, self.power if self.method == "mse" else 2.0)
 
     def _search(self, values: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        if grid.kind == "log2":
+            return ranges.search_log2(values, grid)
         return ranges.search(values, grid, method=self.method, points=self.points, step=self.step, power=self.power,
                              central_share=self.central_share, symmetric=self.symmetric)
 
@@ -171,7 +180,10 @@ class Fit(Step):
         return UnitResult(tensors, notes={"ranges": history, "quantizers": len(static)})
 
     def watcher(self, quantizer: ActivationQuantizer, generator: torch.Generator) -> Watcher:
-        """Keeps what one quantizer sees."""
+        """Keeps what one quantizer sees. The static delta of a log2 grid is a high quantile: it takes many values, and
+        none that was chosen because it is large."""
+        if quantizer.spec.grid.kind == "log2" and quantizer.spec.mode == "static":
+            return Watcher(quantizer, max(self.values, QUANTILE_VALUES), generator, extremes=False)
         return Watcher(quantizer, self.values, generator, quantizer.spec.most_bits >= self.extremes_from)
 
     # ---- step by step ------------------------------------------------------------------------------------------

@@ -26,9 +26,10 @@ from bitbrush.errors import InputError
 from bitbrush.network import wrap
 from bitbrush.network.layers import QuantLayer
 from bitbrush.network.survey import Site, Survey
-from bitbrush.numbers.grid import LayerSpec, Plan
+from bitbrush.numbers.grid import Fallback, LayerSpec, Plan
 from bitbrush.steps.observe import observe
 from bitbrush.steps.range_groups import Dimension, Extremes, choose, clustered
+from bitbrush.steps.start_token import start_in_words, start_mass
 
 LEAST_SAMPLES = 8
 """Below it the larger spread is chance where outliers are centred on 0 (measured: right in 7 of 20 cases with one)."""
@@ -47,6 +48,8 @@ class Group(Step):
         groups: K, at most; a layer with fewer distinct ranges has fewer.
         dimension: ``auto`` takes the one of larger spread, layer by layer; ``channel`` and ``pixel`` leave layers that
             cannot have it as they are. Groups of pixels hold for one size of picture and one length of text.
+        fallback: What a layer with groups of pixels does with another number of pixels: ``refuse`` it, by name, or take
+            one scale a ``tensor``, which spans the ranges of all its groups.
         samples: Calibration samples looked at, spread over the tape.
         layers: Pattern of the layers concerned.
         enabled: ``false`` leaves every layer as it is, for comparison.
@@ -54,6 +57,7 @@ class Group(Step):
 
     groups: int = Field(default=8, ge=1, le=256)
     dimension: Literal["auto", "channel", "pixel"] = "auto"
+    fallback: Fallback = "refuse"
     samples: int = Field(default=256, ge=LEAST_SAMPLES)
     layers: str = "*"
     enabled: bool = True
@@ -81,7 +85,7 @@ class Group(Step):
             if spec is None or not self._concerned(site.name, spec) or len(spec.segments) > 1 or pixels < 2:
                 continue
             if self.dimension == "pixel" and site.shape[2:] in ((), (1, 1)):
-                found[site.name] = grouped(spec, "pixel", self.groups, pixels)
+                found[site.name] = grouped(spec, "pixel", self.groups, pixels, self.fallback)
             elif self.dimension != "pixel":
                 found[site.name] = grouped(spec, "channel", self.groups)
         return found
@@ -110,14 +114,20 @@ class Group(Step):
                 continue
             labels = clustered(*extremes.ends(dimension), self.groups)
             count = int(labels.max()) + 1
-            changes[name] = grouped(whole[name].spec, dimension, count, len(labels))
+            changes[name] = grouped(whole[name].spec, dimension, count, len(labels), self.fallback)
             tensors[f"{name}/group_of"] = labels.to(torch.uint8)
             layers[name] = {"dimension": dimension, "groups": count, **_ratio(spreads)}
+            if dimension == "pixel":
+                layers[name]["pixels"] = len(labels)
         taken = [layer["dimension"] for layer in layers.values()]
-        notes = {
+        notes: dict[str, Any] = {
             "channel": taken.count("channel"), "pixel": taken.count("pixel"),
             "in_segments": len(concerned) - len(whole), "per_tensor": len(whole) - len(layers), "layers": layers,
         }
+        shares = start_mass(run) if any(spec.exempt for spec in run.plan.layers.values()) else {}
+        if shares:
+            notes["start_mass"] = {name: float(f"{share:.4g}") for name, share in shares.items()}
+            run.progress.say(start_in_words(shares))
         return UnitResult(tensors, changes, notes)
 
     def apply(self, run: Run, unit: str, result: UnitResult) -> None:
@@ -167,11 +177,15 @@ class Group(Step):
         return {name: found[name] for name in chosen if name in found}
 
 
-def grouped(spec: LayerSpec, dimension: Dimension, groups: int, pixels: int = 0) -> LayerSpec:
+def grouped(
+    spec: LayerSpec, dimension: Dimension, groups: int, pixels: int = 0, fallback: Fallback = "refuse"
+) -> LayerSpec:
     """The spec with ``groups`` groups of the channels or of the ``pixels`` of its input."""
     if spec.activation is None:
         return spec
-    of = {"granularity": f"{dimension}_group", "groups": groups, "pixels": pixels if dimension == "pixel" else 0}
+    of: dict[str, Any] = {"granularity": f"{dimension}_group", "groups": groups}
+    if dimension == "pixel":
+        of |= {"pixels": pixels, "fallback": fallback}
     return spec.model_copy(update={"activation": spec.activation.model_copy(update=of)})
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def observe(
     run: Run, title: str, samples: int, handles: Sequence[RemovableHandle],
-    before: Callable[[dict[str, Tensor]], None] | None = None,
+    before: Callable[[dict[str, Tensor]], None] | None = None, rows: list[int] | None = None,
 ) -> None:
     """Run the network, in the face that it shows, without gradients; the hooks are removed afterwards.
 
@@ -25,12 +25,13 @@ def observe(
         samples: How many, spread over the tape; all where there are fewer.
         handles: Of the hooks that look.
         before: Told of each batch before its forward.
+        rows: Numbers of the samples (ascending), where not ``samples`` of them spread over the tape.
     """
-    limit = min(samples, len(run.tape))
+    limit = min(samples, len(run.tape)) if rows is None else len(rows)
     run.progress.start(title, limit)
     try:
         with torch.no_grad():
-            for batch in run.tape.select(run.tape.spread(limit)):
+            for batch in run.tape.select(run.tape.spread(limit) if rows is None else rows):
                 if before is not None:
                     before(batch)
                 args, kwargs = run.tape.inputs(batch)

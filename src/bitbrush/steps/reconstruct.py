@@ -73,6 +73,11 @@ class Reconstruct(Step):
         return f"reconstruct {self.train}"
 
     @property
+    def sees_activations(self) -> bool:
+        """Rounding is trained with all activations float."""
+        return self.train != "rounding"
+
+    @property
     def needs(self) -> tuple[str, ...]:
         """Samples, and ranges to start from."""
         return ("calibrate", "codebooks", "fit weights" if self.train == "rounding" else "fit activations")
@@ -208,7 +213,8 @@ def _rounds(layer: QuantLayer) -> bool:
 
 def _quantizers(module: nn.Module) -> dict[str, ActivationQuantizer]:
     return {
-        name: m for name, m in module.named_modules() if isinstance(m, ActivationQuantizer) and m.spec.mode == "static"
+        name: m for name, m in module.named_modules()
+        if isinstance(m, ActivationQuantizer) and m.spec.mode == "static" and m.spec.grid.kind == "affine"
     }
 
 

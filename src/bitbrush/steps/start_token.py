@@ -21,6 +21,9 @@ from bitbrush.network.attention import QuantAttention
 from bitbrush.network.clock import Clock
 from bitbrush.numbers.grid import ActivationSpec, LayerSpec
 
+SINK = 0.5
+"""Share from which the start token counts as a sink."""
+
 
 def start_mass(run: Run, samples: int = 64) -> dict[str, float]:
     """Mean softmax weight of token 0 in each cross-attention: over heads, queries and calibration samples.
@@ -42,6 +45,14 @@ def start_mass(run: Run, samples: int = 64) -> dict[str, float]:
         shares = {name: stack.enter_context(_watched(module)) for name, module in found.items()}
         run.tape.run(run.model, limit=samples)
     return {name: share.total / share.samples for name, share in shares.items()}
+
+
+def start_in_words(shares: dict[str, float]) -> str:
+    """One line for people: whether the start token is a sink, so that leaving it float can be worth something."""
+    sinks = sum(share >= SINK for share in shares.values())
+    low, high = min(shares.values()), max(shares.values())
+    return (f"the start token takes {low:.3f} to {high:.3f} of cross-attention; at least half of it, as where it is a "
+            f"sink, in {sinks} of {len(shares)} attentions")
 
 
 @dataclass
