@@ -85,20 +85,32 @@ def fid(bound: float, *, over_fp: bool = False) -> Callable[[Results, Results], 
 
 
 def against(
-    name: str, judge: Callable[[float, float], bool], *, recipe: str | None = None, arm: str = "bar"
+    name: str,
+    judge: Callable[[float, float], bool],
+    *,
+    recipe: str | None = None,
+    arm: str = "bar",
+    mine: str | None = None,
+    bits: tuple[int, int] | None = None,
 ) -> Callable[[Results, Results], Measured]:
-    """The mean difference of a metric to another run at the same model and bits, over the common seeds.
+    """The mean difference of a metric to another run of the same model, over the common seeds.
 
     Args:
         name: Metric.
         judge: ``(difference, noise) -> met``; the noise is how far full precision lies apart between these seeds.
         recipe: Of the other run; left out, the same.
         arm: Of the other run.
+        mine: The arm that is compared; left out, the rows given.
+        bits: Of the other run, weights and activations; left out, the same.
     """
 
     def measure(rows: Results, every: Results) -> Measured:
-        other = recipe or rows[0]["recipe"]
-        like = {r["seed"]: r for r in every if r["recipe"] == other and r["arm"] == arm and _same(r, rows[0])}
+        first, other = rows[0], recipe or rows[0]["recipe"]
+        w, a = bits or (first["weight_bits"], first["activation_bits"])
+        wanted = first | {"weight_bits": w, "activation_bits": a}
+        like = {r["seed"]: r for r in every if r["recipe"] == other and r["arm"] == arm and _same(r, wanted)}
+        if mine is not None:
+            rows = [r for r in every if r["recipe"] == first["recipe"] and r["arm"] == mine and _same(r, first)]
         common = [r for r in rows if r["seed"] in like]
         if not common:
             return None, False
@@ -122,6 +134,23 @@ def well_below(difference: float, noise: float) -> bool:
 def equal(difference: float, noise: float) -> bool:
     """Within the seed noise."""
     return abs(difference) <= noise
+
+
+def within(bound: float) -> Callable[[float, float], bool]:
+    """At most so far below."""
+    return lambda difference, _noise: difference >= -bound
+
+
+def not_below(difference: float, _noise: float) -> bool:
+    """At least as much."""
+    return difference >= 0
+
+
+def memory_over_model(rows: Results, _all: Results) -> Measured:
+    """Peak GPU memory less the float32 model's, in GB; it must not pass 6."""
+    row = rows[0]
+    value = (row["peak_memory"] - 2 * row["unet_bytes"] / row["share_of_bf16"]) / 1e9
+    return value, value <= 6
 
 
 def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
@@ -157,6 +186,8 @@ def _qdiffusion(clip: float, share: float) -> list[Bar]:
 def _bits(most: float) -> Bar:
     return Bar(f"average bits, everything counted, <= {most}", "{:.3f}", at_most(most, "average_bits"))
 
+
+_OVER_MODEL = Bar("peak GPU memory <= float model + 6 GB", "+ {:.1f} GB", memory_over_model)
 
 _STATIC = Bar(
     "FID below one static scale by more than the seed noise", "{:+.2f}", against("fid", well_below, arm="static")
@@ -200,6 +231,28 @@ BARS: dict[Key, list[Bar]] = {
         Bar("PSNR above as many random steps", "{:+.2f} dB", against("psnr", above, arm="random")),
         Bar("CLIP above as many random steps", "{:+.4f}", against("clip", above, arm="random")),
     ],
+    ("emoji-sd", "dgq", 4, 8): [
+        Bar("CLIP within 0.01 of the same weights with float activations", "{:+.4f}",
+            against("clip", within(0.01), arm="float-activations")),
+        Bar("self-attention's softmax at 4 bits: CLIP of log2 above uniform", "{:+.4f}",
+            against("clip", above, mine="log-softmax-4", arm="uniform-softmax-4")),
+    ],
+    ("emoji-sd", "dgq", 4, 6): [
+        Bar("CLIP >= 0.79", "{:.4f}", metric("clip", 0.79)),
+        Bar("CLIP above one scale a tensor, same weights", "{:+.4f}", against("clip", above, arm="tensor")),
+        Bar("CLIP above one scale a tensor fitted by error, same weights", "{:+.4f}",
+            against("clip", above, arm="tensor-mse")),
+        Bar("R@1 held-out >= 0.86", "{:.3f}", metric("r1_heldout", 0.86)),
+    ],
+    ("emoji-sd", "vqdm", 3, 16): [
+        Bar("CLIP >= qdiffusion W4A16", "{:+.4f}", against("clip", not_below, recipe="qdiffusion", bits=(4, 16))),
+        Bar("PSNR >= qdiffusion W4A16", "{:+.2f} dB", against("psnr", not_below, recipe="qdiffusion", bits=(4, 16))),
+        _bits(3.2), time_bar(480), _OVER_MODEL,
+    ],
+    ("emoji-sd", "vqdm", 2, 16): [
+        Bar("CLIP >= 0.74", "{:.4f}", metric("clip", 0.74)), _bits(2.3), time_bar(480), _OVER_MODEL,
+    ],
+    ("emoji-sd-tiny", "vqdm", 3, 16): [_bits(3.6)],
     ("cifar10-ddpm", "mpqdm", 2, 4): [Bar("FID <= 11", "{:.2f}", fid(11.0)), _bits(2.4)],
 }
 
@@ -216,6 +269,19 @@ NOTES: dict[Key, Note] = {
         "seed. `no-stage1`, `no-stage2`: that step left out; `no-global`: layer losses alone; `shared`: one scale set "
         "for all steps; `channel`: the code's static scales a channel, simulated only; `float-attention`: q, k, v and "
         "softmax float.",
+    ),
+    ("emoji-sd-tiny", "dgq", 4, 6): Note(
+        "full",
+        "All arms have the same weights. Quantization seed = sampling seed. `groups-2`, `groups-16`: other numbers of "
+        "groups than 8; `pixel`, `channel`: the dimension forced; `batch`: the softmax's delta of the whole batch; "
+        "`tensor`, `tensor-mse`: one scale a tensor, of the range or of least error; `token`: a scale a token (of "
+        "convolutions: a sample) found at run time; `groups-64`: a scale a token and 64 channels found at run time.",
+    ),
+    ("emoji-sd-tiny", "vqdm", 3, 16): Note(
+        "full",
+        "Codebooks of 64 vectors. Quantization seed = sampling seed. `beam1`: one hypothesis; `one-pass`: one epoch; "
+        "`no-tuning`: codes and codebooks as searched; `unshared`: a set a layer; `paper-search`: no error "
+        "feedback, no damping; `float-inputs`: covariances of the float network.",
     ),
     ("emoji-sd-tiny", "mpqdm", 2, 4): Note(
         "full",

@@ -261,7 +261,7 @@ def test_a_changed_plan_wraps_only_the_layers_it_names(tmp_path: Path) -> None:
     new: Any = run.model.get_submodule(owner).processor  # type: ignore[union-attr]
     assert new.q.spec.grid.bits == 6 and new.k.spec.grid.bits == 8 and new.v is None and len(processors) > 1
     with pytest.raises(InputError, match="cannot run"):
-        run.change_plan({name: LayerSpec(low_rank=3)})
+        run.change_plan({name: LayerSpec(sorted_channels=True)})
 
 
 def test_a_changed_time_grid_wraps_all(tmp_path: Path) -> None:
