@@ -426,7 +426,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, help="pictures (default: the protocol's)")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--work", default="work-quality", help="where artifacts and pictures are kept between calls")
-    parser.add_argument("--out", help="folder of the results (default: benchmarks/results/quality; a smoke run's: --work)")
+    parser.add_argument("--out", help="results (default: benchmarks/results/quality; of a smoke run: in --work)")
     parser.add_argument("--no-baselines", action="store_true", help="leave rtn and rtn-dynamic out (ablation arms)")
     parser.add_argument("--baseline-seeds", type=int, nargs="*", help="sampling seeds of the baselines (default: all)")
     parser.add_argument("--cache", help="share the first steps with other arms; seconds then say less (ablation arms)")
@@ -434,7 +434,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.smoke:
         args.n, args.batch, args.seeds = args.n or 4, args.batch or 4, args.seeds[:1]
-    args.out = args.out or (str(Path(args.work) / "results") if args.smoke else str(RESULTS))  # a smoke run is no result
+    args.out = args.out or str(Path(args.work) / "results" if args.smoke else RESULTS)  # a smoke run is no result
     print(table(run(args)))
 
 
