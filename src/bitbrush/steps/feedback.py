@@ -3,8 +3,8 @@
 VQDM's start encodes every group by itself and leaves the rest to the beam search, which changes one code at a time. On
 inputs as correlated as those of real networks (a mean far from 0, neighbouring pixels alike) that search ends in a poor
 place: measured on emoji-sd-tiny, above GPTQ's error on the same H. So codes are first chosen as GPTQ (Frantar et al.
-2022) chooses values, and as QuIP# and GPTVQ do with vectors. With ``H^-1 = U^T U``, U upper triangular, and the columns
-J of a group:
+2022) chooses values, and GPTVQ (van Baalen et al. 2024) vectors. With ``H^-1 = U^T U``, U upper triangular, and the
+columns J of a group:
 
     E = (target_J - q) U_JJ^-1,    q: the sum of codewords with the least |E|,    target_rest -= E U_J,rest
 
