@@ -82,7 +82,7 @@ def test_grids_refuse_bad_bits_and_types() -> None:
 def test_unsupported_fields_are_named() -> None:
     assert [spec.unsupported() for spec in SPECS] == [
         [], [], [], [], [], [],
-        ["rotation", "exempt", "weight.grid.kind"], ["sorted_channels"],
+        ["rotation", "rotation with low_rank", "exempt", "weight.grid.kind"], ["sorted_channels"],
     ]
     assert [spec.quantized for spec in SPECS] == [False] + [True] * 7
     assert LayerSpec(activation=ActivationSpec(time_bits=(8,))).unsupported() == ["activation.time_bits"]
