@@ -369,7 +369,7 @@ def test_bytes_are_those_of_the_formula(made: Made) -> None:
     assert sum(part.total for part in parts.values()) == bits + 8 * shared and len(parts) > 2
     assert estimate.codebook_totals(parts)["codebook_bits"] == pytest.approx((bits + 8 * shared) / weights, abs=5e-4)
     assert estimate.model_bytes(found, plan)["packed_bytes"] == sum(stored.values())
-    assert estimate.codebook_bits(shapes, tiny.plan_for(tiny.text_unet())) is None
+    assert estimate.codebook_totals(estimate.codebook_storage(shapes, tiny.plan_for(tiny.text_unet()))) == {}
     assert [estimate.weight_bits(s) for s in (_spec(3, 8), _spec(2, 3, 4), _spec(1, 5))] == [3, 1.5, 0.625]
 
 
