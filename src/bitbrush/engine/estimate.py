@@ -202,7 +202,9 @@ def estimate(survey: Survey, plan: Plan, recipe: Recipe, guided: bool, device: s
             forwards += 6.0 * min(data["samples"], tape or data["samples"])
         elif step.do == "codebooks":
             found = searched(survey, plan, data)
-            forwards += found["passes"] * _calls(recipe, guided, data["trajectories"]) + found["macs"] / max(1, macs)
+            calls = min(_calls(recipe, guided), _calls(recipe, guided, data["trajectories"]))
+            calls = min(calls, tape or calls) if data["inputs"] == "float" else calls
+            forwards += found["passes"] * calls + found["macs"] / max(1, macs)
             launches += found["launches"]
         elif step.do == "reconstruct" and data["iterations"]:
             samples = min(data["samples"], tape or data["samples"])

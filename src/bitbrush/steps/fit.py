@@ -117,7 +117,8 @@ class Fit(Step):
     def units(self, run: Run) -> list[str]:
         """Weights block by block, where a block has some on a grid with scales; activations all at once."""
         if self.what == "activations":
-            return ["all activations"]
+            watched = any(spec.activation is not None for spec in run.plan.layers.values())
+            return ["all activations"] if watched else []
         quantized = {n for n, s in run.plan.layers.items() if s.weight is not None and not s.weight.additive}
         return [block for block, members in run.survey.blocks.items() if not quantized.isdisjoint(members)]
 
