@@ -64,17 +64,18 @@ def devices() -> list[dict[str, Any]]:
 
 
 def kernels() -> list[dict[str, Any]]:
-    """Every kernel on every kind of device: whether it would run a typical W4A8 layer, else why not."""
+    """Every kernel on every kind of device: whether it would run a typical layer of its kind, else why not."""
     import torch
 
     from bitbrush.kernels import KERNELS, why_not
 
     kinds = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    layer = _typical_layer()
+    layers = {"cpu-lookup": _codebook_layer()}
+    scalar = _typical_layer()
     rows = []
     for kind in kinds:
         for name in KERNELS:
-            reason = why_not(name, layer, kind)
+            reason = why_not(name, layers.get(name, scalar), kind)
             rows.append({"kernel": name, "device": kind, "runs": reason is None, "why_not": reason})
     return rows
 
@@ -88,6 +89,17 @@ def _typical_layer() -> Any:
 
     spec = LayerSpec(weight=WeightSpec(grid=Grid(bits=4)), activation=ActivationSpec(grid=Grid(bits=8)))
     return QuantLinear.wrap(nn.Linear(64, 64), spec, None, 1)
+
+
+def _codebook_layer() -> Any:
+    """A linear layer of additive codebooks."""
+    from torch import nn
+
+    from bitbrush.network.codebook_layers import CodebookLinear
+    from bitbrush.numbers.grid import Grid, LayerSpec, WeightSpec
+
+    spec = LayerSpec(weight=WeightSpec(grid=Grid(kind="codebook", bits=8), codebooks=3))
+    return CodebookLinear.wrap(nn.Linear(64, 64), spec, None, 1)
 
 
 def plugin_state() -> dict[str, Any]:

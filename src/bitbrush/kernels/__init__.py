@@ -12,15 +12,19 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from bitbrush.errors import InputError
-from bitbrush.kernels import cpu, reference
+from bitbrush.kernels import cpu, cpu_lookup, reference
 
 if TYPE_CHECKING:
     from bitbrush.network.layers import QuantLayer
 
 Kernel = Callable[["QuantLayer", Tensor], Tensor]
 
-KERNELS: dict[str, Kernel] = {"reference": reference.run, "cpu-int8": cpu.run}
+KERNELS: dict[str, Kernel] = {"reference": reference.run, "cpu-int8": cpu.run, "cpu-lookup": cpu_lookup.run}
 """Kernels by name; each takes (packed layer, input) and returns the layer's output."""
+
+
+PROVEN: dict[str, Kernel] = {**KERNELS, "cpu-lookup": cpu_lookup.looked_up}
+"""What a proof runs: the arithmetic of each kernel, also where a kernel would leave an input to the reference."""
 
 
 def run(layer: QuantLayer, x: Tensor) -> Tensor:
@@ -32,7 +36,8 @@ def why_not(name: str, layer: QuantLayer, device_type: str) -> str | None:
     """Why kernel ``name`` cannot run this layer on a device, or None when it can."""
     if name not in KERNELS:
         raise InputError(f"no kernel named {name!r}", why=f"known: {', '.join(KERNELS)}", try_="bitbrush doctor")
-    return cpu.why_not(layer, device_type) if name == "cpu-int8" else None
+    refusals = {"cpu-int8": cpu.why_not, "cpu-lookup": cpu_lookup.why_not}
+    return refusals[name](layer, device_type) if name in refusals else None
 
 
 def use(model: nn.Module, name: str, device_type: str = "cpu") -> dict[str, str]:

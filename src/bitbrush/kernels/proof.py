@@ -222,11 +222,12 @@ class _Probe:
         pairs = zip(a.split(list(self.layer.segments), dim), w.split(list(self.layer.segments), 1), strict=True)
         return [self.product(left, right).round().long() for left, right in pairs]
 
-    def exact_float(self) -> tuple[Tensor, Tensor]:
-        """(y64, bound before the last rounding) of a float kernel with these operands in the input's dtype."""
+    def exact_float(self, magnitude: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(y64, bound before the last rounding) of a float kernel with these operands in the input's dtype, and with
+        sums of the magnitude given, where it is not the weight's."""
         a = self.quantized_values() if self.input else self.prepared.to(self.x.dtype)
         w = self.weight.to(self.x.dtype)
-        y, size = self.product(a, w), self.product(a.abs(), w.abs())
+        y, size = self.product(a, w), self.product(a.abs(), w.abs() if magnitude is None else magnitude)
         partial = half_ulp(y, self.x.dtype) if self.x.dtype != torch.float32 else torch.zeros_like(y)
         if self.bias is not None:
             y, size = y + self.per_channel(self.bias), size + self.per_channel(self.bias).abs()
@@ -293,11 +294,11 @@ def _kernel(name: str, probe: _Probe) -> Json:
     result: Json = {}
     if module is None:
         with _quantizer(layer, enabled=probe.input):
-            y = kernels.KERNELS[name](layer, x)
-        y64, bound = probe.exact_float()
+            y = kernels.PROVEN[name](layer, x)
+        y64, bound = probe.exact_float(proof_codebook.magnitude(name, layer))
         result["identity"] = identity_probe(probe, name)
     else:
-        y = kernels.KERNELS[name](layer, x)
+        y = kernels.PROVEN[name](layer, x)
         y64, bound = probe.exact_integer()
         result["activation_codes"] = _compare(probe.a_codes.to(torch.uint8), module.input_codes(layer, x))
         result["accumulators"] = _accumulators(probe, module.accumulators(layer, x))
@@ -383,7 +384,7 @@ def identity_probe(probe: _Probe, name: str) -> Json:
         picture[:, :, kh - 1, kw - 1] = eye
         eye = picture
     with _quantizer(layer, enabled=False), _alone(layer), _input_scale(layer, factors):
-        got = kernels.KERNELS[name](layer, eye).cpu()
+        got = kernels.PROVEN[name](layer, eye).cpu()
     if isinstance(layer, nn.Conv2d):
         (top, left), (h, w) = (int(layer.padding[0]), int(layer.padding[1])), (kh, kw)
         got = got[:, :, top : top + h, left : left + w].flip(2, 3)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bitbrush.errors import InternalError
+from bitbrush.kernels import cpu_lookup
 from bitbrush.numbers.codebook import pack_codes
 
 if TYPE_CHECKING:
@@ -58,3 +59,8 @@ def tables_hold(layer: QuantLayer, expected: tuple[Tensor, Tensor] | None) -> tu
         pairs = zip(expected, found, strict=True)
         good = good and all(torch.equal(want.cpu(), got.cpu()) for want, got in pairs)
     return good, sum(table.numel() for table in found)
+
+
+def magnitude(kernel: str, layer: QuantLayer) -> Tensor | None:
+    """What a kernel's sums are bounded by, on the CPU, where that is not the weight."""
+    return cpu_lookup.magnitude(layer).cpu() if kernel == "cpu-lookup" and additive(layer) is not None else None
