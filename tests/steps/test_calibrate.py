@@ -20,6 +20,7 @@ from diffusers import (
 
 import tiny
 from bitbrush.errors import InputError
+from bitbrush.steps import calibrate
 from bitbrush.steps.calibrate import Calibrate
 from small import CALIBRATE, HEAD, begin, complete, execute, least_pipeline, recipe
 
@@ -269,3 +270,17 @@ def test_fewer_prompts_than_are_wanted_are_refused(tmp_path: Path) -> None:
         run.execute()
     assert complete(caught.value)
     run.journal.release()
+
+
+def test_how_many_run_together_follows_from_device_and_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the recipe says; else few on a CPU, and on a GPU as many as the model's outputs leave room for."""
+    run = execute(tmp_path, least_pipeline(), text(samples=2, trajectories=4))
+    step = Calibrate(do="calibrate", trajectories=200)
+    assert Calibrate(do="calibrate", batch=5).together(run) == 5 and step.together(run) == calibrate.FEWEST
+    assert step.units(run)[0] == "trajectories 0-15"
+    monkeypatch.setattr(run, "device", torch.device("cuda"))
+    found = []
+    for room in (1 << 40, 40_000_000, 1):
+        monkeypatch.setattr(calibrate, "ROOM", room)
+        found.append(step.together(run))
+    assert found[0] == calibrate.MOST and found[-1] == calibrate.FEWEST and sorted(found, reverse=True) == found

@@ -22,6 +22,7 @@ from bitbrush.numbers.grid import LayerSpec, Plan, WeightSpec
 
 START = 5.0  # seconds: loading, hashing, packing, saving
 CALL = 0.03  # seconds that a GPU's host needs to launch one forward of a denoiser
+TOGETHER = 32  # trajectories that calibration runs together, more or less
 REPLAY = 0.0008  # seconds of one graph replay of a small block
 SHARE = 0.22  # of a convolution's rate that whole denoisers reach
 LIBRARIES = 700_000_000
@@ -180,7 +181,7 @@ def estimate(survey: Survey, plan: Plan, recipe: Recipe, guided: bool, device: s
         if step.do == "calibrate":
             calls = data["trajectories"] * data["steps"]
             forwards += calls * (2 if guided else 1)
-            launches += calls / data["batch"] * CALL
+            launches += calls / (data["batch"] or TOGETHER) * CALL
             tape = calls * (2 if guided else 1) if data["samples"] == "all" else data["samples"]
         elif step.do == "trajectories":  # sampled once in float; `correct` walks them twice, packed
             base = next(s.model_dump() for s in recipe.steps if s.do == "calibrate")

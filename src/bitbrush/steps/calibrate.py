@@ -10,6 +10,7 @@ condition. Every sample carries its ``trajectory`` (a number within the step) an
 from __future__ import annotations
 
 from collections import Counter
+from math import prod
 from typing import Annotated, Any, Literal
 
 import torch
@@ -22,6 +23,11 @@ from bitbrush.engine.step import Step, UnitResult
 from bitbrush.errors import InputError, NumericsError
 from bitbrush.network import wrap
 from bitbrush.network.pipelines import sample_latents, takes_prompt
+
+FEWEST, MOST = 16, 64
+"""Trajectories run together, where a recipe does not say."""
+LIVE, ROOM = 16, 8 << 30
+"""Outputs of the largest layer that are alive at once, roughly; bytes that they may take."""
 
 
 class Calibrate(Step):
@@ -36,7 +42,7 @@ class Calibrate(Step):
         guidance: Guidance scale of the trajectories.
         times: How samples spread over the steps.
         mean, std: Of the normal distribution, as shares of the number of steps.
-        batch: Trajectories run together.
+        batch: Trajectories run together; left out, `MOST` on a GPU where the model is small enough, else `FEWEST`.
     """
 
     samples: Annotated[int, Field(ge=1)] | Literal["all"] = 256
@@ -47,7 +53,7 @@ class Calibrate(Step):
     times: Literal["uniform", "normal"] = "uniform"
     mean: float = 0.4
     std: float = Field(default=0.4, gt=0)
-    batch: int = Field(default=16, ge=1)
+    batch: int | None = Field(default=None, ge=1)
 
     @property
     def not_after(self) -> tuple[str, ...]:
@@ -65,9 +71,24 @@ class Calibrate(Step):
 
     def units(self, run: Run) -> list[str]:
         """Batches of trajectories, those from which something is kept."""
-        plan, last = self.schedule(run), self.trajectories
-        batches = [(a, min(a + self.batch, last) - 1) for a in range(0, last, self.batch)]
+        plan, last, size = self.schedule(run), self.trajectories, self.together(run)
+        batches = [(a, min(a + size, last) - 1) for a in range(0, last, size)]
         return [f"trajectories {a}-{b}" for a, b in batches if any(plan[a : b + 1])]
+
+    def together(self, run: Run) -> int:
+        """Trajectories run together: by the kind of device and the model alone, so that a resumed run does the same.
+
+        A small model on a GPU waits for kernel launches, whatever the batch.
+        """
+        if self.batch is not None:
+            return self.batch
+        if run.device.type == "cpu":
+            return FEWEST
+        outputs = max((4 * site.macs // max(1, prod(site.shape[1:])) for site in run.survey.layers()), default=0)
+        size = MOST
+        while size > FEWEST and LIVE * outputs * self.halves(run) * size > ROOM:
+            size //= 2
+        return size
 
     def run_unit(self, run: Run, unit: str, generator: torch.Generator) -> UnitResult:
         """Sample one batch of trajectories and keep the scheduled moments."""

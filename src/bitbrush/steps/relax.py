@@ -177,8 +177,8 @@ class Relax(Step):
         source = calibration(run)
         members = list(range(min(self.trajectories, source.trajectories)))
         with wrap.show(run.model, face):
-            parts = [source.sample(run, members[i : i + source.batch], self.label)
-                     for i in range(0, len(members), source.batch)]
+            size = source.together(run)
+            parts = [source.sample(run, members[i : i + size], self.label) for i in range(0, len(members), size)]
         return torch.cat(parts)
 
 
