@@ -1,0 +1,121 @@
+"""LPIPS plumbing, with random weights on both sides and never under that name; PSNR and SSIM equal torchmetrics'."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from folders import pictures
+from safetensors.torch import save_file
+from torch import nn
+
+from bitbrush.errors import ArtifactError, InputError
+from bitbrush.evaluate import psnr, ssim
+from bitbrush.evaluate.optional import Unavailable, torchmetrics
+from bitbrush.evaluate.perceptual import BACKBONES, LAYERS, build, lpips
+from bitbrush.evaluate.weights import read
+
+
+@pytest.fixture(scope="module")
+def backbones(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """AlexNet's and VGG's convolutions with random weights, in torchvision's names, with a classifier beside them."""
+    folder, files = tmp_path_factory.mktemp("backbones"), {}
+    for net, layers in LAYERS.items():
+        torch.manual_seed(0)
+        state = {f"features.{name}": tensor for name, tensor in layers().state_dict().items()}
+        files[net] = folder / f"{net}.safetensors"
+        save_file(state | {"classifier.6.bias": torch.zeros(10)}, files[net])
+    return files
+
+
+def by_hand(net: str, file: Path, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Zhang et al. 2018: unit-normalised features of every stage, squared differences, weighted, averaged, summed."""
+    layers = LAYERS[net]().eval()
+    layers.load_state_dict({name[9:]: t for name, t in read(file).items() if name.startswith("features.")})
+    heads = read(Path(torchmetrics("functional.image.lpips").__file__).parent / "lpips_models" / f"{net}.pth")
+    taps = {"alex": (1, 4, 7, 9, 11), "vgg": (3, 8, 15, 22, 29)}[net]
+    shift = torch.tensor([-0.030, -0.088, -0.188])[:, None, None]
+    scale = torch.tensor([0.458, 0.448, 0.450])[:, None, None]
+    x, y, total = (a - shift) / scale, (b - shift) / scale, torch.zeros(len(a))
+    for place, layer in enumerate(layers):
+        x, y = layer(x), layer(y)
+        if place in taps:
+            u, v = (z / (z.square().sum(1, keepdim=True) + 1e-8).sqrt() for z in (x, y))
+            weights = heads[f"lin{taps.index(place)}.model.1.weight"].view(1, -1, 1, 1)
+            total += (weights * (u - v).square()).sum(1).mean(dim=(1, 2))
+    return total
+
+
+@pytest.mark.parametrize("net", ["alex", "vgg"])
+def test_the_distance_is_the_papers_and_not_called_lpips(backbones: dict[str, Path], net: str) -> None:
+    distance = lpips(net, weights=backbones[net])  # type: ignore[arg-type]
+    a, b = pictures(3), pictures(3, seed=1)
+    found = distance(a, b, batch=2)
+    assert torch.allclose(found.float(), by_hand(net, backbones[net], a, b), rtol=1e-3, atol=1e-7)
+    assert found.min() > 1e-5 and found.dtype == torch.float64 and distance(a, a).tolist() == [0, 0, 0]
+    assert not distance.standard and "LPIPS" not in distance.name and f"{net}.safetensors" in distance.name
+
+
+def test_equal_to_torchmetrics_class_with_the_same_weights(backbones: dict[str, Path]) -> None:
+    """Their functional code, fed by a network that was filled on another way: whole state, not by backbone and heads."""
+    module = torchmetrics("functional.image.lpips")
+    ours, theirs = lpips("alex", weights=backbones["alex"]), build(module, "alex")
+    theirs.load_state_dict(ours.network.state_dict())
+    a, b = pictures(2), pictures(2, seed=1)
+    assert torch.allclose(module._lpips_update(a, b, theirs, False).double(), ours(a, b), rtol=1e-5)
+
+
+def test_the_published_name_needs_the_published_bytes(
+    backbones: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(Unavailable, match="TORCH_HOME") as caught:
+        lpips("alex")
+    assert BACKBONES["alex"].file in str(caught.value) and str(tmp_path / "checkpoints") in str(caught.value)
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(read(backbones["alex"]), tmp_path / "checkpoints" / BACKBONES["alex"].file)
+    assert not lpips("alex").standard and "7be5be79" in lpips("alex").name  # the file's name does not make it so
+
+
+def test_files_and_pictures_that_do_not_serve(backbones: dict[str, Path]) -> None:
+    with pytest.raises(ArtifactError, match="does not hold"):
+        lpips("vgg", weights=backbones["alex"])
+    with pytest.raises(InputError, match="no LPIPS network"):
+        lpips("squeeze")  # type: ignore[arg-type]
+    distance = lpips("alex", weights=backbones["alex"])
+    with pytest.raises(InputError, match="belong together"):
+        distance(pictures(2), pictures(3))
+    with pytest.raises(InputError, match="too small"):
+        distance(pictures(2, size=16), pictures(2, size=16))
+    assert distance(pictures(0 + 1)[:0], pictures(1)[:0]).tolist() == []
+
+
+def test_without_torchmetrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(Unavailable, match="torchmetrics is not installed"):
+        lpips("alex")
+
+
+def test_a_broken_torchvision_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> nn.Module:
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: SimpleNamespace())
+    monkeypatch.setattr("importlib.import_module", fail)
+    with pytest.raises(Unavailable, match="torchvision::nms") as caught:
+        lpips("alex")
+    assert "both builds must match" in str(caught.value)
+
+
+def test_psnr_and_ssim_equal_torchmetrics() -> None:
+    theirs = torchmetrics("functional.image")
+    a = pictures(3, size=40)
+    b = (a + 0.2 * torch.randn(a.shape, generator=torch.Generator().manual_seed(3))).clamp(-1, 1)
+    dims = {"reduction": "none", "dim": (1, 2, 3)}
+    their_psnr = theirs.peak_signal_noise_ratio(b.double(), a.double(), data_range=2.0, **dims)
+    x, y = (b.double() + 1) / 2, (a.double() + 1) / 2
+    full = theirs.structural_similarity_index_measure(x, y, data_range=1.0, reduction="none")
+    assert torch.allclose(psnr(b, a), their_psnr.double(), rtol=1e-4) and 10 < float(psnr(b, a).mean()) < 30
+    assert torch.allclose(ssim(b, a), full.double(), rtol=1e-4) and 0.1 < float(ssim(b, a).mean()) < 0.95
