@@ -1,9 +1,10 @@
-"""Distribution metrics: equal to torch-fidelity's own run on folders, to closed forms, and honest about few pictures."""
+"""Distribution metrics: equal to torch-fidelity's own run on folders and to closed forms, honest about few pictures."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from folders import noise_features, pictures, write_classifier, write_folder
 from PIL import Image
 
 from bitbrush.errors import InputError
@@ -33,6 +33,7 @@ from bitbrush.evaluate.extractors import Extractor, zoo_classifier
 from bitbrush.evaluate.feature_sets import FeatureSet, Gaussian
 from bitbrush.evaluate.optional import Unavailable, fidelity
 from bitbrush.evaluate.references import PictureFolder, Statistics
+from folders import noise_features, pictures, write_classifier, write_folder
 
 NAME = "bitbrush-test-classifier"
 
@@ -218,7 +219,7 @@ def test_unusable_input_is_refused(sets: tuple[FeatureSet, FeatureSet]) -> None:
 def test_without_the_package_other_metrics_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     find_spec = __import__("importlib.util").util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "torch_fidelity" else find_spec(name))
-    a = as_features(noise_features(9), extractor="x", source="a")
+    a = replace(as_features(noise_features(9), extractor="x", source="a"), spatial=noise_features(9, 8))
     for metric in METRICS:
         with pytest.raises(Unavailable, match="torch-fidelity is not installed") as caught:
             measure(metric, a, a)

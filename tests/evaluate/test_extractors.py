@@ -1,4 +1,4 @@
-"""Feature extractors: the same features in batches, from disk and from torch-fidelity's network; names that are true."""
+"""Feature extractors: the same in batches, from disk and from torch-fidelity's network; names that are true."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from folders import pictures, write_classifier
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -17,6 +16,7 @@ from bitbrush.evaluate.feature_sets import INDEX, FeatureSet, fit
 from bitbrush.evaluate.features import cifar_classifier
 from bitbrush.evaluate.optional import Unavailable, fidelity
 from bitbrush.evaluate.weights import Published, find, read
+from folders import pictures, write_classifier
 
 
 class Means(nn.Module):
@@ -30,7 +30,9 @@ class Means(nn.Module):
         if self.batch_sizes is not None:
             self.batch_sizes.append(len(shown))
         features = shown.mean(dim=(2, 3))
-        return {"features": features, "logits": features * 3, "spatial": shown[:, :, :2, :2]} if self.whole else features
+        return (
+            {"features": features, "logits": features * 3, "spatial": shown[:, :, :2, :2]} if self.whole else features
+        )
 
 
 def test_a_users_network() -> None:
@@ -157,7 +159,9 @@ def test_inception_with_random_weights_is_theirs_and_not_called_so(random_incept
     assert found.logits is not None and np.allclose(found.logits, logits.numpy(), rtol=1e-4, atol=1e-5)
     assert found.pooled.shape[1] == 2048 and found.spatial is not None and found.spatial.shape == (3, 7 * 17 * 17)
     assert np.abs(found.spatial).max() > 0
-    assert not extractor.standard and "not the published ones" in extractor.name and "random.safetensors" in extractor.name
+    assert (
+        not extractor.standard and "not the published ones" in extractor.name and "random.safetensors" in extractor.name
+    )
 
 
 def test_weights_come_from_the_cache(

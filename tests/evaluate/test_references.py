@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from folders import noise_features, pictures, write_folder
 from PIL import Image
 from safetensors.torch import save_file
 
 from bitbrush.errors import ArtifactError, BitbrushError, InputError
 from bitbrush.evaluate.distribution import as_features, fid
 from bitbrush.evaluate.references import PictureFolder, load_statistics, read_picture, save_statistics
+from folders import noise_features, pictures, write_folder
 
-LEVELS = (np.arange(16 * 16 * 3) % 251).astype(np.uint8).reshape(16, 16, 3)
+LEVELS = np.random.default_rng(0).integers(256, size=(16, 16, 3)).astype(np.uint8)
 
 
 def test_a_folder_gives_its_pictures_exactly(tmp_path: Path) -> None:
@@ -74,6 +74,7 @@ def test_exif_orientation_is_followed(tmp_path: Path) -> None:
 
 def png(width: int, height: int, bits: int, colour: int, rows: bytes) -> bytes:
     """A PNG file by hand."""
+
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
@@ -175,8 +176,12 @@ def test_statistics_are_read_from_both_kinds_of_files(tmp_path: Path) -> None:
 
 
 def test_the_zoos_layout(tmp_path: Path) -> None:
-    tensors = {f"{split}.{name}": t for split in ("train", "test") for name, t in (("mu", torch.zeros(3)), ("sigma", torch.eye(3)))}
-    tensors["test.mu"] = torch.ones(3)
+    tensors = {
+        "train.mu": torch.zeros(3),
+        "train.sigma": torch.eye(3),
+        "test.mu": torch.ones(3),
+        "test.sigma": torch.eye(3),
+    }
     save_file(tensors, tmp_path / "cifar10-stats.safetensors")
     assert load_statistics(tmp_path / "cifar10-stats.safetensors", "train").pooled.mu.tolist() == [0, 0, 0]
     test = load_statistics(tmp_path / "cifar10-stats.safetensors", "test")
@@ -201,7 +206,9 @@ def test_unusable_statistics_are_refused(tmp_path: Path) -> None:
     (tmp_path / "cut.safetensors").write_bytes(b"12")
     (tmp_path / "stats.pkl").write_bytes(b"")
     names = {"objects.npz": "pickle", "shape.npz": r"\[d, d\]", "nan.npz": "finite", "skew.npz": "symmetric"}
-    names |= {name: "" for name in ("text.npz", "array.npz", "cut.npz", "cut.safetensors", "gone.npz", "stats.pkl")}
+    names |= dict.fromkeys(
+        ("text.npz", "array.npz", "cut.npz", "cut.safetensors", "gone.npz", "stats.pkl"), "cannot be used"
+    )
     for name, match in names.items():
         with pytest.raises(ArtifactError, match=match) as caught:
             load_statistics(tmp_path / name)

@@ -92,11 +92,19 @@ def fid(features: FeatureSet, reference: FeatureSet | Statistics, *, spatial: bo
         InputError: Features of different networks, or no spatial features.
         Unavailable: torch-fidelity is not there.
     """
-    module = fidelity("metric_fid")
     ours, theirs = features.gaussian(spatial=spatial), _gaussian(reference, spatial)
     _same_features(features, reference, len(ours.mu), len(theirs.mu))
-    value = module.fid_statistics_to_metric(asdict(ours), asdict(theirs), False)[module.KEY_METRIC_FID]
-    return (_figure("sFID" if spatial else "FID", value, features, reference, width=len(ours.mu)),)
+    return (_figure("sFID" if spatial else "FID", frechet(ours, theirs), features, reference, width=len(ours.mu)),)
+
+
+def frechet(first: Gaussian, second: Gaussian) -> float:
+    """The Frechet distance of two Gaussians of one width by torch-fidelity.
+
+    Raises:
+        Unavailable: torch-fidelity is not there.
+    """
+    module = fidelity("metric_fid")
+    return float(module.fid_statistics_to_metric(asdict(first), asdict(second), False)[module.KEY_METRIC_FID])
 
 
 def kid(
@@ -112,8 +120,8 @@ def kid(
     The kernel is (x.y / d + 1)^3. The estimate is unbiased for every size of the subsets.
 
     Args:
-        subset_size: Pictures in a subset; without it 1,000, but at most half of the smaller set, since subsets that hold
-            nearly all pictures have nearly no spread.
+        subset_size: Pictures in a subset; without it 1,000, but at most half of the smaller set: subsets of nearly all
+            pictures have nearly no spread.
 
     Raises:
         InputError: The reference is stored statistics, features of different networks, or unusable settings.

@@ -253,9 +253,10 @@ _Reader = Callable[[Path, Sequence[str]], _Read]
 
 
 def _read_npz(path: Path, names: Sequence[str]) -> _Read:
-    with np.load(path, allow_pickle=False) as held:
-        if not isinstance(held, np.lib.npyio.NpzFile):
-            raise ValueError("no npz archive")
+    held = np.load(path, allow_pickle=False)
+    if not isinstance(held, np.lib.npyio.NpzFile):
+        raise ValueError("no npz archive")
+    with held:
         return {name: np.asarray(held[name], np.float64) for name in names if name in held.files}, {}
 
 
