@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bitbrush.errors import InputError
-from bitbrush.evaluate.feature_sets import FeatureSet, Gaussian, Singles
+from bitbrush.evaluate.feature_sets import ROWS, FeatureSet, Gaussian, Singles
 from bitbrush.evaluate.optional import fidelity
 from bitbrush.evaluate.references import Statistics
 
@@ -365,8 +365,9 @@ def _rows(columns: int) -> int:
 
 
 def _distances(rows: Tensor, others: Tensor) -> Tensor:
-    """Euclidean distances [r, n], without the matrix product that loses digits for close pictures."""
-    return torch.cdist(rows, others, compute_mode="donot_use_mm_for_euclid_dist")
+    """Euclidean distances [r, n] by float64, since the matrix product inside loses half of the digits."""
+    left = rows.double()
+    return torch.cat([torch.cdist(left, part.double()).float() for part in others.split(ROWS)], dim=1)
 
 
 def as_features(features: Singles, *, extractor: str, source: str, logits: Singles | None = None) -> FeatureSet:

@@ -43,6 +43,7 @@ class Extractor:
         logits: Number of classes, 0 without logits: then there is no Inception score.
         spatial: Number of spatial features, 0 without: then there is no sFID.
         size: The only height and width that it takes, or None for any.
+        resizing: What the network does to the size of pictures itself, in words.
         eight_bits: Pictures are rounded to 256 levels a colour first, as a file would hold them.
         standard: Inception with the published weights: only then FID may be called so without more words.
         device: Where it runs.
@@ -55,10 +56,16 @@ class Extractor:
     logits: int = 0
     spatial: int = 0
     size: tuple[int, int] | None = None
+    resizing: str = "none"
     eight_bits: bool = True
     standard: bool = False
     device: str = "cpu"
     batch: int = 64
+
+    def to_json(self) -> dict[str, Any]:
+        """What a report says of it: name, widths, the size it takes, resizing, rounding."""
+        names = ("name", "standard", "width", "logits", "spatial", "size", "resizing", "eight_bits")
+        return {name: getattr(self, name) for name in names}
 
     def extract(
         self,
@@ -164,6 +171,7 @@ def inception(weights: Path | str | None = None, *, device: str = "cpu", batch: 
     )
     return Extractor(
         name, run, 2048, logits=1008, spatial=SPATIAL_CHANNELS * 17 * 17,
+        resizing="inside, to 299x299, bilinear as TensorFlow 1 did",
         standard=found.published, device=device, batch=batch,
     )  # fmt: skip
 

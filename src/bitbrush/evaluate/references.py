@@ -5,7 +5,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -232,20 +232,25 @@ def load_statistics(file: Path | str, split: str | None = None) -> Statistics:
     )  # fmt: skip
 
 
+def summarize(features: FeatureSet) -> Statistics:
+    """The statistics of a feature set, to compare many sets with without fitting it again."""
+    spatial = features.gaussian(spatial=True) if features.spatial is not None else None
+    return Statistics(features.gaussian(), spatial, features.source, features.extractor, features.count)
+
+
 def save_statistics(features: FeatureSet, file: Path | str) -> Statistics:
     """Writes the statistics of a feature set as ``.safetensors``, with the extractor's name and count; returns them.
 
     Raises:
         ResourceError: The disk refuses.
     """
-    pooled = features.gaussian()
-    spatial = features.gaussian(spatial=True) if features.spatial is not None else None
-    arrays = {"mu": pooled.mu, "sigma": pooled.sigma}
-    if spatial is not None:
-        arrays |= {"mu_s": spatial.mu, "sigma_s": spatial.sigma}
+    found = summarize(features)
+    arrays = {"mu": found.pooled.mu, "sigma": found.pooled.sigma}
+    if found.spatial is not None:
+        arrays |= {"mu_s": found.spatial.mu, "sigma_s": found.spatial.sigma}
     words = {"extractor": features.extractor, "count": str(features.count), "source": features.source}
     write_bytes(file, save({name: torch.from_numpy(array) for name, array in arrays.items()}, metadata=words))
-    return Statistics(pooled, spatial, f"statistics of {Path(file).name}", features.extractor, features.count)
+    return replace(found, source=f"statistics of {Path(file).name}")
 
 
 _Read = tuple[dict[str, Floats], dict[str, str]]
