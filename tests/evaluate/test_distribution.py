@@ -132,10 +132,10 @@ def test_fid_of_gaussians_by_hand() -> None:
 def test_density_and_coverage_by_hand() -> None:
     """On a line: real 0, 1, 2, 10 with k = 1 have radii 1, 1, 1, 8; ties do not count as inside."""
     real = as_features(np.array([[0.0], [1.0], [2.0], [10.0]]), extractor="x", source="real")
-    ours = as_features(np.array([[0.5], [1.5], [30.0]]), extractor="x", source="ours")
+    ours = as_features(np.array([[0.5], [1.5], [30.0], [-1.0]]), extractor="x", source="ours")
     density, coverage = density_coverage(ours, real, neighbours=1)
-    # 0.5 lies in the balls of 0 and 1; 1.5 in those of 1 and 2; 10 reaches from 2 to 18: neither
-    assert density.value == pytest.approx(4 / 3) and coverage.value == pytest.approx(3 / 4)
+    # 0.5 lies in the balls of 0 and 1; 1.5 in those of 1 and 2; 10 reaches from 2 to 18: neither; -1 on the edge of 0's
+    assert density.value == pytest.approx(4 / 4) and coverage.value == pytest.approx(3 / 4)
 
 
 def test_density_and_coverage_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,7 @@ def test_the_zoos_classifier(tmp_path: Path) -> None:
     said = extractor.to_json()
     assert (said["width"], said["size"], said["resizing"], said["eight_bits"]) == (384, (32, 32), "none", True)
     assert found.spatial is not None and found.spatial.shape == (12, extractor.spatial)
+    assert np.allclose(found.spatial, network.body[:6](network.stem(shown))[:, :7].flatten(1).numpy(), atol=1e-5)
     with pytest.raises(InputError, match="32x32"):
         extractor.extract(pictures(4, size=16), source="x")
 
@@ -160,7 +162,12 @@ def test_inception_with_random_weights_is_theirs_and_not_called_so(random_incept
     assert np.allclose(found.pooled, pooled.numpy(), rtol=1e-4, atol=1e-6)
     assert found.logits is not None and np.allclose(found.logits, logits.numpy(), rtol=1e-4, atol=1e-5)
     assert found.pooled.shape[1] == 2048 and found.spatial is not None and found.spatial.shape == (3, 7 * 17 * 17)
-    assert np.abs(found.spatial).max() > 0
+    middle: list[Tensor] = []  # "mixed_6/conv" of the TensorFlow graph: block 6d, its branch of one convolution
+    hook = network.get_submodule("Mixed_6d.branch1x1").register_forward_hook(lambda _m, _i, out: middle.append(out))
+    network(((shown + 1) * 127.5).round().to(torch.uint8))
+    hook.remove()
+    assert middle[0].shape == (3, 192, 17, 17) and np.abs(found.spatial).max() > 0
+    assert np.allclose(found.spatial, middle[0][:, :7].flatten(1).numpy(), rtol=1e-4, atol=1e-6)
     assert (
         not extractor.standard and "not the published ones" in extractor.name and "random.safetensors" in extractor.name
     )
@@ -187,6 +194,16 @@ def test_published_means_the_bytes(tmp_path: Path) -> None:
     assert not find(Published("a", "a-00000000.pth"), tmp_path / "a.safetensors").published
 
 
+class Runs:
+    """Makes a folder when it is unpickled freely."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.folder),)
+
+
 def test_files_that_are_no_weights(tmp_path: Path, random_inception: tuple[nn.Module, Path]) -> None:
     save_file({"a": torch.ones(2)}, tmp_path / "other.safetensors")
     with pytest.raises(ArtifactError, match="does not hold this network"):
@@ -195,11 +212,12 @@ def test_files_that_are_no_weights(tmp_path: Path, random_inception: tuple[nn.Mo
     (tmp_path / "cut.pth").write_bytes(b"\x80\x02")
     (tmp_path / "empty.pth").write_bytes(b"")
     torch.save([torch.ones(2)], tmp_path / "list.pth")
-    torch.save({"a": Means()}, tmp_path / "code.pth")  # would run code when read freely
+    torch.save({"a": Runs(tmp_path / "ran")}, tmp_path / "code.pth")
     names = ["cut.safetensors", "cut.pth", "empty.pth", "list.pth", "code.pth"]
     for name in names:
         with pytest.raises(ArtifactError, match="cannot be read") as caught:
             read(tmp_path / name)
         assert name in str(caught.value)
+    assert not (tmp_path / "ran").exists()
     with pytest.raises(Unavailable, match=r"gone\.pth"):
         inception(tmp_path / "gone.pth")
