@@ -1,7 +1,8 @@
-"""Folders of small pictures, and the zoo's classifier with random weights."""
+"""Folders of small pictures, the zoo's classifier with random weights, and a cache of weights."""
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from bitbrush.evaluate.features import ResNet
+from bitbrush.evaluate.weights import Published
 
 
 def pictures(n: int, *, seed: int = 0, size: int = 32, scale: float = 1.0) -> torch.Tensor:
@@ -37,6 +39,15 @@ def write_classifier(file: Path) -> Path:
         network.head.weight.mul_(1000)  # so that classes differ
     save_file(network.eval().state_dict(), file)
     return file
+
+
+def write_cached(folder: Path, name: str, state: dict[str, torch.Tensor]) -> Published:
+    """``state`` as a file NAME-DIGEST.pth, as torch's hub would hold it if these were published weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(state, folder / "unnamed")
+    digest = hashlib.sha256((folder / "unnamed").read_bytes()).hexdigest()[:8]
+    (folder / "unnamed").rename(folder / f"{name}-{digest}.pth")
+    return Published(f"the {name} weights", f"{name}-{digest}.pth")
 
 
 def noise_features(n: int, width: int = 6, *, seed: int = 0, shift: float = 0.0) -> np.ndarray:

@@ -17,7 +17,7 @@ from bitbrush.evaluate.feature_sets import INDEX, FeatureSet, fit
 from bitbrush.evaluate.features import cifar_classifier
 from bitbrush.evaluate.optional import Unavailable, fidelity
 from bitbrush.evaluate.weights import Published, find, read
-from folders import pictures, write_classifier
+from folders import pictures, write_cached, write_classifier
 
 
 class Means(nn.Module):
@@ -173,25 +173,64 @@ def test_inception_with_random_weights_is_theirs_and_not_called_so(random_incept
     )
 
 
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails the test when anything asks torch's hub for a file."""
+
+    def refuse(address: str, *args: object, **kwargs: object) -> None:
+        raise AssertionError(f"asked for {address}")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    monkeypatch.setattr(fidelity("feature_extractor_inceptionv3"), "load_state_dict_from_url", refuse)
+
+
+@pytest.mark.usefixtures("offline")
 def test_weights_come_from_the_cache(
     random_inception: tuple[nn.Module, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The name of the file carries the digest of its bytes; torch-fidelity's constructor opens it."""
     network, _ = random_inception
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(Unavailable, match="TORCH_HOME") as caught:
         inception()
     assert INCEPTION.file in str(caught.value) and str(tmp_path / "checkpoints") in str(caught.value)
+    published = write_cached(tmp_path / "checkpoints", "inception", network.state_dict())
+    monkeypatch.setattr("bitbrush.evaluate.extractors.INCEPTION", published)
+    extractor, shown = inception(batch=2), pictures(2, size=24)
+    pooled, _ = network(((shown + 1) * 127.5).round().to(torch.uint8))
+    assert np.allclose(extractor.extract(shown, source="x").pooled, pooled.numpy(), rtol=1e-4, atol=1e-6)
+    assert extractor.standard and "not the published" not in extractor.name
+
+
+@pytest.mark.usefixtures("offline")
+def test_other_bytes_in_the_cache_are_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     (tmp_path / "checkpoints").mkdir()
-    torch.save(network.state_dict(), tmp_path / "checkpoints" / INCEPTION.file)
-    assert inception().width == 2048
-    assert not inception().standard  # the name of the file is right, its bytes are not
+    file = tmp_path / "checkpoints" / INCEPTION.file
+    torch.save({"a": Runs(tmp_path / "ran")}, file)
+    with pytest.raises(Unavailable, match="not the published ones") as caught:
+        inception()
+    assert str(file) in str(caught.value) and "6726825d" in str(caught.value) and not (tmp_path / "ran").exists()
+    torch.load(file, weights_only=False)  # it would have run
+    assert (tmp_path / "ran").exists()
 
 
-def test_published_means_the_bytes(tmp_path: Path) -> None:
+def test_published_bytes_of_another_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    published = write_cached(tmp_path / "checkpoints", "inception", {"a": torch.ones(2)})
+    monkeypatch.setattr("bitbrush.evaluate.extractors.INCEPTION", published)
+    with pytest.raises(ArtifactError, match="does not hold this network") as caught:
+        inception()
+    assert published.file in str(caught.value)
+
+
+def test_a_given_file_is_never_the_published_one(tmp_path: Path) -> None:
+    """Whatever digest its name carries."""
     save_file({"a": torch.ones(2)}, tmp_path / "a.safetensors")
-    digest = find(Published("a", "a-00000000.pth"), tmp_path / "a.safetensors").digest
-    assert find(Published("a", f"a-{digest}.pth"), tmp_path / "a.safetensors").published
-    assert not find(Published("a", "a-00000000.pth"), tmp_path / "a.safetensors").published
+    found = find(Published("a", "a-00000000.pth"), tmp_path / "a.safetensors")
+    named = find(Published("a", f"a-{found.digest}.pth"), tmp_path / "a.safetensors")
+    assert not found.published and not named.published and named.tensors is not None and len(found.digest) == 8
 
 
 class Runs:
@@ -209,15 +248,27 @@ def test_files_that_are_no_weights(tmp_path: Path, random_inception: tuple[nn.Mo
     with pytest.raises(ArtifactError, match="does not hold this network"):
         inception(tmp_path / "other.safetensors")
     (tmp_path / "cut.safetensors").write_bytes(random_inception[1].read_bytes()[:1000])
-    (tmp_path / "cut.pth").write_bytes(b"\x80\x02")
-    (tmp_path / "empty.pth").write_bytes(b"")
-    torch.save([torch.ones(2)], tmp_path / "list.pth")
-    torch.save({"a": Runs(tmp_path / "ran")}, tmp_path / "code.pth")
-    names = ["cut.safetensors", "cut.pth", "empty.pth", "list.pth", "code.pth"]
-    for name in names:
+    (tmp_path / "empty.safetensors").write_bytes(b"")
+    torch.save({"a": Runs(tmp_path / "ran")}, tmp_path / "pickle.safetensors")
+    for name in ("cut.safetensors", "empty.safetensors", "pickle.safetensors"):
         with pytest.raises(ArtifactError, match="cannot be read") as caught:
             read(tmp_path / name)
         assert name in str(caught.value)
     assert not (tmp_path / "ran").exists()
-    with pytest.raises(Unavailable, match=r"gone\.pth"):
-        inception(tmp_path / "gone.pth")
+    with pytest.raises(Unavailable, match=r"gone\.safetensors"):
+        inception(tmp_path / "gone.safetensors")
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin", ""])
+def test_a_given_pickle_is_refused_with_a_line_that_converts_it(tmp_path: Path, suffix: str) -> None:
+    file = tmp_path / f"mine{suffix}"
+    torch.save({"a": Runs(tmp_path / "ran")}, file)
+    with pytest.raises(ArtifactError, match=r"must be \.safetensors") as caught:
+        inception(file)
+    assert str(file) in str(caught.value) and INCEPTION.file in str(caught.value) and not (tmp_path / "ran").exists()
+    torch.save({"a": torch.ones(2)}, file)
+    line = str(caught.value.try_).splitlines()[0]
+    code = line.removeprefix('python -c "').removesuffix('"')
+    assert code != line
+    exec(code, {})
+    assert read(tmp_path / "mine.safetensors")["a"].tolist() == [1, 1]

@@ -146,11 +146,12 @@ def inception(weights: Path | str | None = None, *, device: str = "cpu", batch: 
     without the bias of the last layer, as torch-fidelity takes them for the Inception score.
 
     Args:
-        weights: A file of weights; without one, the published file in the cache of torch's hub.
+        weights: A .safetensors file of other weights, which the name then says; without one, the published file in the
+            cache of torch's hub, opened by torch-fidelity.
 
     Raises:
         Unavailable: torch-fidelity or the weights are not there.
-        ArtifactError: The file holds other tensors.
+        ArtifactError: The file is not safetensors or holds other tensors.
     """
     module = fidelity("feature_extractor_inceptionv3")
     found = find(INCEPTION, weights)
@@ -239,17 +240,21 @@ def from_module(
 
 
 def _inception_network(module: Any, found: Weights) -> Any:
-    """Their network with our tensors: its constructor would unpickle a file, so it is handed the tensors instead."""
-    with _answering(module, "load_state_dict_from_url", found.tensors):
-        try:
-            return module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"])
-        except RuntimeError as error:
-            raise ArtifactError(
-                "the file of Inception weights does not hold this network",
-                where=str(found.path),
-                why=str(error).splitlines()[0],
-                try_=f"give {INCEPTION.file}, or those tensors as .safetensors",
-            ) from error
+    """Their network. The published file is opened by their constructor; tensors that were given are handed to it."""
+    layers = ["2048", "logits_unbiased"]
+    try:
+        if found.tensors is None:
+            file = {"feature_extractor_weights_path": str(found.path)}
+            return module.FeatureExtractorInceptionV3("inception-v3-compat", layers, **file)
+        with _answering(module, "load_state_dict_from_url", found.tensors):
+            return module.FeatureExtractorInceptionV3("inception-v3-compat", layers)
+    except (RuntimeError, OSError) as error:
+        raise ArtifactError(
+            "the file of Inception weights does not hold this network",
+            where=str(found.path),
+            why=str(error).splitlines()[0],
+            try_=f"put {INCEPTION.file} into {INCEPTION.cache.parent}, or give those tensors as .safetensors",
+        ) from error
 
 
 @contextlib.contextmanager

@@ -2,7 +2,8 @@
 
 torch-fidelity imports torchvision for data sets, VGG and CLIP; nothing that is called here uses it. Where torchvision
 is not installed a stand-in takes its place during that import. One that is installed but cannot be imported (the usual
-cause: a CUDA build beside a CPU build of torch) is an error that says so.
+cause: a CUDA build beside a CPU build of torch) is an error that says so. Only LPIPS with its published backbone needs
+torchvision itself.
 """
 
 from __future__ import annotations
@@ -46,6 +47,29 @@ def torchmetrics(module: str) -> Any:
     if importlib.util.find_spec("torch_fidelity") is not None:
         fidelity("metrics")
     return _load(f"torchmetrics.{module}", "torchmetrics")
+
+
+def torchvision(module: str, why: str, try_: str) -> Any:
+    """The module ``torchvision.<module>``, for the one thing that needs it.
+
+    Args:
+        module: For example ``"models"``.
+        why: What needs it, for the message.
+        try_: What serves instead.
+
+    Raises:
+        Unavailable: torchvision is missing or cannot be imported.
+    """
+    name, found = f"torchvision.{module}", "it is not installed"
+    try:
+        if importlib.util.find_spec("torchvision") is not None:
+            return importlib.import_module(name)
+    except (ImportError, RuntimeError) as error:
+        found = f"{type(error).__name__}: {error}"
+    raise Unavailable(
+        "torchvision cannot be imported", where=name, why=f"{found}; {why}",
+        try_=f"install torchvision from the place that torch came from, or {try_}",
+    )  # fmt: skip
 
 
 def _load(name: str, package: str) -> ModuleType:

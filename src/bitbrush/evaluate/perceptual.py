@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from bitbrush.errors import ArtifactError, InputError
-from bitbrush.evaluate.optional import torchmetrics
-from bitbrush.evaluate.weights import Published, Weights, find, read
+from bitbrush.evaluate.optional import Unavailable, torchmetrics, torchvision
+from bitbrush.evaluate.weights import Published, Weights, find
 
 Net = Literal["alex", "vgg"]
 MIN_SIDE = {"alex": 32, "vgg": 16}
@@ -20,6 +20,7 @@ BACKBONES = {
     "alex": Published("the AlexNet weights of LPIPS", "alexnet-owt-7be5be79.pth"),
     "vgg": Published("the VGG-16 weights of LPIPS", "vgg16-397923af.pth"),
 }
+ENTRIES = {"alex": "AlexNet_Weights", "vgg": "VGG16_Weights"}  # in torchvision.models
 
 
 @dataclass(frozen=True)
@@ -75,16 +76,18 @@ class PerceptualDistance:
 
 
 def lpips(net: Net = "alex", *, weights: Path | str | None = None, device: str = "cpu") -> PerceptualDistance:
-    """LPIPS version 0.1. Its linear layers come with torchmetrics, the backbone's weights with nobody.
+    """LPIPS version 0.1 by torchmetrics, which brings its linear layers and opens them itself.
 
     Args:
         net: ``"alex"`` (what papers report) or ``"vgg"``.
-        weights: torchvision's file of the backbone; without one, that in the cache of torch's hub.
+        weights: A .safetensors file of the backbone in torchvision's names; the distance is then named after it.
+            Without one, the published file in the cache of torch's hub, opened by torchvision.
 
     Raises:
         InputError: Another ``net``.
-        Unavailable: torchmetrics or the weights are not there. The message names the file and the place.
-        ArtifactError: The file holds other tensors.
+        Unavailable: torchmetrics, the weights, or, for the published ones, torchvision are not there. The message
+            names the file and the place.
+        ArtifactError: The file is not safetensors or holds other tensors.
     """
     if net not in BACKBONES:
         raise InputError(
@@ -93,42 +96,64 @@ def lpips(net: Net = "alex", *, weights: Path | str | None = None, device: str =
         )  # fmt: skip
     module = torchmetrics("functional.image.lpips")
     found = find(BACKBONES[net], weights)
-    network = build(module, net)
-    _fill_backbone(network, net, found)
-    heads = read(Path(module.__file__).parent / "lpips_models" / f"{net}.pth")
-    network.load_state_dict(heads, strict=False)
+    network = _published(module, net, found) if found.tensors is None else build(module, net, _backbone(net, found))
     other = f"learned distance, {net}, weights of {found.path.name} ({found.digest})"
     name = f"LPIPS ({net})" if found.published else other
     return PerceptualDistance(name, found.published, network.to(device), MIN_SIDE[net], device)
 
 
-def build(module: Any, net: Net) -> Any:
-    """torchmetrics' LPIPS network with random weights, in evaluation mode, without gradients.
+def build(module: Any, net: Net, backbone: nn.Sequential) -> Any:
+    """torchmetrics' LPIPS network on ``backbone``, in evaluation mode, without gradients.
 
-    It asks torchvision for the layers of the backbone; it is handed the same layers made here, so that torchvision
-    need not be installed.
+    torchmetrics asks torchvision for the layers of the backbone; here it is handed these instead, so that torchvision
+    need not be installed. The linear layers are its own, and it loads them.
     """
     before = module._get_tv_model_features
-    module._get_tv_model_features = lambda *args, **kwargs: LAYERS[net]()
+    module._get_tv_model_features = lambda *args, **kwargs: backbone
     try:
-        return module._NoTrainLpips(pretrained=False, net=net, pnet_rand=True)
+        return module._NoTrainLpips(pretrained=True, net=net, pnet_rand=False)
     finally:
         module._get_tv_model_features = before
 
 
-def _fill_backbone(network: Any, net: Net, found: Weights) -> None:
-    """torchvision's names (``features.3.weight``) into torchmetrics' slices (``net.slice2.3.weight``), all of them."""
-    places = {name: f"features.{name.partition('.')[2]}" for name in network.net.state_dict()}
-    missing = sorted(set(places.values()) - set(found.tensors))
+def _published(module: Any, net: Net, found: Weights) -> Any:
+    """torchmetrics' network with torchvision's weights. torchvision looks into the cache under the name in its address.
+
+    Raises:
+        Unavailable: torchvision is not there, or would fetch another file than the one that was found.
+        ArtifactError: The file does not hold the backbone.
+    """
+    instead = f"give the tensors of {found.path} as .safetensors, which serves without torchvision"
+    models = torchvision("models", f"{found.path.name} is a pickle, which only torchvision's own code opens", instead)
+    address = getattr(models, ENTRIES[net]).DEFAULT.url
+    if address.rpartition("/")[2] != found.path.name:
+        raise Unavailable(
+            "torchvision has other weights for LPIPS", where=str(found.path),
+            why=f"it would fetch {address}, and nothing is downloaded on its own", try_=instead,
+        )  # fmt: skip
     try:
-        if missing:
-            raise RuntimeError(f"{missing[0]} is not in it")
-        network.net.load_state_dict({name: found.tensors[place] for name, place in places.items()}, strict=True)
+        return module._NoTrainLpips(pretrained=True, net=net, pnet_rand=False)
+    except (RuntimeError, OSError) as error:
+        raise _no_backbone(net, found, error) from error
+
+
+def _backbone(net: Net, found: Weights) -> nn.Sequential:
+    """The layers with the tensors of a file in torchvision's names (``features.3.weight``), all of them."""
+    layers, prefix = LAYERS[net](), "features."
+    tensors = {name.removeprefix(prefix): t for name, t in (found.tensors or {}).items() if name.startswith(prefix)}
+    try:
+        layers.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
-        raise ArtifactError(
-            "the file does not hold the backbone of LPIPS", where=str(found.path), why=str(error).splitlines()[-1],
-            try_=f"give torchvision's {BACKBONES[net].file}",
-        ) from error  # fmt: skip
+        raise _no_backbone(net, found, error) from error
+    return layers
+
+
+def _no_backbone(net: Net, found: Weights, error: Exception) -> ArtifactError:
+    return ArtifactError(
+        "the file does not hold the backbone of LPIPS", where=str(found.path), why=str(error).splitlines()[-1].strip(),
+        try_=f"put torchvision's {BACKBONES[net].file} into {BACKBONES[net].cache.parent}, or give its tensors as "
+        ".safetensors",
+    )  # fmt: skip
 
 
 def alexnet_layers() -> nn.Sequential:
