@@ -79,4 +79,6 @@ $(VENV)/.core: $(VENV)/.torch pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.core
 	$(PIP) -c constraints.txt -c $(TORCH_PIN) -e '.[dev]'
+	@# Alone: its torchvision would be a CUDA build, which cannot be imported beside a CPU build of torch (docs/decisions.md).
+	$(PIP) -c constraints.txt --no-deps torch-fidelity
 	@touch $@
