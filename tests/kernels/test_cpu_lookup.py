@@ -131,3 +131,12 @@ def test_what_it_leaves_to_the_reference() -> None:
     assert layer.kernel == "cpu-lookup" and "not on cuda" in str(cpu_lookup.why_not(layer, "cuda"))
     with torch.no_grad():
         assert torch.equal(layer(x), cpu_lookup.looked_up(layer, x))
+
+
+def test_a_model_that_was_moved_elsewhere_is_left_to_the_reference() -> None:
+    layer = _linear()
+    layer.pack()
+    chosen = kernels.use(layer, "cpu-lookup")
+    assert set(chosen.values()) == {"cpu-lookup"} and cpu_lookup.pays(layer, 2)
+    x = torch.zeros(2, 48, device="meta")
+    assert layer.to("meta")(x).device == x.device

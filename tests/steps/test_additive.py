@@ -330,6 +330,7 @@ def test_nothing_within_a_phase_reads_a_value_or_leaves_the_device(device: str) 
         solution = additive.start([target], settings, g)
         adam = additive.Adam([target], [target.energy()], solution, settings)
         solution, value = adam.phase(solution)
+        solution = additive.feed([target], solution, settings)
         solution = additive.reassign([target], solution, settings, g)
         assert solution.codes[0].shape == (24, 8, 2) and solution.codes[0].device.type == value.device.type == place
 

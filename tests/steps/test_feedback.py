@@ -57,6 +57,22 @@ def test_an_h_without_correlation_changes_nothing() -> None:
         assert torch.equal(found[:, :, 0].long(), nearest)
 
 
+def test_the_diagonal_is_cut_into_blocks() -> None:
+    matrix = torch.arange(36.0).reshape(6, 6)
+    found = feedback.corners(matrix, 2)
+    assert torch.equal(found, torch.stack([matrix[i : i + 2, i : i + 2] for i in (0, 2, 4)]))
+
+
+def test_blocks_do_not_change_what_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 10 groups, in blocks of 16, of 4 (the last one short), and of 1."""
+    target, books = correlated(6, 40), torch.randn(2, 16, 4, generator=seeded(4))
+    found = []
+    for size in (16, 4, 1):
+        monkeypatch.setattr(feedback, "BLOCK", size)
+        found.append(feedback.encode(target.weight, target.covariance, books, torch.ones(6), beam=4, damping=0.01))
+    assert found[0].shape == (6, 10, 2) and torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
 def test_a_full_beam_finds_the_best_sum() -> None:
     points, books = torch.randn(7, 4, generator=seeded()), torch.randn(3, 4, 4, generator=seeded(1))
     states = torch.tensor(list(itertools.product(range(4), repeat=3)))

@@ -67,9 +67,9 @@ def looked_up(layer: QuantLayer, x: Tensor) -> Tensor:
     """Output of a packed layer from looked-up sums, in float32.
 
     Of inputs in other dtypes, and where a gradient is wanted, the reference makes the output: it rounds the decoded
-    weight to the dtype, which a sum of table entries cannot.
+    weight to the dtype, which a sum of table entries cannot. So it does for a model that was moved to another device.
     """
-    if x.dtype != torch.float32 or (torch.is_grad_enabled() and x.requires_grad):
+    if x.dtype != torch.float32 or x.device.type != "cpu" or (torch.is_grad_enabled() and x.requires_grad):
         return reference.run(layer, x)
     given = layer.quantize_input(x)
     if isinstance(layer, nn.Conv2d):

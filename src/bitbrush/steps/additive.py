@@ -19,6 +19,7 @@ undone row by row. The loss of epochs never rises.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -30,7 +31,7 @@ from bitbrush.errors import InputError
 from bitbrush.numbers.codebook import add_codewords, decode, to_half
 from bitbrush.steps.beam import BLOCK_GROUPS, BUDGET, Visitor, row_losses, search, visit
 from bitbrush.steps.captured import Captured
-from bitbrush.steps.feedback import encode
+from bitbrush.steps.feedback import Feeder, encode, encode_block
 
 _FLOOR = 1e-9  # added to scales: a row of zeros stays a row of zeros
 _CHUNK = 64  # groups that one thread adds up
@@ -102,7 +103,7 @@ Report = Callable[[str, int, float], None]
 
 def fit(
     targets: Sequence[Target], settings: Settings, generator: torch.Generator, report: Report | None = None,
-    visitor: Visitor | None = None,
+    visitor: Visitor | None = None, feeder: Feeder | None = None,
 ) -> tuple[Solution, list[float]]:
     """Codebooks, codes and scales for layers that share them, and the losses: at the start, then after every epoch.
 
@@ -112,12 +113,15 @@ def fit(
         generator: On the CPU; all draws come from it.
         report: Told about every phase.
         visitor: Of the search, see there.
+        feeder: Of error feedback, see `captured`, which makes both.
 
     Raises:
         InputError: No layers, or columns that groups do not divide.
     """
-    solution = feed(targets, start(targets, settings, generator), settings)
-    visitor = visitor or Captured(visit, targets[0].weight.device)
+    solution = start(targets, settings, generator)
+    made = captured(settings, targets[0].weight.device)
+    visitor, feeder = visitor or made[0], feeder or made[1]
+    solution = feed(targets, solution, settings, feeder)
     energies = [target.energy() for target in targets]
     losses = [float(loss(targets, energies, solution))]
     tell = report or (lambda phase, epoch, value: None)
@@ -127,7 +131,7 @@ def fit(
         solution, value = adam.phase(solution)
         tell("adam", epoch, float(value))
         if epoch <= _FED:
-            solution = feed(targets, solution, settings)
+            solution = feed(targets, solution, settings, feeder)
         solution = reassign(targets, solution, settings, generator, visitor)
         losses.append(float(loss(targets, energies, solution)))
         tell("beam", epoch, losses[-1])
@@ -136,14 +140,22 @@ def fit(
     return solution, losses
 
 
-def feed(targets: Sequence[Target], solution: Solution, settings: Settings) -> Solution:
+def captured(settings: Settings, device: torch.device) -> tuple[Captured, Captured]:
+    """Visitor and feeder of a fit, captured on CUDA: what fits many layers makes them once, for their shapes recur."""
+    beam = max(settings.beam, _FEED)
+    return Captured(visit, device), Captured(functools.partial(encode_block, beam=beam), device)
+
+
+def feed(
+    targets: Sequence[Target], solution: Solution, settings: Settings, feeder: Feeder | None = None
+) -> Solution:
     """Codes found with error feedback, row by row where they are better (`bitbrush.steps.feedback`)."""
     if settings.feedback == 0:
         return solution
     codes = []
     for target, old, scale in zip(targets, solution.codes, solution.scales, strict=True):
         new = encode(target.weight, target.covariance, solution.codebooks, scale, beam=max(settings.beam, _FEED),
-                     damping=settings.feedback).to(old.dtype)
+                     damping=settings.feedback, feeder=feeder).to(old.dtype)
         before, after = (row_losses(target.weight - decode(c, solution.codebooks, scale), target.covariance)
                          for c in (old, new))
         codes.append(torch.where((after < before)[:, None, None], new, old))

@@ -89,7 +89,7 @@ def search(
     """
     books, factors, h = codebooks.float(), scale.float(), covariance.float()
     target = weight.float() / torch.where(factors == 0, 1, factors)[:, None]
-    blocks = visiting_order(codes.shape[1], len(books), block_groups, generator)
+    blocks = visiting_order(codes.shape[1], len(books), block_groups, generator, weight.device)
     found = torch.empty_like(codes)
     for rows in row_chunks(codes.shape, books.shape, beam, block_groups, budget):
         part = _search_rows(target[rows], h, codes[rows], books, blocks, beam, visitor or visit)
@@ -100,11 +100,14 @@ def search(
 
 
 def visiting_order(
-    groups: int, count: int, block_groups: int, generator: torch.Generator
+    groups: int, count: int, block_groups: int, generator: torch.Generator, device: torch.device | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
-    """Groups in random order, cut into blocks ``[T]``, and for each group a random order of codebooks ``[T, K]``."""
-    order = torch.randperm(groups, generator=generator)
-    inner = torch.rand(groups, count, generator=generator).argsort(dim=1)
+    """Groups in random order, cut into blocks ``[T]``, and for each group a random order of codebooks ``[T, K]``.
+
+    They go to the ``device`` together: a copy waits until everything before it has been computed there.
+    """
+    order = torch.randperm(groups, generator=generator).to(device)
+    inner = torch.rand(groups, count, generator=generator).argsort(dim=1).to(device)
     return list(zip(order.split(block_groups), inner.split(block_groups), strict=True))
 
 
@@ -122,7 +125,6 @@ def row_chunks(
 
 def make_block(groups: Tensor, order: Tensor, covariance: Tensor, books: Tensor) -> Block:
     """What `visit_block` needs of the groups ``[T]`` with orders ``[T, K]``."""
-    groups, order = groups.to(covariance.device), order.to(covariance.device)
     size, group = len(groups), books.shape[2]
     columns = (groups[:, None] * group + torch.arange(group, device=groups.device)).flatten()
     within = covariance[columns[:, None], columns]

@@ -34,7 +34,6 @@ from bitbrush.numbers.codebook import to_groups, to_half
 from bitbrush.numbers.grid import Plan, WeightSpec
 from bitbrush.steps import additive
 from bitbrush.steps.additive import Settings, Solution, Target
-from bitbrush.steps.beam import visit
 from bitbrush.steps.calibrate import calibration
 from bitbrush.steps.captured import Captured
 from bitbrush.steps.covariance import Covariance
@@ -137,13 +136,13 @@ class FitCodebooks(Step):
         found = self._covariances(run, {name: layers[name] for name in layers if name in names}, generator)
         tensors: dict[str, Tensor] = {}
         sets: dict[str, Any] = {}
-        visitor = Captured(visit, run.device)
+        made: dict[Settings, tuple[Captured, Captured]] = {}
         errors: dict[str, float] = {}
         run.progress.start(f"codebooks of {unit}", len(groups))
         try:
             for group in groups:
                 targets = [self._target(layers[name], found.get(name)) for name in group.layers]
-                solution, losses = self._fit(run, group, layers[group.layers[0]], targets, generator, visitor)
+                solution, losses = self._fit(run, group, layers[group.layers[0]], targets, generator, made)
                 tensors |= stored(group, solution)
                 final = additive.relative_errors(targets, [t.energy() for t in targets], additive.rounded(solution))
                 errors |= {name: _short(float(e)) for name, e in zip(group.layers, final, strict=True)}
@@ -213,12 +212,14 @@ class FitCodebooks(Step):
     # ---- the fit -----------------------------------------------------------------------------------------------
     def _fit(
         self, run: Run, group: Group, layer: QuantLayer, targets: list[Target], generator: torch.Generator,
-        visitor: Captured,
+        made: dict[Settings, tuple[Captured, Captured]],
     ) -> tuple[Solution, list[float]]:
         def report(phase: str, epoch: int, value: float) -> None:
             run.progress.advance(0, f"{group.name}: {phase} {epoch} of {self.epochs}, error {value:.4g}")
 
-        return additive.fit(targets, self.settings(_spec(layer)), generator, report, visitor)
+        settings = self.settings(_spec(layer))
+        visitor, feeder = made.setdefault(settings, additive.captured(settings, run.device))
+        return additive.fit(targets, settings, generator, report, visitor, feeder)
 
     def settings(self, spec: WeightSpec) -> Settings:
         """This step's settings for layers with such a weight."""

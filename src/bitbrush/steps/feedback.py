@@ -14,6 +14,9 @@ the codebooks.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -23,10 +26,13 @@ from bitbrush.steps.beam import lowest
 BLOCK = 16
 """Groups after which all later columns are brought up to date; within, only those of the block."""
 
+Feeder = Callable[..., tuple[Tensor, ...]]
+
 
 @torch.no_grad()
 def encode(
-    weight: Tensor, covariance: Tensor, codebooks: Tensor, scale: Tensor, *, beam: int, damping: float
+    weight: Tensor, covariance: Tensor, codebooks: Tensor, scale: Tensor, *, beam: int, damping: float,
+    feeder: Feeder | None = None,
 ) -> Tensor:
     """Codes ``[N, G, K]`` uint8.
 
@@ -37,6 +43,7 @@ def encode(
         scale: ``[N]``.
         beam: Hypotheses a row while the codes of a group are found.
         damping: Share of H's mean diagonal that is added to it; above 0.
+        feeder: `feeder` of this beam, or a captured form of it.
     """
     group = codebooks.shape[2]
     energy = covariance.diagonal().reshape(-1, group).sum(dim=1)
@@ -45,23 +52,47 @@ def encode(
     upper = factor(covariance[columns[:, None], columns], damping)
     books, rows = codebooks.float(), len(weight)
     left = (weight.float() / torch.where(scale == 0, 1, scale.float())[:, None])[:, columns]
-    codes = torch.empty(rows, len(order), len(books), dtype=torch.uint8, device=weight.device)
-    wide = BLOCK * group
-    for start in range(0, len(columns), wide):
-        end = min(start + wide, len(columns))
-        lost = torch.empty(rows, end - start, device=left.device)
-        for first in range(start, end, group):
-            last = first + group
-            corner = upper[first:last, first:last]
-            white = torch.linalg.solve_triangular(corner, torch.cat([left[:, first:last], books.flatten(0, 1)]),
-                                                  upper=True, left=False)
-            found = sums(white[:rows], white[rows:].reshape(books.shape), beam)
-            codes[:, order[first // group]] = found.to(torch.uint8)
-            error = white[:rows] - add_codewords(found, white[rows:].reshape(books.shape))
-            lost[:, first - start : last - start] = error
-            left[:, last:end] -= error @ upper[first:last, last:end]
-        left[:, end:] -= lost @ upper[start:end, end:]
-    return codes
+    unit = torch.eye(group, device=upper.device).expand(len(order), group, group)
+    inverses = torch.linalg.solve_triangular(corners(upper, group), unit, upper=True)
+    run = feeder or functools.partial(encode_block, beam=beam)
+    found = torch.empty(rows, len(order), len(books), dtype=torch.uint8, device=weight.device)
+    for first in range(0, len(order), BLOCK):
+        here = slice(first * group, (first + BLOCK) * group)
+        codes, lost = run(left[:, here], upper[here, here], inverses[first : first + BLOCK], books)
+        found[:, first : first + BLOCK] = codes.to(torch.uint8)
+        left[:, here.stop :] -= lost @ upper[here, here.stop :]
+    return torch.empty_like(found).index_copy_(1, order, found)
+
+
+def encode_block(left: Tensor, upper: Tensor, inverses: Tensor, books: Tensor, beam: int) -> tuple[Tensor, Tensor]:
+    """Codes of T groups, one after another, as a function of tensors: no shape depends on values, none is read back.
+
+    Args:
+        left: What is to be represented of their columns, ``[N, T*g]``, in units of the scales.
+        upper: U of these columns, ``[T*g, T*g]``.
+        inverses: ``U_JJ^-1`` of each group, ``[T, g, g]``.
+        books: ``[K, 2**B, g]``, float32.
+        beam: Hypotheses a row.
+
+    Returns:
+        Codes ``[N, T, K]`` int64, and E ``[N, T*g]``.
+    """
+    group = books.shape[2]
+    white, left = books @ inverses[:, None], left.clone()  # [T, K, 2**B, g]
+    codes, lost = [], []
+    for t in range(len(inverses)):
+        last = (t + 1) * group
+        points = left[:, last - group : last] @ inverses[t]
+        codes.append(sums(points, white[t], beam))
+        lost.append(points - add_codewords(codes[-1], white[t]))
+        left[:, last:] -= lost[-1] @ upper[last - group : last, last:]
+    return torch.stack(codes, dim=1), torch.cat(lost, dim=1)
+
+
+def corners(matrix: Tensor, size: int) -> Tensor:
+    """The blocks ``[G, g, g]`` on the diagonal of a matrix ``[G*g, G*g]``."""
+    blocks = matrix.reshape(len(matrix) // size, size, -1, size)
+    return blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
 
 def factor(covariance: Tensor, damping: float) -> Tensor:

@@ -48,8 +48,11 @@ class Extremes:
         """Take inputs ``[B, .., C, ..]`` of the timesteps ``[B]``; what is neither sample nor channel is a pixel."""
         samples = x.detach().float().movedim(channel_dim, -1).flatten(1, -2)  # [B, pixels, C]
         self.samples += len(samples)
-        for time in dict.fromkeys(times):
-            here = samples[torch.tensor([t == time for t in times], device=x.device)]
+        distinct = dict.fromkeys(times)
+        for time in distinct:
+            here = samples  # choosing among them copies, and waits for the device
+            if len(distinct) > 1:
+                here = samples[torch.tensor([t == time for t in times], device=x.device)]
             known = self._found.setdefault(time, {})
             for dimension in self.kept:
                 over = (0, 1) if dimension == "channel" else (0, 2)
