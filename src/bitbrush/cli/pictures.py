@@ -101,8 +101,9 @@ def save_pictures(drawn: Tensor, output: Path) -> list[Path]:
     from PIL import Image
 
     from bitbrush.engine import disk
+    from bitbrush.evaluate.eight_bits import to_levels
 
-    bytes_ = ((drawn.float() + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+    bytes_ = to_levels(drawn).permute(0, 2, 3, 1).cpu().numpy()
     several = len(bytes_) > 1
     paths = []
     for index, pixels in enumerate(bytes_):

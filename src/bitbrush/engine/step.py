@@ -39,6 +39,11 @@ class UnitResult:
         return cls(tensors, plan, facts["notes"])
 
 
+def short(value: float) -> float:
+    """A figure for the notes of a unit: six digits."""
+    return float(f"{value:.6g}")
+
+
 class Step(BaseModel):
     """A step of a recipe. Its fields are the keys of its TOML table; defaults live here and nowhere else.
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from bitbrush.errors import ArtifactError, InputError, NumericsError
+from bitbrush.evaluate.eight_bits import round_to_8_bits, to_levels
 from bitbrush.evaluate.feature_sets import FeatureSet, Sink
 from bitbrush.evaluate.features import ResNet, cifar_classifier
-from bitbrush.evaluate.fid import round_to_8_bits
 from bitbrush.evaluate.optional import fidelity
 from bitbrush.evaluate.weights import Published, Weights, find
 
@@ -160,9 +160,8 @@ def inception(weights: Path | str | None = None, *, device: str = "cpu", batch: 
     network.Mixed_6d.branch1x1.register_forward_hook(lambda _module, _inputs, output: maps.append(output))
 
     def run(pictures: Tensor) -> Output:
-        levels = ((pictures.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         maps.clear()
-        pooled, logits = network(levels)
+        pooled, logits = network(to_levels(pictures))
         return Output(pooled, logits, maps.pop()[:, :SPATIAL_CHANNELS].flatten(1))
 
     name = (

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from bitbrush.errors import InputError, NumericsError
+from bitbrush.evaluate.eight_bits import round_to_8_bits
 from bitbrush.evaluate.features import cifar_classifier, read_tensors
 from bitbrush.evaluate.statistics import Estimate
 
@@ -110,11 +111,6 @@ def cifar_features(pictures: Tensor, evaluators_folder: Path | str, *, device: s
     with torch.no_grad():
         parts = [network.features(part.to(device)).double().cpu() for part in round_to_8_bits(pictures).split(batch)]
     return torch.cat(parts).numpy()
-
-
-def round_to_8_bits(pictures: Tensor) -> Tensor:
-    """Pictures in [-1, 1] as a file with 256 levels a colour would hold them; float32."""
-    return ((pictures.float().clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
 
 
 def _gaussian(features: Floats) -> tuple[Floats, Floats]:

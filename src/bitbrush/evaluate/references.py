@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bitbrush.engine.disk import write_bytes
 from bitbrush.errors import ArtifactError, InputError
+from bitbrush.evaluate.eight_bits import from_levels
 from bitbrush.evaluate.feature_sets import FeatureSet, Floats, Gaussian
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -116,7 +117,7 @@ class PictureFolder:
         with ThreadPoolExecutor(THREADS) as pool:
             for first in range(0, len(self.files), batch):
                 read = list(pool.map(self._read, self.files[first : first + batch]))
-                yield torch.from_numpy(np.stack(read)).permute(0, 3, 1, 2).float() / 127.5 - 1
+                yield from_levels(torch.from_numpy(np.stack(read)).permute(0, 3, 1, 2))
 
     @property
     def source(self) -> str:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from bitbrush.engine.disk import Disk, write_bytes
 from bitbrush.errors import ArtifactError, InputError, InternalError
+from bitbrush.evaluate.eight_bits import from_levels, to_levels
 
 FACTS = "facts.json"
 PICTURES = "pictures"
@@ -131,7 +132,7 @@ class PictureStore:
                                 where=f"pictures {part.start} to {part.stop - 1}")
         kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         if self.eight_bits:
-            kept[PICTURES] = ((pictures.detach().cpu().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+            kept[PICTURES] = to_levels(kept[PICTURES])
         return kept
 
 
@@ -155,7 +156,7 @@ def _read(path: Path, name: str, rows: int) -> Tensor:
                                 try_="draw again into another folder, keeping it")
         tensor: Tensor = file.get_tensor(name)[:rows]
     if name == PICTURES and tensor.dtype == torch.uint8:
-        return tensor.float() / 127.5 - 1
+        return from_levels(tensor)
     return tensor
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from bitbrush.evaluate.compare import Comparison
+from bitbrush.evaluate.eight_bits import to_levels
 from bitbrush.evaluate.pairs import psnr
 from bitbrush.report.text import number
 
@@ -65,8 +66,7 @@ def difference_png(picture: Tensor, reference: Tensor, factor: int) -> str:
 
 def pixels(picture: Tensor) -> NDArray[np.uint8]:
     """[3, H, W] in [-1, 1] as bytes [H, W, 3]."""
-    rounded = ((picture.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0)
-    found: NDArray[np.uint8] = rounded.contiguous().numpy()
+    found: NDArray[np.uint8] = to_levels(picture).permute(1, 2, 0).contiguous().numpy()
     return found
 
 

@@ -14,7 +14,7 @@ Rows that keep N bits keep their codes; the others get scales by the search of `
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from bitbrush.engine.memo import Memo
 from bitbrush.engine.planning import check_pattern, matches
 from bitbrush.engine.run import Run
-from bitbrush.engine.step import Step, UnitResult
+from bitbrush.engine.step import Step, UnitResult, short
 from bitbrush.engine.tape import Recording
 from bitbrush.errors import InternalError
 from bitbrush.network import wrap
@@ -121,7 +121,7 @@ class Allocate(Step):
         notes = {
             "groups": best, "average_bits": round(sum(row_bits) / count, 4),
             "rows": {str(b): row_bits.count(b) for b in widths}, "share": round(best * (count // GROUPS) / count, 4),
-            "loss_start": _short(totals[0] / self._used(run)), "loss_end": _short(totals[best] / self._used(run)),
+            "loss_start": short(totals[0] / self._used(run)), "loss_end": short(totals[best] / self._used(run)),
         }
         if set(row_bits) == {bits}:
             return UnitResult(notes=notes)
@@ -295,7 +295,3 @@ def _decoded(layer: QuantLayer, coded: Coded) -> Tensor:
     ndim = 4 if isinstance(layer, nn.Conv2d) else 2
     scale, zero = (expand_weight_scale(coded[k].float(), layer.segments, ndim) for k in ("scale", "zero_point"))
     return decode(coded["codes"], scale, zero)
-
-
-def _short(value: Any) -> float:
-    return float(f"{float(value):.6g}")

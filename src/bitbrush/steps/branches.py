@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from bitbrush.network.layers import QuantLayer
 from bitbrush.network.low_rank import product
 from bitbrush.numbers.codebook import to_half
+from bitbrush.steps.patches import output_size, patches
 
 if TYPE_CHECKING:
     from bitbrush.engine.run import Run
@@ -126,14 +127,11 @@ def inputs_of(layer: QuantLayer, x: Tensor, count: int, generator: torch.Generat
         return rows[torch.randint(len(rows), (count,), generator=generator).to(x.device)].float()
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     padded = nn.functional.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
-    size, (sh, sw), (dh, dw) = layer.kernel_hw, layer.stride, layer.dilation
-    high = (padded.shape[2] - int(dh) * (size[0] - 1) - 1) // int(sh) + 1
-    wide = (padded.shape[3] - int(dw) * (size[1] - 1) - 1) // int(sw) + 1
+    pictures, (sh, sw), (dh, dw) = padded.permute(0, 2, 3, 1), layer.stride, layer.dilation
+    shape = (layer.kernel_hw, (int(sh), int(sw)), (int(dh), int(dw)))
+    high, wide = output_size(pictures, *shape)
     place = torch.randint(len(x) * high * wide, (count,), generator=generator).to(x.device)
-    y = (place % (high * wide) // wide * int(sh))[:, None] + torch.arange(size[0], device=x.device) * int(dh)
-    z = (place % wide * int(sw))[:, None] + torch.arange(size[1], device=x.device) * int(dw)
-    picture = (place // (high * wide))[:, None, None]
-    return padded.permute(0, 2, 3, 1)[picture, y[:, :, None], z[:, None]].permute(0, 3, 1, 2).float().contiguous()
+    return patches(pictures, place, *shape).permute(0, 3, 1, 2).float().contiguous()
 
 
 def smoothings(inputs: Tensor, weights: Tensor, grid: int) -> Iterator[tuple[tuple[float, float], Tensor]]:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bitbrush.engine.codebook_sets import subset_of
 from bitbrush.engine.run import Run
-from bitbrush.engine.step import Step, UnitResult
+from bitbrush.engine.step import Step, UnitResult, short
 from bitbrush.errors import InternalError
 from bitbrush.network import wrap
 from bitbrush.network.codebook_layers import CodebookLayer
@@ -145,14 +145,14 @@ class FitCodebooks(Step):
                 solution, losses = self._fit(run, group, layers[group.layers[0]], targets, generator, made)
                 tensors |= stored(group, solution)
                 final = additive.relative_errors(targets, [t.energy() for t in targets], additive.rounded(solution))
-                errors |= {name: _short(float(e)) for name, e in zip(group.layers, final, strict=True)}
-                sets[group.name] = {"layers": len(group.layers), "losses": [_short(value) for value in losses]}
+                errors |= {name: short(float(e)) for name, e in zip(group.layers, final, strict=True)}
+                sets[group.name] = {"layers": len(group.layers), "losses": [short(value) for value in losses]}
                 run.progress.advance(1, f"{group.name}: error {losses[0]:.3g} to {losses[-1]:.3g}")
         finally:
             run.progress.finish()
         return UnitResult(tensors, notes={
-            "loss_start": _short(_mean(each["losses"][0] for each in sets.values())),
-            "loss_end": _short(_mean(each["losses"][-1] for each in sets.values())),
+            "loss_start": short(_mean(each["losses"][0] for each in sets.values())),
+            "loss_end": short(_mean(each["losses"][-1] for each in sets.values())),
             "epochs": {name: len(each["losses"]) - 1 for name, each in sets.items()}, "sets": sets, "errors": errors,
             "recordings": len({id(covariance) for covariance in found.values()}),
         })
@@ -218,7 +218,9 @@ class FitCodebooks(Step):
             run.progress.advance(0, f"{group.name}: {phase} {epoch} of {self.epochs}, error {value:.4g}")
 
         settings = self.settings(_spec(layer))
-        visitor, feeder = made.setdefault(settings, additive.captured(settings, run.device))
+        if settings not in made:
+            made[settings] = additive.captured(settings, run.device)
+        visitor, feeder = made[settings]
         return additive.fit(targets, settings, generator, report, visitor, feeder)
 
     def settings(self, spec: WeightSpec) -> Settings:
@@ -272,7 +274,3 @@ def _spec(layer: QuantLayer) -> WeightSpec:
 def _mean(values: Any) -> float:
     found = list(values)
     return sum(found) / len(found)
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.6g}")

@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bitbrush.errors import InputError
-
-Pair = tuple[int, int]
+from bitbrush.steps.patches import Pair, output_size, patches
 
 
 class Covariance:
@@ -64,18 +63,12 @@ class Covariance:
                              f"expected {self.size} features", try_="give each layer an accumulator of its own")
         padded = functional.pad(inputs, (padding[1], padding[1], padding[0], padding[0])).permute(0, 2, 3, 1)
         padded = padded.contiguous()  # the channels of a pixel side by side: they are gathered together
-        high, wide = (
-            (padded.shape[1 + i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(2)
-        )
+        high, wide = output_size(padded, kernel, stride, dilation)
         count = len(inputs) * high * wide
         kept = self._kept(count, inputs.device)
-        steps = [torch.arange(kernel[i], device=inputs.device) * dilation[i] for i in range(2)]
         for chunk in self._chunks(count if kept is None else len(kept)):
             place = torch.arange(chunk.start, chunk.stop, device=inputs.device) if kept is None else kept[chunk]
-            picture, pixel = place // (high * wide), place % (high * wide)
-            y = (pixel // wide * stride[0])[:, None] + steps[0]
-            x = (pixel % wide * stride[1])[:, None] + steps[1]
-            self._add_rows(padded[picture[:, None, None], y[:, :, None], x[:, None, :]].flatten(1))
+            self._add_rows(patches(padded, place, kernel, stride, dilation).flatten(1))
 
     def merge(self, other: Covariance) -> None:
         """Take in what another accumulator saw: both weigh by their numbers of samples."""

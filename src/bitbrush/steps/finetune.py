@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from bitbrush.engine.journal import generator as derived
 from bitbrush.engine.planning import check_pattern, matches, site_names
 from bitbrush.engine.run import Run, find_nonfinite
-from bitbrush.engine.step import Step, UnitResult
+from bitbrush.engine.step import Step, UnitResult, short
 from bitbrush.errors import InputError, NumericsError
 from bitbrush.network import wrap
 from bitbrush.network.activation import ActivationQuantizer
@@ -388,9 +388,9 @@ class Finetune(Step):
         trained = sum(p.numel() for p in learner.parameters().values())
         whole = sum(site.parameters for site in run.survey.layers()) + sum(run.survey.other.values())
         return {
-            "loss_start": _short(start["total"]), "loss_end": _short(end["total"]),
-            "losses": {n: [_short(start[n]), _short(end[n])] for n in start if n != "total"},
-            "trained": trained, "trained_share": _short(trained / whole),
+            "loss_start": short(start["total"]), "loss_end": short(end["total"]),
+            "losses": {n: [short(start[n]), short(end[n])] for n in start if n != "total"},
+            "trained": trained, "trained_share": short(trained / whole),
         }
 
     def _not_finite(self, run: Run, objective: Objective, start: dict[str, float]) -> NumericsError:
@@ -407,7 +407,3 @@ class Finetune(Step):
 
 def _searches(learner: Together) -> list[GroupLearner | ChannelGroupLearner]:
     return [part for part in learner.learners if isinstance(part, GroupLearner | ChannelGroupLearner)]
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.6g}")

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from bitbrush.engine.planning import check_pattern, matches
 from bitbrush.engine.run import Run
-from bitbrush.engine.step import Step, UnitResult
+from bitbrush.engine.step import Step, UnitResult, short
 from bitbrush.errors import InternalError
 from bitbrush.network import wrap
 from bitbrush.network.layers import QuantLayer
+from bitbrush.network.low_rank import HALF_BYTES, branch_bytes
 from bitbrush.network.survey import Site, Survey
 from bitbrush.numbers import ranges
 from bitbrush.numbers.codec import decode, expand_weight_scale
@@ -116,7 +117,7 @@ class LowRank(Step):
         for name, spec in changes.items():
             given = {key: found.tensors[f"{key}/{name}"].to(run.device) for key in ("x", "max")}
             tensors |= {f"{name}/{key}": t for key, t in self._layer(layers[name], spec, given, name, facts).items()}
-            facts[name] |= _cost(sites[name], spec.low_rank)
+            facts[name] |= _cost(sites[name], spec)
         start, end = (sum(f[key] for f in facts.values()) / max(1, len(facts)) for key in ("plain", "kept"))
         return UnitResult(tensors, changes, {"loss_start": start, "loss_end": end, "layers": facts})
 
@@ -183,7 +184,7 @@ class LowRank(Step):
                 if error < least:
                     least, best, exponents = error, factor, ends
         found = tried(best, spec.low_rank, self.iterations)
-        facts[name] = {"plain": _short(plain), "first": _short(found.errors[0]), "kept": _short(min(found.errors)),
+        facts[name] = {"plain": short(plain), "first": short(found.errors[0]), "kept": short(min(found.errors)),
                        "iterates": len(found.errors), "exponents": list(exponents)}
         tensors = {}
         if spec.input_scale:
@@ -213,12 +214,8 @@ class LowRank(Step):
         return quantize
 
 
-def _cost(site: Site, rank: int) -> dict[str, Any]:
-    """What a branch of this rank costs: bytes, and multiply-accumulates as a share of the layer's."""
-    rows, features = site.shape[0], math.prod(site.shape[1:])
-    share = rank * (rows + features) / (rows * features)
-    return {"rank": rank, "branch_bytes": 2 * rank * (rows + features), "branch_macs": _short(share)} if rank else {}
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.6g}")
+def _cost(site: Site, spec: LayerSpec) -> dict[str, Any]:
+    """What a layer's branch costs: bytes, and multiply-accumulates as a share of the layer's (one for each number)."""
+    size = branch_bytes(site.shape, spec)
+    share = size / HALF_BYTES / math.prod(site.shape)
+    return {"rank": spec.low_rank, "branch_bytes": size, "branch_macs": short(share)} if size else {}

@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from bitbrush.engine.run import Run
-from bitbrush.engine.step import Step, UnitResult
+from bitbrush.engine.step import Step, UnitResult, short
 from bitbrush.engine.tape import Recording
 from bitbrush.errors import InputError
 from bitbrush.network import wrap
@@ -189,7 +189,7 @@ class Reconstruct(Step):
             learner.restore()
             end = start
         learner.release()
-        return {"loss_start": _short(start), "loss_end": _short(end), "kept": kept, **facts}
+        return {"loss_start": short(start), "loss_end": short(end), "kept": kept, **facts}
 
 
 def half_precision(device: torch.device, wanted: bool) -> AbstractContextManager[Any]:
@@ -216,7 +216,3 @@ def _quantizers(module: nn.Module) -> dict[str, ActivationQuantizer]:
         name: m for name, m in module.named_modules()
         if isinstance(m, ActivationQuantizer) and m.spec.mode == "static" and m.spec.grid.kind == "affine"
     }
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.6g}")

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bitbrush.engine.journal import generator as derived
 from bitbrush.engine.run import Run
-from bitbrush.engine.step import Step, UnitResult
+from bitbrush.engine.step import Step, UnitResult, short
 from bitbrush.errors import InputError
 from bitbrush.network import wrap
 from bitbrush.network.survey import Survey
@@ -170,7 +170,7 @@ class Relax(Step):
         """Mean square error of the quantized network's final latents, relative to the float ones' mean square."""
         with student(run, {}):
             delta = self._sample(run, "sim") - truth
-        return float(f"{float(delta.square().mean() / truth.square().mean()):.6g}")
+        return short(float(delta.square().mean() / truth.square().mean()))
 
     def _sample(self, run: Run, face: Literal["float", "sim"]) -> Tensor:
         """Final latents of the measured trajectories."""

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from bitbrush.engine.planning import check_pattern, matches
 from bitbrush.engine.run import Run
-from bitbrush.engine.step import Step, UnitResult
+from bitbrush.engine.step import Step, UnitResult, short
 from bitbrush.errors import InternalError
 from bitbrush.network import wrap
 from bitbrush.network.layers import QuantLayer
@@ -102,8 +102,8 @@ class Smooth(Step):
         if self.rotation != "none":
             notes["rotated"] = sum(spec.rotation != "none" for spec in changes.values())
         if extremes:
-            notes |= {"smallest_factor": _short(min(e[0] for e in extremes)),
-                      "largest_factor": _short(max(e[1] for e in extremes))}
+            notes |= {"smallest_factor": short(min(e[0] for e in extremes)),
+                      "largest_factor": short(max(e[1] for e in extremes))}
         return UnitResult(tensors, changes, notes)
 
     def apply(self, run: Run, unit: str, result: UnitResult) -> None:
@@ -196,7 +196,3 @@ def clamped(maxima: Tensor) -> Tensor:
     """Positive maxima; a layer of zeros has them all equal."""
     largest = maxima.max()
     return maxima.clamp_min(FLOOR * float(largest)) if largest > 0 else torch.ones_like(maxima)
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.6g}")
