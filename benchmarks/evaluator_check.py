@@ -30,12 +30,12 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bitbrush.evaluate import psnr, ssim
-from bitbrush.evaluate.distribution import Figure, frechet, measure
-from bitbrush.evaluate.extractors import Extractor, zoo_classifier
-from bitbrush.evaluate.features import ResNet
-from bitbrush.evaluate.optional import fidelity, torchmetrics
-from bitbrush.evaluate.references import PictureFolder, load_statistics
+from bitbrush.evaluation import psnr, ssim
+from bitbrush.evaluation.distribution import Figure, frechet, measure
+from bitbrush.evaluation.extractors import Extractor, zoo_classifier
+from bitbrush.evaluation.features import ResNet
+from bitbrush.evaluation.optional import fidelity, torchmetrics
+from bitbrush.evaluation.references import PictureFolder, load_statistics
 
 RESULTS = Path(__file__).parent / "results" / "evaluator"
 KNOWN_TEST_FID, KNOWN_TOLERANCE = 0.34, 0.005

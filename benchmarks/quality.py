@@ -34,11 +34,11 @@ from training_memory import memory
 import bitbrush
 from bitbrush import assets
 from bitbrush.engine.progress import Silent
-from bitbrush.evaluate import statistics
-from bitbrush.evaluate.clip import EmojiClip
-from bitbrush.evaluate.fid import cifar_fid
-from bitbrush.evaluate.pairs import psnr, ssim
-from bitbrush.evaluate.sampling import draw, with_ddim
+from bitbrush.evaluation import statistics
+from bitbrush.evaluation.clip import EmojiClip
+from bitbrush.evaluation.fid import cifar_fid
+from bitbrush.evaluation.pairs import psnr, ssim
+from bitbrush.evaluation.sampling import draw, with_ddim
 
 RESULTS = Path(__file__).parent / "results" / "quality"
 

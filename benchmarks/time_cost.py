@@ -45,7 +45,7 @@ from torch import Tensor, nn
 import bitbrush
 from bitbrush import assets
 from bitbrush.engine.progress import Silent
-from bitbrush.evaluate.sampling import with_ddim
+from bitbrush.evaluation.sampling import with_ddim
 from bitbrush.network import correction, wrap
 from bitbrush.network.correction import CorrectionSpec
 from bitbrush.network.pipelines import takes_prompt, text_tokens

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from bitbrush.evaluate.features import ResNet
-from bitbrush.evaluate.weights import Published
+from bitbrush.evaluation.features import ResNet
+from bitbrush.evaluation.weights import Published
 
 
 def pictures(n: int, *, seed: int = 0, size: int = 32, scale: float = 1.0) -> torch.Tensor:

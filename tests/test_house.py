@@ -19,7 +19,7 @@ KERNELS = NUMBERS | {"kernels"}
 NETWORK = KERNELS | {"network"}
 ARTIFACT = NETWORK | {"artifact", "engine"}
 STEPS = ARTIFACT | {"steps"}
-PICTURES = NETWORK | {"artifact", "evaluate", "report"}
+PICTURES = NETWORK | {"artifact", "evaluation", "report"}
 ALLOWED = {
     "errors": set(),
     "prompts": {"errors"},
@@ -30,7 +30,7 @@ ALLOWED = {
     "engine": ARTIFACT,
     "artifact": ARTIFACT,
     "steps": STEPS,
-    "evaluate": PICTURES - {"report"},
+    "evaluation": PICTURES - {"report"},
     "report": PICTURES,
     "recipes": BASE,
     "precision": set(),

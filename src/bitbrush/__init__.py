@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["Recipe", "Result", "dry_run", "inspect", "load", "quantize", "read_recipe", "recipes", "resume"]
-_PARTS = ("assets", "errors", "evaluate", "kernels", "report")  # there without an import of their own
+_PARTS = ("assets", "errors", "evaluation", "kernels", "report")  # there without an import of their own
 
 announce()
 

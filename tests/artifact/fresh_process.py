@@ -42,7 +42,7 @@ def closure(folder: str, output: str) -> None:
 
     pipe = load(folder)
     names = sorted(name for name in sys.modules if name.startswith("bitbrush."))
-    unneeded = {"steps", "engine", "recipes", "evaluate", "report", "cli"}
+    unneeded = {"steps", "engine", "recipes", "evaluation", "report", "cli"}
     heavy = [name for name in names if name.split(".")[1] in unneeded]
     if heavy or len(names) < 12:
         raise SystemExit(f"imported: {heavy} of {names}")

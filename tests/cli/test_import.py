@@ -36,7 +36,7 @@ assert not any(type(finder).__name__ == "_Waiting" for finder in sys.meta_path)
 assert "bitbrush.artifact.diffusers_plugin" not in sys.modules
 pipe = StableDiffusionPipeline.from_pretrained(sys.argv[1])
 assert type(pipe.unet.conv_in).__name__ == "QuantConv2d" and pipe.unet.conv_in.face == "packed"
-unneeded = {"steps", "engine", "api", "evaluate", "report", "cli"}
+unneeded = {"steps", "engine", "api", "evaluation", "report", "cli"}
 found = [name for name in sys.modules if name.startswith("bitbrush.") and name.split(".")[1] in unneeded]
 assert not found, found
 """

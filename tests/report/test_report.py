@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from bitbrush.errors import ResourceError
-from bitbrush.evaluate import Comparison, bootstrap_mean, paired_difference
+from bitbrush.evaluation import Comparison, bootstrap_mean, paired_difference
 from bitbrush.report import plots, write_report
 from bitbrush.report.html import _layer_rows, _layers_in_order, render
 from bitbrush.report.pictures import amplification, difference_png, png

@@ -107,7 +107,7 @@ def _quantize(folder: Path, recipe: str, seed: int, progress: Reporter) -> float
 
 
 def _compare(folder: Path, seed: int, progress: Reporter) -> Any:
-    from bitbrush.evaluate import EmojiClip, compare
+    from bitbrush.evaluation import EmojiClip, compare
 
     return compare(
         _load(assets.path(MODEL)),

@@ -22,7 +22,7 @@ from bitbrush.errors import ArtifactError, InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from bitbrush.evaluate import Comparison, EmojiClip
+    from bitbrush.evaluation import Comparison, EmojiClip
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -75,7 +75,7 @@ def sample(
     """
     _check_suffix(output)
     pipeline = open_pipeline(name, device)
-    from bitbrush.evaluate.sampling import draw, takes_prompt
+    from bitbrush.evaluation.sampling import draw, takes_prompt
 
     if takes_prompt(pipeline) != bool(prompts):
         wants = takes_prompt(pipeline)
@@ -101,7 +101,7 @@ def save_pictures(drawn: Tensor, output: Path) -> list[Path]:
     from PIL import Image
 
     from bitbrush.engine import disk
-    from bitbrush.evaluate.eight_bits import to_levels
+    from bitbrush.evaluation.eight_bits import to_levels
 
     bytes_ = to_levels(drawn).permute(0, 2, 3, 1).cpu().numpy()
     several = len(bytes_) > 1
@@ -135,7 +135,7 @@ def compare(
     Raises:
         InputError: A pipeline or the prompts cannot be used, or fewer prompts than pictures were given.
     """
-    from bitbrush.evaluate import compare as measure
+    from bitbrush.evaluation import compare as measure
     from bitbrush.prompts import check_enough
     from bitbrush.report.html import write_report
 
@@ -266,7 +266,7 @@ def _opener(output: str, device: str | None) -> Any:
 
 def choose_prompts(pipeline: Any, prompts: list[str] | None, progress: Reporter) -> list[str] | None:
     """The prompts given, the bundled ones (which is said), or None for an unconditional pipeline."""
-    from bitbrush.evaluate.sampling import takes_prompt
+    from bitbrush.evaluation.sampling import takes_prompt
 
     if not takes_prompt(pipeline):
         if prompts is not None:
@@ -318,7 +318,7 @@ def emoji_evaluator(pipeline: Any) -> EmojiClip | None:
     vocabulary = stored["model"]["vocab"]
     if not vocabulary.items() <= tokenizer.get_vocab().items():
         return None
-    from bitbrush.evaluate import EmojiClip
+    from bitbrush.evaluation import EmojiClip
 
     return EmojiClip.load(device=str(pipeline.device))
 

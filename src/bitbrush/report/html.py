@@ -15,8 +15,8 @@ from typing import Any
 import jinja2
 
 from bitbrush.engine import disk
-from bitbrush.evaluate.compare import Comparison
-from bitbrush.evaluate.statistics import Estimate
+from bitbrush.evaluation.compare import Comparison
+from bitbrush.evaluation.statistics import Estimate
 from bitbrush.report import pictures, plots
 from bitbrush.report.text import compact, duration, inert, interval, number, size
 from bitbrush.report.verdict import Verdict, verdict

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from bitbrush.evaluate.compare import Comparison
-from bitbrush.evaluate.eight_bits import to_levels
-from bitbrush.evaluate.pairs import psnr
+from bitbrush.evaluation.compare import Comparison
+from bitbrush.evaluation.eight_bits import to_levels
+from bitbrush.evaluation.pairs import psnr
 from bitbrush.report.text import number
 
 MAX_SIDE = 320  # pixels of a thumbnail

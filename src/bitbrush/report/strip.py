@@ -10,8 +10,8 @@ from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from bitbrush.evaluate.compare import Comparison
-from bitbrush.evaluate.pairs import psnr
+from bitbrush.evaluation.compare import Comparison
+from bitbrush.evaluation.pairs import psnr
 from bitbrush.report.pictures import pixels
 from bitbrush.report.plots import INK, LINE, MUTED
 from bitbrush.report.text import inert

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from bitbrush.evaluate.compare import Comparison
+from bitbrush.evaluation.compare import Comparison
 from bitbrush.report.text import interval, number, size
 
 

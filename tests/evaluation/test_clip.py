@@ -10,7 +10,7 @@ import torch
 
 from bitbrush import assets
 from bitbrush.errors import ArtifactError, InputError
-from bitbrush.evaluate import EmojiClip, draw
+from bitbrush.evaluation import EmojiClip, draw
 
 PROMPTS = ["woman lifting weights light skin tone", "nose medium-dark skin tone"]
 

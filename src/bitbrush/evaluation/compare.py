@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from bitbrush.errors import InputError
-from bitbrush.evaluate.clip import EmojiClip
-from bitbrush.evaluate.fid import cifar_fid
-from bitbrush.evaluate.pairs import WINDOW, psnr, ssim
-from bitbrush.evaluate.sampling import Progress, denoiser, draw_with_trajectory, takes_prompt, with_ddim
-from bitbrush.evaluate.statistics import (
+from bitbrush.evaluation.clip import EmojiClip
+from bitbrush.evaluation.fid import cifar_fid
+from bitbrush.evaluation.pairs import WINDOW, psnr, ssim
+from bitbrush.evaluation.sampling import Progress, denoiser, draw_with_trajectory, takes_prompt, with_ddim
+from bitbrush.evaluation.statistics import (
     Estimate,
     bootstrap_mean,
     bootstrap_share,
@@ -325,7 +325,7 @@ def _check(candidates: Mapping[str, Any], settings: dict[str, Any], baseline: st
         if holds:
             raise InputError(
                 "this comparison cannot be made",
-                where="bitbrush.evaluate.compare",
+                where="bitbrush.evaluation.compare",
                 why=why,
                 try_=f"name candidates other than {REFERENCE}, n, batch and seeds of at least one; sampler own or ddim",
             )

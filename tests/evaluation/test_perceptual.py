@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from bitbrush.errors import ArtifactError, InputError
-from bitbrush.evaluate import psnr, ssim
-from bitbrush.evaluate.optional import Unavailable, torchmetrics
-from bitbrush.evaluate.perceptual import BACKBONES, LAYERS, build, lpips
-from bitbrush.evaluate.weights import read
+from bitbrush.evaluation import psnr, ssim
+from bitbrush.evaluation.optional import Unavailable, torchmetrics
+from bitbrush.evaluation.perceptual import BACKBONES, LAYERS, build, lpips
+from bitbrush.evaluation.weights import read
 from folders import pictures, write_cached
 
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from bitbrush.errors import InputError
-from bitbrush.evaluate.feature_sets import ROWS, FeatureSet, Gaussian, Singles
-from bitbrush.evaluate.optional import fidelity
-from bitbrush.evaluate.references import Statistics
+from bitbrush.evaluation.feature_sets import ROWS, FeatureSet, Gaussian, Singles
+from bitbrush.evaluation.optional import fidelity
+from bitbrush.evaluation.references import Statistics
 
 SEED = 2020  # torch-fidelity's own, so that its command line gives the same numbers
 KID_SUBSET = 1000  # torch-fidelity's default
@@ -239,7 +239,7 @@ def measure(
     if metric not in METRICS or reference is None:
         raise InputError(
             f"{metric} needs a reference" if metric in METRICS else f"there is no distribution metric {metric!r}",
-            where="bitbrush.evaluate.distribution",
+            where="bitbrush.evaluation.distribution",
             why=f"known: is, {', '.join(METRICS)}; all but is compare with a reference",
             try_="give a folder of pictures, stored statistics, or the full-precision pictures",
         )
@@ -354,7 +354,7 @@ def _positive(metric: str, **numbers: int) -> None:
         if number < 1:
             raise InputError(
                 f"{metric} cannot be computed with these settings",
-                where="bitbrush.evaluate.distribution",
+                where="bitbrush.evaluation.distribution",
                 why=f"{name.replace('_', ' ')}: {number}, at least 1 is needed",
                 try_="give more pictures, or fewer subsets, splits or neighbours",
             )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bitbrush import assets
 from bitbrush.errors import ArtifactError, InputError
-from bitbrush.evaluate.features import clip_image_tower, read_tensors
+from bitbrush.evaluation.features import clip_image_tower, read_tensors
 
 IMAGE_SIZE = 64
 TOKENS = 24
@@ -144,7 +144,7 @@ def _same_number(pictures: Tensor, prompts: Sequence[str]) -> None:
     if len(pictures) != len(prompts):
         raise InputError(
             "every picture needs its prompt",
-            where="bitbrush.evaluate.clip",
+            where="bitbrush.evaluation.clip",
             why=f"{len(pictures)} pictures, {len(prompts)} prompts",
             try_="pass the prompts that the pictures were drawn from",
         )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bitbrush.errors import ArtifactError, InputError, InternalError
-from bitbrush.evaluate.store import FACTS, PictureStore
+from bitbrush.evaluation.store import FACTS, PictureStore
 
 FACTS_OF = {"model": "abc", "seed": 0, "steps": 3}
 

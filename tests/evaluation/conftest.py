@@ -1,4 +1,4 @@
-"""Small pipelines shared by the tests of evaluate."""
+"""Small pipelines shared by the tests of evaluation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, StableDiffusionPipeline, UNet2DModel
 
 from bitbrush import assets
-from bitbrush.evaluate import Comparison, EmojiClip, compare
+from bitbrush.evaluation import Comparison, EmojiClip, compare
 
 
 @pytest.fixture(scope="package", autouse=True)

@@ -69,7 +69,7 @@ def paired_difference(values: ArrayLike, reference: ArrayLike, *, seed: int = 0,
     if ours.shape != theirs.shape:
         raise InputError(
             "a paired difference needs the same pictures on both sides",
-            where="bitbrush.evaluate.statistics",
+            where="bitbrush.evaluation.statistics",
             why=f"the shapes are {ours.shape} and {theirs.shape}",
             try_="compare results of the same prompts and seeds",
         )
@@ -86,7 +86,7 @@ def _table(values: ArrayLike) -> Floats:
     if table.ndim != 2 or table.size == 0 or not np.isfinite(table).all():
         raise InputError(
             "there is no mean of these values",
-            where="bitbrush.evaluate.statistics",
+            where="bitbrush.evaluation.statistics",
             why=f"shape {table.shape}, {int((~np.isfinite(table)).sum())} values not finite",
             try_="pass finite values of shape [prompts] or [seeds, prompts]",
         )

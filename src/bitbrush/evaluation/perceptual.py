@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from bitbrush.errors import ArtifactError, InputError
-from bitbrush.evaluate.optional import Unavailable, torchmetrics, torchvision
-from bitbrush.evaluate.weights import Published, Weights, find
+from bitbrush.evaluation.optional import Unavailable, torchmetrics, torchvision
+from bitbrush.evaluation.weights import Published, Weights, find
 
 Net = Literal["alex", "vgg"]
 MIN_SIDE = {"alex": 32, "vgg": 16}
@@ -62,7 +62,7 @@ class PerceptualDistance:
             )  # fmt: skip
         if min(pictures.shape[2:]) < self.min_side:
             raise InputError(
-                f"the pictures are too small for {self.name}", where="bitbrush.evaluate.perceptual",
+                f"the pictures are too small for {self.name}", where="bitbrush.evaluation.perceptual",
                 why=f"{pictures.shape[3]}x{pictures.shape[2]} pixels, at least {self.min_side}x{self.min_side}",
                 try_="use SSIM, or compare larger pictures",
             )  # fmt: skip
@@ -91,7 +91,7 @@ def lpips(net: Net = "alex", *, weights: Path | str | None = None, device: str =
     """
     if net not in BACKBONES:
         raise InputError(
-            f"there is no LPIPS network {net!r}", where="bitbrush.evaluate.perceptual",
+            f"there is no LPIPS network {net!r}", where="bitbrush.evaluation.perceptual",
             why=f"known: {', '.join(BACKBONES)}", try_='use "alex"',
         )  # fmt: skip
     module = torchmetrics("functional.image.lpips")

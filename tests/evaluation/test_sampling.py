@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bitbrush.errors import InputError, NumericsError
-from bitbrush.evaluate import draw, draw_with_trajectory, noise_generator, trajectory, with_ddim
+from bitbrush.evaluation import draw, draw_with_trajectory, noise_generator, trajectory, with_ddim
 
 PROMPTS = ["red apple", "pizza", "superhero"]
 

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 from bitbrush.errors import ArtifactError, InputError, NumericsError
-from bitbrush.evaluate import cifar_fid, frechet_distance
-from bitbrush.evaluate.eight_bits import round_to_8_bits
-from bitbrush.evaluate.features import ResNet, cifar_classifier
-from bitbrush.evaluate.fid import cifar_features
+from bitbrush.evaluation import cifar_fid, frechet_distance
+from bitbrush.evaluation.eight_bits import round_to_8_bits
+from bitbrush.evaluation.features import ResNet, cifar_classifier
+from bitbrush.evaluation.fid import cifar_features
 
 
 def test_equal_gaussians() -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from bitbrush.evaluate.clip import EmojiClip
-from bitbrush.evaluate.compare import Comparison, compare
-from bitbrush.evaluate.fid import cifar_fid, frechet_distance
-from bitbrush.evaluate.pairs import psnr, ssim
-from bitbrush.evaluate.sampling import draw, draw_with_trajectory, noise_generator, trajectory, with_ddim
-from bitbrush.evaluate.statistics import Estimate, bootstrap_mean, paired_difference
+from bitbrush.evaluation.clip import EmojiClip
+from bitbrush.evaluation.compare import Comparison, compare
+from bitbrush.evaluation.fid import cifar_fid, frechet_distance
+from bitbrush.evaluation.pairs import psnr, ssim
+from bitbrush.evaluation.sampling import draw, draw_with_trajectory, noise_generator, trajectory, with_ddim
+from bitbrush.evaluation.statistics import Estimate, bootstrap_mean, paired_difference
 
 __all__ = [
     "Comparison",

@@ -10,9 +10,9 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from bitbrush.errors import InputError, NumericsError
-from bitbrush.evaluate.eight_bits import round_to_8_bits
-from bitbrush.evaluate.features import cifar_classifier, read_tensors
-from bitbrush.evaluate.statistics import Estimate
+from bitbrush.evaluation.eight_bits import round_to_8_bits
+from bitbrush.evaluation.features import cifar_classifier, read_tensors
+from bitbrush.evaluation.statistics import Estimate
 
 Floats = NDArray[np.float64]
 
@@ -35,7 +35,7 @@ def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: 
     if not all(np.isfinite(x).all() for x in (a, b, first, second)):
         raise NumericsError(
             "the features' mean or covariance is not finite",
-            where="bitbrush.evaluate.fid",
+            where="bitbrush.evaluation.fid",
             why="a picture or a network that holds NaN",
             try_="look at the pictures",
         )
@@ -75,7 +75,7 @@ def cifar_fid(
     if reference not in ("train", "test"):
         raise InputError(
             f"there is no reference {reference!r}",
-            where="bitbrush.evaluate.fid",
+            where="bitbrush.evaluation.fid",
             why='the statistics file holds "train" and "test"',
             try_='pass reference="train"',
         )
@@ -84,7 +84,7 @@ def cifar_fid(
     if count <= width and not small:
         raise InputError(
             f"FID in {width} features needs at least {width + 1} pictures",
-            where="bitbrush.evaluate.fid",
+            where="bitbrush.evaluation.fid",
             why=f"{count} pictures are given, and their covariance has not full rank",
             try_="draw more pictures, or pass small=True and say so in the result",
         )
@@ -103,7 +103,7 @@ def cifar_features(pictures: Tensor, evaluators_folder: Path | str, *, device: s
     if pictures.ndim != 4 or tuple(pictures.shape[1:]) != (3, 32, 32) or len(pictures) < 2:
         raise InputError(
             "the CIFAR-10 classifier needs at least two pictures of 32x32 pixels in three colours",
-            where="bitbrush.evaluate.fid",
+            where="bitbrush.evaluation.fid",
             why=f"the shape is {tuple(pictures.shape)}",
             try_="use FID in these features for CIFAR-10 models only",
         )
@@ -122,7 +122,7 @@ def _not_negative(values: Floats) -> Floats:
     if values.min() < -1e-4 * max(float(np.abs(values).max()), 1e-12):
         raise NumericsError(
             "a covariance is not positive semi-definite",
-            where="bitbrush.evaluate.fid",
+            where="bitbrush.evaluation.fid",
             why=f"its eigenvalues go from {values.min():.3g} to {values.max():.3g}",
             try_="check the statistics file",
         )

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from bitbrush.errors import InputError
-from bitbrush.evaluate import frechet_distance
-from bitbrush.evaluate.distribution import (
+from bitbrush.evaluation import frechet_distance
+from bitbrush.evaluation.distribution import (
     METRICS,
     as_features,
     density_coverage,
@@ -29,10 +29,10 @@ from bitbrush.evaluate.distribution import (
     sfid,
     warning,
 )
-from bitbrush.evaluate.extractors import Extractor, zoo_classifier
-from bitbrush.evaluate.feature_sets import FeatureSet, Gaussian
-from bitbrush.evaluate.optional import Unavailable, fidelity
-from bitbrush.evaluate.references import PictureFolder, Statistics
+from bitbrush.evaluation.extractors import Extractor, zoo_classifier
+from bitbrush.evaluation.feature_sets import FeatureSet, Gaussian
+from bitbrush.evaluation.optional import Unavailable, fidelity
+from bitbrush.evaluation.references import PictureFolder, Statistics
 from folders import noise_features, pictures, write_classifier, write_folder
 
 NAME = "bitbrush-test-classifier"
@@ -142,7 +142,7 @@ def test_density_and_coverage_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None
     a = as_features(noise_features(300), extractor="x", source="a")
     b = as_features(noise_features(200, seed=1), extractor="x", source="b")
     whole = [figure.value for figure in density_coverage(a, b)]
-    monkeypatch.setattr("bitbrush.evaluate.distribution.CELLS", 7 * 300)
+    monkeypatch.setattr("bitbrush.evaluation.distribution.CELLS", 7 * 300)
     assert [figure.value for figure in density_coverage(a, b)] == whole
     assert 0.7 < whole[0] < 1.3 and whole[1] > 0.9  # one distribution: both near 1
 

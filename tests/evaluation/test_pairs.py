@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bitbrush.errors import InputError
-from bitbrush.evaluate import psnr, ssim
+from bitbrush.evaluation import psnr, ssim
 
 
 def pictures(n: int = 2, size: int = 24, seed: int = 0) -> torch.Tensor:

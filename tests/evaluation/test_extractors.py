@@ -12,11 +12,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bitbrush.errors import ArtifactError, InputError, NumericsError
-from bitbrush.evaluate.extractors import INCEPTION, from_module, inception, zoo_classifier
-from bitbrush.evaluate.feature_sets import INDEX, FeatureSet, fit
-from bitbrush.evaluate.features import cifar_classifier
-from bitbrush.evaluate.optional import Unavailable, fidelity
-from bitbrush.evaluate.weights import Published, find, read
+from bitbrush.evaluation.extractors import INCEPTION, from_module, inception, zoo_classifier
+from bitbrush.evaluation.feature_sets import INDEX, FeatureSet, fit
+from bitbrush.evaluation.features import cifar_classifier
+from bitbrush.evaluation.optional import Unavailable, fidelity
+from bitbrush.evaluation.weights import Published, find, read
 from folders import pictures, write_cached, write_classifier
 
 
@@ -107,7 +107,7 @@ def test_unfinished_and_changed_folders_are_named(tmp_path: Path) -> None:
 def test_gaussian_in_blocks_is_numpys(monkeypatch: pytest.MonkeyPatch) -> None:
     """Features far from zero, where sums of squares would lose the variance."""
     features = (np.random.default_rng(0).normal(size=(53, 5)) + 1000).astype(np.float32)
-    monkeypatch.setattr("bitbrush.evaluate.feature_sets.ROWS", 7)
+    monkeypatch.setattr("bitbrush.evaluation.feature_sets.ROWS", 7)
     found = fit(features)
     assert np.allclose(found.mu, features.astype(np.float64).mean(0), rtol=1e-12)
     assert np.allclose(found.sigma, np.cov(features.astype(np.float64), rowvar=False), rtol=1e-9)
@@ -196,7 +196,7 @@ def test_weights_come_from_the_cache(
         inception()
     assert INCEPTION.file in str(caught.value) and str(tmp_path / "checkpoints") in str(caught.value)
     published = write_cached(tmp_path / "checkpoints", "inception", network.state_dict())
-    monkeypatch.setattr("bitbrush.evaluate.extractors.INCEPTION", published)
+    monkeypatch.setattr("bitbrush.evaluation.extractors.INCEPTION", published)
     extractor, shown = inception(batch=2), pictures(2, size=24)
     pooled, _ = network(((shown + 1) * 127.5).round().to(torch.uint8))
     assert np.allclose(extractor.extract(shown, source="x").pooled, pooled.numpy(), rtol=1e-4, atol=1e-6)
@@ -219,7 +219,7 @@ def test_other_bytes_in_the_cache_are_not_opened(tmp_path: Path, monkeypatch: py
 def test_published_bytes_of_another_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     published = write_cached(tmp_path / "checkpoints", "inception", {"a": torch.ones(2)})
-    monkeypatch.setattr("bitbrush.evaluate.extractors.INCEPTION", published)
+    monkeypatch.setattr("bitbrush.evaluation.extractors.INCEPTION", published)
     with pytest.raises(ArtifactError, match="does not hold this network") as caught:
         inception()
     assert published.file in str(caught.value)

@@ -54,7 +54,7 @@ def ssim(pictures: Tensor, reference: Tensor) -> Tensor:
     if min(pictures.shape[-2:]) < WINDOW:
         raise InputError(
             "the pictures are smaller than the window of SSIM",
-            where="bitbrush.evaluate.pairs.ssim",
+            where="bitbrush.evaluation.pairs.ssim",
             why=f"{pictures.shape[-2]}x{pictures.shape[-1]} pixels; the window has {WINDOW}x{WINDOW}",
             try_="compare larger pictures, or use PSNR",
         )
@@ -88,7 +88,7 @@ def _check(pictures: Tensor, reference: Tensor) -> None:
     if pictures.shape != reference.shape or pictures.ndim != 4:
         raise InputError(
             "two sets of pictures do not belong together",
-            where="bitbrush.evaluate.pairs",
+            where="bitbrush.evaluation.pairs",
             why=f"their shapes are {tuple(pictures.shape)} and {tuple(reference.shape)}",
             try_="draw both with the same prompts, seeds and size",
         )

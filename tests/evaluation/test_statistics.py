@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from bitbrush.errors import InputError
-from bitbrush.evaluate import Estimate, bootstrap_mean, paired_difference
-from bitbrush.evaluate.statistics import bootstrap_share, bootstrap_worst
+from bitbrush.evaluation import Estimate, bootstrap_mean, paired_difference
+from bitbrush.evaluation.statistics import bootstrap_share, bootstrap_worst
 
 
 def test_the_interval_covers_the_mean_about_95_times_in_100() -> None:

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from bitbrush.engine.disk import write_bytes
 from bitbrush.errors import ArtifactError, InputError
-from bitbrush.evaluate.eight_bits import from_levels
-from bitbrush.evaluate.feature_sets import FeatureSet, Floats, Gaussian
+from bitbrush.evaluation.eight_bits import from_levels
+from bitbrush.evaluation.feature_sets import FeatureSet, Floats, Gaussian
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 LOSSLESS = {"1", "L", "P", "RGB"}  # modes that become RGB without loss

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bitbrush.errors import InputError
-from bitbrush.evaluate import Comparison, compare, psnr, trajectory
+from bitbrush.evaluation import Comparison, compare, psnr, trajectory
 
 
 def test_an_equal_pipeline_costs_nothing(result: Comparison) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bitbrush.engine.disk import Disk, write_bytes
 from bitbrush.errors import ArtifactError, InputError, InternalError
-from bitbrush.evaluate.eight_bits import from_levels, to_levels
+from bitbrush.evaluation.eight_bits import from_levels, to_levels
 
 FACTS = "facts.json"
 PICTURES = "pictures"

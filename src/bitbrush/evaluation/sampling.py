@@ -226,7 +226,7 @@ def _indices(
 ) -> Sequence[int]:
     if indices is None:
         if n is None:
-            raise InputError("the number of pictures is missing", where="bitbrush.evaluate.draw", try_="pass n")
+            raise InputError("the number of pictures is missing", where="bitbrush.evaluation.draw", try_="pass n")
         indices = range(n)
     where, text = type(pipeline).__name__, takes_prompt(pipeline)
     if len(indices) < 1 or (n is not None and n != len(indices)) or min(indices) < 0:

@@ -14,8 +14,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from bitbrush.errors import ArtifactError, BitbrushError, InputError
-from bitbrush.evaluate.distribution import as_features, fid
-from bitbrush.evaluate.references import PictureFolder, load_statistics, read_picture, save_statistics
+from bitbrush.evaluation.distribution import as_features, fid
+from bitbrush.evaluation.references import PictureFolder, load_statistics, read_picture, save_statistics
 from folders import noise_features, pictures, write_folder
 
 LEVELS = np.random.default_rng(0).integers(256, size=(16, 16, 3)).astype(np.uint8)

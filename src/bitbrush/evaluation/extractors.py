@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from bitbrush.errors import ArtifactError, InputError, NumericsError
-from bitbrush.evaluate.eight_bits import round_to_8_bits, to_levels
-from bitbrush.evaluate.feature_sets import FeatureSet, Sink
-from bitbrush.evaluate.features import ResNet, cifar_classifier
-from bitbrush.evaluate.optional import fidelity
-from bitbrush.evaluate.weights import Published, Weights, find
+from bitbrush.evaluation.eight_bits import round_to_8_bits, to_levels
+from bitbrush.evaluation.feature_sets import FeatureSet, Sink
+from bitbrush.evaluation.features import ResNet, cifar_classifier
+from bitbrush.evaluation.optional import fidelity
+from bitbrush.evaluation.weights import Published, Weights, find
 
 INCEPTION = Published("the Inception weights of FID", "weights-inception-2015-12-05-6726825d.pth")
 SPATIAL_CHANNELS = 7  # of a middle feature map, as sFID takes them (Nash et al. 2021)

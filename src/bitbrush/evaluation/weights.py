@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bitbrush.errors import ArtifactError
-from bitbrush.evaluate.optional import Unavailable
+from bitbrush.evaluation.optional import Unavailable
 
 
 @dataclass(frozen=True)
