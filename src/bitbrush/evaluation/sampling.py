@@ -257,15 +257,21 @@ def _split_at(indices: Sequence[int], k: int) -> list[Sequence[int]]:
     return [part for part in (indices[:k], indices[k:]) if len(part)]
 
 
+def given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[float, Tensor]:
+    """(timestep, sample) of a denoiser's call."""
+    sample = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
+    time = args[1] if len(args) > 1 and "timestep" not in kwargs else kwargs["timestep"]
+    return float(torch.as_tensor(time).flatten()[0]), torch.as_tensor(sample)
+
+
 @contextmanager
 def _recording(module: nn.Module, keep: bool) -> Iterator[list[tuple[float, Tensor]]]:
     """Collects (timestep, input) of every forward of ``module`` while it lasts."""
     seen: list[tuple[float, Tensor]] = []
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        sample = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
-        time = args[1] if len(args) > 1 and "timestep" not in kwargs else kwargs["timestep"]
-        seen.append((float(torch.as_tensor(time).flatten()[0]), torch.as_tensor(sample).detach().float().cpu()))
+        time, sample = given(args, kwargs)
+        seen.append((time, sample.detach().float().cpu()))
 
     handle = module.register_forward_pre_hook(hook, with_kwargs=True) if keep else None
     try:
