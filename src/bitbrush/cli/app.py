@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from bitbrush.cli import render
+from bitbrush.cli import render, sensing
 from bitbrush.cli.render import Screen
 from bitbrush.cli.text import clean
 from bitbrush.errors import InputError
@@ -67,7 +67,7 @@ def inspect(
     Every layer with its share of weights and of compute, what stays float and why, and what size, time and memory a
     run will take.
     """
-    screen = _heavy(as_json, debug)
+    screen = heavy(as_json, debug)
     import bitbrush
 
     options: dict[str, Any] = {"recipe": recipe, "weights": weights, "activations": activations}
@@ -115,7 +115,7 @@ def quantize(
         "weights": weights,
         "activations": activations,
         "preset": preset,
-        "prompts": _read_prompts(screen, prompts),
+        "prompts": read_prompts(screen, prompts),
         "seed": seed,
         "device": device,
         "settings": parse_settings(settings or []),
@@ -123,7 +123,7 @@ def quantize(
     }
     options |= {} if correct is None else {"correct": correct}
     options |= {} if cache is None else {"cache": cache}
-    screen = _heavy(as_json, debug)
+    screen = heavy(as_json, debug)
     import bitbrush
 
     if dry_run:
@@ -145,7 +145,7 @@ def resume(
 
     It starts from the last finished unit and ends with the same bytes as a run that was not interrupted.
     """
-    screen = _heavy(as_json, debug)
+    screen = heavy(as_json, debug)
     import bitbrush
 
     with screen.progress() as progress:
@@ -173,7 +173,7 @@ def sample(
 
     Text-to-image pipelines need --prompt, unconditional ones take none.
     """
-    screen = _heavy(as_json, debug)
+    screen = heavy(as_json, debug)
     from bitbrush.cli import pictures
 
     with screen.progress() as progress:
@@ -214,8 +214,8 @@ def compare(
     what is inside: bits, losses, ranges.
     """
     screen = Screen(as_json, debug)
-    texts = _read_prompts(screen, prompts)
-    screen = _heavy(as_json, debug)
+    texts = read_prompts(screen, prompts)
+    screen = heavy(as_json, debug)
     from bitbrush.cli import pictures
 
     options: dict[str, object] = {"--reference": reference, "--prompts": prompts, "-n": n, "--seed": seed}
@@ -239,6 +239,9 @@ def compare(
     screen.show(
         {"report": str(output), **comparison}, *([] if as_json else render.comparison_tables(comparison, output))
     )
+
+
+app.command()(sensing.sensitivity)
 
 
 @app.command()
@@ -279,7 +282,7 @@ def doctor(as_json: Json = False, debug: Debug = False) -> None:
 
     Versions, devices, the kernels that would run and why not others, free disk and memory.
     """
-    screen = _heavy(as_json, debug)
+    screen = heavy(as_json, debug)
     from bitbrush.cli.doctor import examine
 
     report = examine()
@@ -300,7 +303,7 @@ def demo(
     Quantizes it to W4A8 with Q-Diffusion, compares it with plain rounding, and writes a report; about five minutes on
     two CPU cores.
     """
-    screen = _heavy(as_json, debug)
+    screen = heavy(as_json, debug)
     from bitbrush.cli.demo import run_demo
 
     command = command_line("demo", [], {"--output": output, "--seed": seed or None})
@@ -347,7 +350,7 @@ def _toml_value(text: str) -> Any:
         return text
 
 
-def _heavy(as_json: bool, debug: bool) -> Screen:
+def heavy(as_json: bool, debug: bool) -> Screen:
     """The screen of a command that loads models: imports the large libraries, seconds long, and quietens them."""
     from bitbrush.cli.quiet import quiet_loading
 
@@ -358,7 +361,8 @@ def _heavy(as_json: bool, debug: bool) -> Screen:
     return screen
 
 
-def _read_prompts(screen: Screen, path: Path | None) -> list[str] | None:
+def read_prompts(screen: Screen, path: Path | None) -> list[str] | None:
+    """The prompts of ``--prompts``, with a note where some are repeated; None without."""
     if path is None:
         return None
     from bitbrush.prompts import read_prompts

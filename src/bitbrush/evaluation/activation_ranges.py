@@ -67,8 +67,8 @@ class ActivationRanges:
         self.kept[name].setdefault(self.step, []).append(rows.flatten().clone())
 
     def result(self, steps: int) -> dict[str, dict[str, list[float | None]]]:
-        """Layer to ``low``, ``high``, ``p01`` (0.1 %), ``p1``, ``p99``, ``p999``, each a list over the steps; None at a
-        step where the layer was not called. Layers that were never called are left out."""
+        """Layer to ``low``, ``high``, ``p01`` (0.1 %), ``p1``, ``p99``, ``p999``, each a list over the steps, to six
+        digits; None at a step where the layer was not called. Layers that were never called are left out."""
         found: dict[str, dict[str, list[float | None]]] = {}
         for name, ends in self.ends.items():
             if ends:
@@ -82,4 +82,5 @@ class ActivationRanges:
         low, high = self.ends[name][step].tolist()
         values = torch.cat(self.kept[name][step]).cpu()
         shares = torch.quantile(values, torch.tensor(list(PERCENTILES.values()))).tolist()
-        return {"low": low, "high": -high} | dict(zip(PERCENTILES, shares, strict=True))
+        found = {"low": low, "high": -high} | dict(zip(PERCENTILES, shares, strict=True))
+        return {key: float(f"{value:.6g}") for key, value in found.items()}

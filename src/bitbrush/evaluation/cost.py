@@ -172,6 +172,9 @@ def measure(
 def speedup(cost: Cost, baseline: Cost) -> dict[str, float]:
     """How many times faster ``cost`` is than ``baseline``: ``step`` and ``picture``, ratios of the medians.
 
+    ``step_low`` and ``step_high`` are the ratios at the unfavourable and the favourable quartiles of both: where 1 is
+    between them, no difference was seen.
+
     Raises:
         InputError: They were not measured in the same run and in the same way.
     """
@@ -193,6 +196,8 @@ def speedup(cost: Cost, baseline: Cost) -> dict[str, float]:
     return {
         "step": baseline.step_seconds.median / cost.step_seconds.median,
         "picture": baseline.picture_seconds.median / cost.picture_seconds.median,
+        "step_low": baseline.step_seconds.low / cost.step_seconds.high,
+        "step_high": baseline.step_seconds.high / cost.step_seconds.low,
     }
 
 

@@ -207,7 +207,7 @@ class _Call:
             arguments["batch_size"] = len(indices)
         else:
             arguments["prompt"] = [self.prompts[i] for i in indices]
-        with _autocast(self.pipeline, self.autocast):
+        with autocasting(self.pipeline, self.autocast):
             images = self.pipeline(**arguments).images
         pictures = torch.as_tensor(images).float().cpu() * 2 - 1
         bad = [i for i, picture in zip(indices, pictures, strict=True) if not bool(torch.isfinite(picture).all())]
@@ -281,7 +281,8 @@ def _recording(module: nn.Module, keep: bool) -> Iterator[list[tuple[float, Tens
             handle.remove()
 
 
-def _autocast(pipeline: Any, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+def autocasting(pipeline: Any, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    """Autocast to a dtype on the pipeline's device; nothing for None."""
     if dtype is None:
         return nullcontext()
     return torch.autocast(pipeline.device.type, dtype=dtype)
