@@ -53,6 +53,30 @@ def test_the_kernel_of_every_layer_is_named(packed: Cost) -> None:
     assert sum(packed.kernel_counts.values()) == len(plan.layers) and packed.kernel_counts["cpu-int8"] > 40
 
 
+def test_the_operation_of_every_layer_is_what_ran(packed: Cost) -> None:
+    integer = {row["layer"] for row in packed.kernels if row["operation"] == "aten::_int_mm"}
+    assert integer == {row["layer"] for row in packed.kernels if row["kernel"] == "cpu-int8"}
+    others = {row["operation"] for row in packed.kernels if row["kernel"] == "reference"}
+    assert others and all("conv" in operation for operation in others)
+
+
+def test_a_profiler_of_somebody_else_goes_on() -> None:
+    pipe = tiny.pipeline("unconditional")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as theirs:
+        found = cost.measure(pipe, prompts=None, **ONCE)
+    assert {row["operation"] for row in found.kernels} == {None}
+    assert sum(event.name == "aten::group_norm" for event in theirs.events()) > 20
+
+
+def test_a_compiled_denoiser_is_looked_at_uncompiled() -> None:
+    pipe = tiny.pipeline("unconditional")
+    plain = pipe.unet
+    compiled = pipe.unet = torch.compile(plain, backend="eager")
+    found = cost.measure(pipe, prompts=None, **ONCE)
+    assert pipe.unet is compiled and found.kernel_counts == {"float (float32)": len(found.kernels)}
+    assert any("compiled" in note for note in found.notes) and found.step_seconds.runs == 6
+
+
 def test_a_kernel_that_leaves_its_input_to_the_reference_is_not_named() -> None:
     pipe, _ = tiny.quantized_pipeline("text", timed=False)
     kernels.use(pipe.unet, "cpu-int8")

@@ -1,9 +1,10 @@
 """What a pipeline costs: bytes on disk and in memory, time, which kernel ran, bits and bit operations.
 
-Time is measured warm: a first draw is thrown away (it also looks which kernel runs each layer), then the same pictures
-are drawn several times. A *step* is one call of the denoiser as the pipeline makes it, doubled for guidance where it
-guides; the scheduler is not in it. A *picture* is a call of the whole pipeline divided by the pictures drawn together.
-Times of two costs are compared only where both were measured in the same run and in the same way: see `speedup`.
+A short draw looks which kernel runs each layer. Time is measured warm: after it another draw is thrown away, then the
+same pictures are drawn several times. A *step* is one call of the denoiser as the pipeline makes it, doubled for
+guidance where it guides; the scheduler is not in it. A *picture* is a call of the whole pipeline divided by the
+pictures drawn together. Times of two costs are compared only where both were measured in the same run and in the same
+way: see `speedup`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ import torch
 from torch import nn
 
 from bitbrush.errors import InputError
-from bitbrush.evaluation.layers import FLOAT_BITS, LayerWatch, Ran, bit_operations
+from bitbrush.evaluation.layers import FLOAT_BITS, LayerWatch, Ran, bit_operations, quantizable
 from bitbrush.evaluation.memory import parameter_count, weight_bytes
+from bitbrush.evaluation.products import ProductWatch
 from bitbrush.evaluation.sampling import Progress, denoiser, draw
-from bitbrush.network.pipelines import DENOISERS, takes_prompt
+from bitbrush.network.pipelines import DENOISERS, denoiser_name, takes_prompt
 
 RUNS, LEAST_RUNS, LONGEST = 7, 3, 60.0
 """Timed draws; the fewest; seconds after which no further one is begun."""
@@ -66,7 +68,9 @@ class Cost:
         step_seconds: One call of the denoiser.
         picture_seconds: One picture, text encoder and decoder included.
         device: ``cpu``, ``cuda:0`` ...; ``device_name`` in words.
-        kernels: ``{layer, kind, kernel, weight_bits, activation_bits}`` in order of execution.
+        kernels: ``{layer, kind, kernel, operation, weight_bits, activation_bits}`` in order of execution; `layers.Ran`
+            says what ``kernel`` is, ``operation`` is what the profiler saw compute the product (None where it saw
+            none), and on a GPU there is ``gpu_kernel``.
         kernel_counts: Kernel to number of layers.
         parameters: Of the float denoiser.
         bits_per_weight: ``8 * weight_bytes / parameters``: codes, scales, tables, and what is kept float.
@@ -152,10 +156,10 @@ def measure(
     if progress is not None:
         progress.start("cost", runs + 1)
     try:
-        with LayerWatch(model) as watch:
-            peak = _Resident() if device.type != "cuda" else None
-            with peak or _nothing():
-                call()  # warms up
+        ran = _look(pipeline, call, min(steps, 2))
+        peak = _Resident() if device.type != "cuda" else None
+        with peak or _nothing():
+            call()  # warms up
         told = (lambda: progress.advance(1)) if progress is not None else (lambda: None)
         told()
         if device.type == "cuda":
@@ -165,7 +169,7 @@ def measure(
         if progress is not None:
             progress.finish()
     memory = torch.cuda.max_memory_allocated(device) if peak is None else peak.most
-    return _cost(model, list(watch.ran.values()), memory, device, folder, settings, run or this_run(),
+    return _cost(model, ran, memory, device, folder, settings, run or this_run(),
                  Timing.of(calls), Timing.of([seconds / batch for seconds in pictures]))  # fmt: skip
 
 
@@ -209,8 +213,8 @@ def _cost(
     of_denoiser, whole = disk_bytes(folder)
     size, count = weight_bytes(model), parameter_count(model)
     libraries = sorted({layer.library for layer in ran} - {"none"})
-    rows = [{"layer": r.layer, "kind": r.kind, "kernel": r.kernel, "weight_bits": r.weight_bits,
-             "activation_bits": r.activation_bits} for r in ran]  # fmt: skip
+    rows = [{"layer": r.layer, "kind": r.kind, "kernel": r.kernel, "operation": None, **r.product,
+             "weight_bits": r.weight_bits, "activation_bits": r.activation_bits} for r in ran]  # fmt: skip
     cuda = device.type == "cuda"
     return Cost(
         disk_bytes=of_denoiser, disk_total_bytes=whole, weight_bytes=size, peak_bytes=peak,
@@ -226,12 +230,28 @@ def _cost(
     )  # fmt: skip
 
 
+def _look(pipeline: Any, call: Callable[..., Any], steps: int) -> list[Ran]:
+    """What ran each layer, from a short draw; of a compiled denoiser the module that was compiled is looked at."""
+    name, model = denoiser_name(pipeline), denoiser(pipeline)
+    plain = getattr(model, "_orig_mod", model)
+    setattr(pipeline, name, plain)
+    try:
+        with ProductWatch(plain, quantizable(plain)) as products, LayerWatch(plain) as watch:
+            call(steps=steps)
+    finally:
+        setattr(pipeline, name, model)
+    return [replace(ran, product=products.found.get(layer, {})) for layer, ran in watch.ran.items()]
+
+
 def _notes(model: nn.Module, ran: list[Ran], step: Timing) -> list[str]:
     found = []
     foreign = sorted({r.library for r in ran} - {"none", "bitbrush"})
     if foreign:
-        found.append(f"Layers of {' and '.join(foreign)} are named by their class: what they call inside is not seen. "
-                     "Bits of their weights are those that their largest tensor takes.")  # fmt: skip
+        found.append(f"Layers of {' and '.join(foreign)} are named by their class, and by the operation that the "
+                     "profiler saw. Bits of their weights are those that their largest tensor takes.")  # fmt: skip
+    if hasattr(model, "_orig_mod"):
+        found.append("The denoiser is compiled: kernels are those that run it uncompiled, times are of the compiled "
+                     "one.")  # fmt: skip
     if any(r.kernel in ("reference", "simulated") for r in ran):
         found.append("Layers on the kernel 'reference' or 'simulated' decode to float at every call: they save memory, "
                      "not time.")  # fmt: skip

@@ -7,7 +7,7 @@ outside; bits of weights are those that the largest tensor inside really takes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -38,6 +38,7 @@ class Ran:
         library: Who quantized it; ``none`` for a float layer.
         weight_bits, activation_bits: 16 stands for float.
         macs: Multiply-accumulates for one sample.
+        product: What `products.ProductWatch` saw: ``operation``, and on a GPU ``gpu_kernel``.
     """
 
     layer: str
@@ -47,6 +48,7 @@ class Ran:
     weight_bits: float
     activation_bits: float
     macs: int
+    product: dict[str, str] = field(default_factory=dict)
 
 
 def library_of(module: nn.Module) -> str:
