@@ -22,7 +22,7 @@ LONGEST_NAME = 90
 
 
 class ProductWatch:
-    """Profiles the first call of a denoiser inside the block, unless a profiler runs already. Hooks are gone afterwards.
+    """Profiles the first call of a denoiser inside the block, unless a profiler runs already. Hooks are gone after it.
 
     Args:
         model: The denoiser.

@@ -33,7 +33,7 @@ def figure(data: Mapping[str, Any], metric: str | None = None) -> Figure:
     """
     key = metric or str(data["settings"]["metric"])
     names, values = table(data, key)
-    made, (axes,) = _figure(1, 1.65 + 0.34 * len(values))
+    made, (axes,) = _figure(1, 1.3 + 0.34 * len(values))
     shown = np.ma.masked_invalid(values)
     reverse = key in BETTER_HIGHER
     axes.set_facecolor("#d7dbe2")
@@ -43,9 +43,6 @@ def figure(data: Mapping[str, Any], metric: str | None = None) -> Figure:
     for y in range(1, len(values)):
         axes.axhline(y - 0.5, color="white", lw=1.5)
     _group_labels(axes, names)
-    axes.tick_params(axis="x", rotation=30)
-    for label in axes.get_xticklabels():
-        label.set_horizontalalignment("right")
     _name_worst(axes, names, values, reverse)
     bar = made.colorbar(picture, ax=axes, shrink=0.9, pad=0.012, aspect=9)
     bar.outline.set_edgecolor(LINE)
@@ -96,6 +93,6 @@ def _name_worst(axes: Any, names: Sequence[str], values: NDArray[np.float64], re
     for rank, column in enumerate(order.tolist(), start=1):
         axes.annotate(str(rank), (column, -0.5), xytext=(0, 2), textcoords="offset points", ha="center", fontsize=7.5,
                       color=MUTED)
-    worst = [plot_label(names[column], 44) for column in order.tolist()]
-    legend = "   ".join(f"{rank} {name}" for rank, name in enumerate(worst, start=1))
+    worst = [f"{rank} {plot_label(names[column], 60)}" for rank, column in enumerate(order.tolist(), start=1)]
+    legend = "\n".join("   ".join(worst[i : i + 3]) for i in range(0, len(worst), 3))
     axes.set_title(legend, fontsize=6.8, color=MUTED, loc="left", pad=13)
