@@ -158,6 +158,12 @@ def test_a_token_by_its_pieces() -> None:
     assert [ids[i] for i in places[1]] == tokenizer("apple", add_special_tokens=False).input_ids
 
 
+def test_a_prompt_without_words_has_no_token() -> None:
+    pipe = tiny.text_pipeline()
+    seen = inside.look(pipe, pipe, **HOW | {"prompts": ["", " ", "."], "n": 1, "steps": 1})
+    assert seen.attention is None and any("no token" in note for note in seen.notes)
+
+
 def test_only_pictures_with_the_token_count(found: Inside) -> None:
     attention = found.attention
     assert attention is not None and attention["pictures"] == 2 and attention["prompt"] == "red apple"

@@ -50,7 +50,8 @@ def choose(pipeline: Any, prompts: Sequence[str], token: str | None) -> tuple[st
     Raises:
         InputError: A token was asked for that no prompt has.
     """
-    word = token if token is not None else prompts[0].split()[-1].strip(PUNCTUATION)
+    last = prompts[0].split()[-1:]
+    word = token if token is not None else "".join(last).strip(PUNCTUATION)
     places = token_places(pipeline.tokenizer, prompts, word)
     if token is not None and not any(places):
         raise InputError(

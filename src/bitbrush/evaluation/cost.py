@@ -149,7 +149,7 @@ def measure(
     """
     _check(pipeline, prompts, batch, runs)
     model = denoiser(pipeline)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = _device(pipeline, model)
     settings = _settings(steps, guidance, batch, autocast, device, takes_prompt(pipeline))
     call = functools.partial(draw, pipeline, prompts=prompts, n=batch, steps=steps, guidance=guidance, batch=batch,
                              autocast=autocast)  # fmt: skip
@@ -228,6 +228,13 @@ def _cost(
         float_bit_operations=sum(r.macs for r in ran) * FLOAT_BITS**2,
         quantized_by=" + ".join(libraries) or "none", notes=_notes(model, ran, step), settings=settings, run=run,
     )  # fmt: skip
+
+
+def _device(pipeline: Any, model: nn.Module) -> torch.device:
+    """Where the denoiser runs, with its number; weights that are moved in for a call only may lie elsewhere."""
+    resting = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    found: torch.device = getattr(pipeline, "_execution_device", None) or resting
+    return torch.device("cuda", torch.cuda.current_device()) if found == torch.device("cuda") else found
 
 
 def _look(pipeline: Any, call: Callable[..., Any], steps: int) -> list[Ran]:
