@@ -78,6 +78,14 @@ def test_a_compiled_denoiser_is_looked_at_uncompiled() -> None:
     assert any("compiled" in note for note in found.notes) and found.step_seconds.runs == 6
 
 
+def test_prompts_are_taken_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[Any]()
+    draw = cost.draw
+    monkeypatch.setattr(cost, "draw", lambda *a, **k: (asked.append(k["prompts"]), draw(*a, **k))[1])
+    cost.measure(tiny.pipeline("text"), prompts=["red apple", "sun"], **ONCE | {"batch": 3, "steps": 1, "runs": 1})
+    assert asked == [["red apple", "sun", "red apple"]] * 3
+
+
 def test_a_kernel_that_leaves_its_input_to_the_reference_is_not_named() -> None:
     pipe, _ = tiny.quantized_pipeline("text", timed=False)
     kernels.use(pipe.unet, "cpu-int8")
@@ -154,10 +162,10 @@ def test_hooks_are_gone_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in pipe.unet.modules())
 
 
-@pytest.mark.parametrize(("change", "why"), [({"batch": 0}, "batch = 0"), ({"batch": 2}, "1 prompts, 2 pictures")])
-def test_bad_input(change: dict[str, int], why: str) -> None:
+@pytest.mark.parametrize(("change", "why"), [({"batch": 0}, "batch = 0"), ({"prompts": []}, "draws from text")])
+def test_bad_input(change: dict[str, Any], why: str) -> None:
     with pytest.raises(InputError, match=why) as caught:
-        cost.measure(tiny.pipeline("text"), prompts=["red apple"], **ONCE | change)
+        cost.measure(tiny.pipeline("text"), **{"prompts": ["red apple"]} | ONCE | change)
     assert small.complete(caught.value)
 
 

@@ -5,8 +5,6 @@ Errors are not caught here: `bitbrush.cli.entry` turns them into a message and a
 
 from __future__ import annotations
 
-import importlib
-import shlex
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,8 +12,22 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from bitbrush.cli import render, sensing
+from bitbrush.cli import render
+from bitbrush.cli.options import (
+    Batch,
+    Debug,
+    Device,
+    Guidance,
+    Json,
+    Prompts,
+    Seed,
+    Steps,
+    command_line,
+    heavy,
+    read_prompt_file,
+)
 from bitbrush.cli.render import Screen
+from bitbrush.cli.sensing import sensitivity
 from bitbrush.cli.text import clean
 from bitbrush.errors import InputError
 
@@ -28,8 +40,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Write one JSON object instead of tables.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the notes of libraries.")]
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Folder or hub id of a diffusers pipeline, or a model folder.")
 ]
@@ -41,15 +51,6 @@ Activations = Annotated[
     int | None, typer.Option("--activations", "-a", help="Bits of the activations, 1 to 8; 16 = float.")
 ]
 Preset = Annotated[str | None, typer.Option("--preset", help="A preset of the recipe, such as demo.")]
-Prompts = Annotated[
-    Path | None, typer.Option("--prompts", help="Text file with one prompt a line; else the bundled ones.")
-]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
-Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1 ...; CUDA where there is one.")]
-Steps = Annotated[int, typer.Option("--steps", min=1, help="Sampling steps.")]
-Guidance = Annotated[float, typer.Option("--guidance", help="Classifier-free guidance; no effect without prompts.")]
-Batch = Annotated[int, typer.Option("--batch", min=1, help="Pictures drawn at once.")]
-
 
 @app.command()
 def inspect(
@@ -115,7 +116,7 @@ def quantize(
         "weights": weights,
         "activations": activations,
         "preset": preset,
-        "prompts": read_prompts(screen, prompts),
+        "prompts": read_prompt_file(screen, prompts),
         "seed": seed,
         "device": device,
         "settings": parse_settings(settings or []),
@@ -214,7 +215,7 @@ def compare(
     what is inside: bits, losses, ranges.
     """
     screen = Screen(as_json, debug)
-    texts = read_prompts(screen, prompts)
+    texts = read_prompt_file(screen, prompts)
     screen = heavy(as_json, debug)
     from bitbrush.cli import pictures
 
@@ -241,7 +242,7 @@ def compare(
     )
 
 
-app.command()(sensing.sensitivity)
+app.command()(sensitivity)
 
 
 @app.command()
@@ -312,12 +313,6 @@ def demo(
     screen.show(outcome, *([] if as_json else render.demo_tables(outcome)))
 
 
-def command_line(name: str, words: list[str], options: dict[str, object]) -> str:
-    """The command with everything that was chosen, defaults written out, as it could be typed again."""
-    pairs = [part for key, value in options.items() if value is not None for part in (key, str(value))]
-    return shlex.join(["bitbrush", name, *words, *pairs])
-
-
 def parse_settings(pairs: list[str]) -> dict[str, Any]:
     """``["weights.iterations=100"]`` as ``{"weights.iterations": 100}``; values are TOML, or else plain text.
 
@@ -348,30 +343,6 @@ def _toml_value(text: str) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
-
-
-def heavy(as_json: bool, debug: bool) -> Screen:
-    """The screen of a command that loads models: imports the large libraries, seconds long, and quietens them."""
-    from bitbrush.cli.quiet import quiet_loading
-
-    screen = Screen(as_json, debug)
-    with screen.waiting("Loading torch and diffusers"):
-        quiet_loading(debug=debug)
-        importlib.import_module("bitbrush.api")
-    return screen
-
-
-def read_prompts(screen: Screen, path: Path | None) -> list[str] | None:
-    """The prompts of ``--prompts``, with a note where some are repeated; None without."""
-    if path is None:
-        return None
-    from bitbrush.prompts import read_prompts
-
-    prompts = read_prompts(path)
-    repeated = len(prompts) - len(set(prompts))
-    if repeated:
-        screen.note(f"{path}: {repeated:,} of {len(prompts):,} prompts are repeated")
-    return prompts
 
 
 def _show_result(screen: Screen, result: Any) -> None:

@@ -10,7 +10,8 @@ import typer
 from rich.console import RenderableType
 from rich.text import Text
 
-from bitbrush.cli.render import table
+from bitbrush.cli.options import heavy, read_prompt_file
+from bitbrush.cli.render import Screen, table
 from bitbrush.cli.text import clean, share
 from bitbrush.errors import InputError
 
@@ -51,12 +52,9 @@ def sensitivity(
     Rounds one layer (or block) at a time, draws the same pictures again, and ranks the layers by what changed. A run
     that is stopped goes on when the same command is given again.
     """
-    from bitbrush.cli.app import heavy, read_prompts
-    from bitbrush.cli.render import Screen
-
     widths = read_bits(weights)
     check_plot(plot)
-    texts = read_prompts(Screen(as_json, debug), prompts)
+    texts = read_prompt_file(Screen(as_json, debug), prompts)
     screen = heavy(as_json, debug)
     import bitbrush
     from bitbrush.report import heat

@@ -138,20 +138,21 @@ def measure(
     Args:
         pipeline: A diffusers pipeline, quantized by anyone or not at all.
         folder: Where it was loaded from, for the size on disk; a file where it is a single file.
-        prompts: At least ``batch`` of them; None for an unconditional pipeline.
+        prompts: Taken in turn, where they are fewer than ``batch``; None for an unconditional pipeline.
         steps, guidance, batch, autocast: As for ``sampling.draw``; ``batch`` pictures are drawn together.
         progress: Told of every draw.
         runs: Timed draws at most; no further one is begun after a minute, but there are at least three.
         run: Name of the run; None: that of this process.
 
     Raises:
-        InputError: There are fewer prompts than pictures in a batch, or none are wanted.
+        InputError: There are no prompts, or nothing is to be drawn.
     """
     _check(pipeline, prompts, batch, runs)
     model = denoiser(pipeline)
     device = _device(pipeline, model)
     settings = _settings(steps, guidance, batch, autocast, device, takes_prompt(pipeline))
-    call = functools.partial(draw, pipeline, prompts=prompts, n=batch, steps=steps, guidance=guidance, batch=batch,
+    texts = [prompts[i % len(prompts)] for i in range(batch)] if prompts else None
+    call = functools.partial(draw, pipeline, prompts=texts, n=batch, steps=steps, guidance=guidance, batch=batch,
                              autocast=autocast)  # fmt: skip
     if progress is not None:
         progress.start("cost", runs + 1)
@@ -392,7 +393,6 @@ def _check(pipeline: Any, prompts: Sequence[str] | None, batch: int, runs: int) 
     if batch < 1 or runs < 1:
         raise InputError("nothing is to be drawn", where="bitbrush.evaluation.cost.measure",
                          why=f"batch = {batch}, runs = {runs}", try_="give both at least 1")  # fmt: skip
-    if takes_prompt(pipeline) and len(prompts or ()) < batch:
-        raise InputError("there are fewer prompts than pictures in a batch", where="bitbrush.evaluation.cost.measure",
-                         why=f"{len(prompts or ())} prompts, {batch} pictures",
-                         try_="give more prompts, or a smaller batch")  # fmt: skip
+    if takes_prompt(pipeline) and not prompts:
+        raise InputError("there are no prompts", where="bitbrush.evaluation.cost.measure",
+                         why=f"a {type(pipeline).__name__} draws from text", try_="give at least one")  # fmt: skip
