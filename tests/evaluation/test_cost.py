@@ -58,6 +58,7 @@ def test_the_operation_of_every_layer_is_what_ran(packed: Cost) -> None:
     assert integer == {row["layer"] for row in packed.kernels if row["kernel"] == "cpu-int8"}
     others = {row["operation"] for row in packed.kernels if row["kernel"] == "reference"}
     assert others and all("conv" in operation for operation in others)
+    assert any(note.startswith(f"2 of {len(packed.kernels)} quantized layers decode") for note in packed.notes)
 
 
 def test_a_profiler_of_somebody_else_goes_on() -> None:
@@ -114,7 +115,7 @@ def test_autocast_is_the_type_that_ran() -> None:
 def test_simulated_layers_are_not_called_packed() -> None:
     pipe, _ = tiny.quantized_pipeline("text", pack=False, timed=False)
     found = cost.measure(pipe, prompts=["red apple"], **ONCE)
-    assert set(found.kernel_counts) == {"simulated"} and any("not time" in note for note in found.notes)
+    assert set(found.kernel_counts) == {"simulated"} and any("not arithmetic" in note for note in found.notes)
     assert found.bits_per_weight > 32, "codes lie beside the float weights"
 
 

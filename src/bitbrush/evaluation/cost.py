@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from bitbrush.errors import InputError
-from bitbrush.evaluation.layers import FLOAT_BITS, LayerWatch, Ran, bit_operations, quantizable
+from bitbrush.evaluation.layers import FLOAT_BITS, LayerWatch, Ran, bit_operations, float_product, quantizable
 from bitbrush.evaluation.memory import parameter_count, weight_bytes
 from bitbrush.evaluation.products import ProductWatch
 from bitbrush.evaluation.sampling import Progress, denoiser, draw
@@ -260,9 +260,11 @@ def _notes(model: nn.Module, ran: list[Ran], step: Timing) -> list[str]:
     if hasattr(model, "_orig_mod"):
         found.append("The denoiser is compiled: kernels are those that run it uncompiled, times are of the compiled "
                      "one.")  # fmt: skip
-    if any(r.kernel in ("reference", "simulated") for r in ran):
-        found.append("Layers on the kernel 'reference' or 'simulated' decode to float at every call: they save memory, "
-                     "not time.")  # fmt: skip
+    quantized = [r for r in ran if r.library != "none"]
+    decoded = sum(r.kernel in ("reference", "simulated") or float_product(r) for r in quantized)
+    if decoded:
+        found.append(f"{decoded} of {len(quantized)} quantized layers decode to float before they multiply: their bits "
+                     "save memory, not arithmetic. Bit operations say what the bits would allow.")  # fmt: skip
     if not ran:
         found.append(f"No linear or convolution layer of the {type(model).__name__} was called.")
     if step.low and step.high / step.low > 1.25:

@@ -180,3 +180,10 @@ class LayerWatch:
 def bit_operations(layers: Iterable[Ran]) -> int:
     """Multiply-accumulates times bits of the weight times bits of the input, of one sample in one call."""
     return round(sum(ran.macs * ran.weight_bits * ran.activation_bits for ran in layers))
+
+
+def float_product(ran: Ran) -> bool:
+    """Whether the profiler saw one of torch's float products compute a layer, not one of integers or of another
+    library."""
+    operation = ran.product.get("operation", "")
+    return operation.startswith("aten::") and "int" not in operation and "scaled" not in operation

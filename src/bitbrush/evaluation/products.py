@@ -16,8 +16,8 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 MARK = "bitbrush layer "
-PRODUCT = re.compile(r"(?<![a-z])(int_|scaled_|sparse_|addb?|ba|b)?(mm|mv|bmm|addmm|gemm\w*|gemv\w*|matmul\w*|linear\w*"
-                     r"|convolution\w*|conv\dd\w*|dot)(?![a-z])")  # fmt: skip
+PRODUCT = re.compile(r"(^|_)([a-z0-9]*(mm|mv|matmul)|q?linear|q?conv(?!ert)[a-z0-9]*|gem[mv][a-z0-9]*|dot)(_|$)")
+"""In names of operations, word by word."""
 LONGEST_NAME = 90
 
 
