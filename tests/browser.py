@@ -1,4 +1,4 @@
-"""A real browser for tests: headless Chromium, spoken to by its own protocol over a pipe. No other package is needed."""
+"""A real browser for tests: headless Chromium, spoken to by its own protocol over a pipe, without other packages."""
 
 from __future__ import annotations
 
@@ -104,8 +104,8 @@ class Browser:
 
     def pdf(self) -> bytes:
         """The page on A4 paper."""
-        found = self._call("Page.printToPDF", preferCSSPageSize=True, printBackground=True, paperWidth=8.27, paperHeight=11.69)
-        return base64.b64decode(found["data"])
+        paper = {"paperWidth": 8.27, "paperHeight": 11.69, "preferCSSPageSize": True, "printBackground": True}
+        return base64.b64decode(self._call("Page.printToPDF", **paper)["data"])
 
     def close(self) -> None:
         """Ends the browser and whatever it started."""

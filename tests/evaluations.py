@@ -14,7 +14,7 @@ from bitbrush.evaluation.result import Evaluation, Missing, PairedTest, Value
 from bitbrush.evaluation.statistics import Estimate
 
 STEPS, N, KEPT = 20, 512, [0, 1, 2, 3, 4, 5, 6, 7, 41, 98, 203, 377]
-ZOO = "the zoo's CIFAR-10 classifier (penultimate layer)"
+ZOO = "CIFAR-10 classifier of the zoo"
 LAYERS = (
     "conv_in", "down_blocks.0.resnets.0.conv1", "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",
     "down_blocks.1.attentions.0.transformer_blocks.0.ff.net.2", "mid_block.resnets.1.conv2",
@@ -31,7 +31,8 @@ def full(texts: dict[str, str] | None = None) -> Evaluation:
     per = {arm: {"psnr": [_measured(pictures, arm, reference)]} for arm in arms[1:]}
     return Evaluation(
         reference, [first, second], _settings(says), _values(arms, says), _tests(arms, says), per,
-        {first: [377, 41, 203, 98], second: [98, 377, 4]}, [float(981 - 49 * i) for i in range(STEPS)],
+        {arm: sorted(KEPT, key=per[arm]["psnr"][0].__getitem__)[:4] for arm in arms[1:]},
+        [float(981 - 49 * i) for i in range(STEPS)],
         {first: _curve(0.1), second: _curve(0.24)}, _cost(arms, says),
         {first: _inside(says, 1.0), second: _inside(says, 2.2)},
         [Missing(says["missing_key"], says["missing_what"], says["where"], says["why"], says["try"]),
@@ -48,6 +49,7 @@ def minimal() -> Evaluation:
 
 def edges() -> Evaluation:
     """Finite values at the ends of what occurs: equal arms, no width, zeros, tiny and huge figures, one picture."""
+
     def value(key: str, number: float, group: Literal["paired", "text", "distribution"], **more: Any) -> Value:
         return Value(key, key.upper(), group, number, **(_PLAIN | {"low": number, "high": number} | more))
 
@@ -80,7 +82,9 @@ def extras(texts: dict[str, str] | None = None) -> dict[str, Any]:
         "parameters": 4096, "weight_bits": 4, "activation_bits": 8, "output_error": 0.03,
         "psnr": {"value": 24.1, "low": 22.8, "high": 25.6},
     }  # fmt: skip
-    others = [row | {"layer": n, "output_error": 0.02 / (i + 1), "psnr": {"value": 26.0 + i}} for i, n in enumerate(LAYERS)]
+    others = [
+        row | {"layer": n, "output_error": 0.02 / (i + 1), "psnr": {"value": 26.0 + i}} for i, n in enumerate(LAYERS)
+    ]
     return {
         "model": says["model"], "command": says["command"], "seconds": 412.0, "peak_memory": 3_210_000_000,
         "notes": [says["extra_note"]], "settings": {says["extra_setting"]: says["extra_value"]},
@@ -112,7 +116,7 @@ DEFAULTS = {
     "sensitive_model": "emoji-sd",
 }  # fmt: skip
 SINKS = sorted(DEFAULTS)
-_PLAIN: dict[str, Any] = {"low": None, "high": None, "spread": None, "better": "higher", "digits": 2, "floor": None, "count": 1}
+_PLAIN: dict[str, Any] = {"spread": None, "better": "higher", "digits": 2, "floor": None, "count": 1}
 
 
 def _settings(says: dict[str, str]) -> dict[str, Any]:
@@ -123,25 +127,37 @@ def _settings(says: dict[str, str]) -> dict[str, Any]:
 
 
 def _values(arms: list[str], says: dict[str, str]) -> dict[str, list[Value]]:
-    plain = {"spread": None, "floor": None, "count": N}
-    higher, lower = plain | {"better": "higher"}, plain | {"better": "lower"}
     detail = {says["detail_key"]: says["detail"], "width": 512, "extractor": ZOO}
     found: dict[str, list[Value]] = {}
-    for i, arm in enumerate(arms):
-        clip, r1, fid, kid = (0.794, 0.613, 8.42, 0.0021) if i == 0 else (0.789, 0.604, 8.71, 0.0024) if i == 1 else (0.751, 0.541, 11.36, 0.0068)  # fmt: skip
-        psnr_value, structure = 25.4 - 4.3 * (i - 1), 0.912 - 0.08 * (i - 1)
-        found[arm] = [] if i == 0 else [
-            Value("psnr", "PSNR, dB", "paired", psnr_value, psnr_value - 0.32, psnr_value + 0.35, digits=1, **higher),
-            Value("psnr_worst5", "PSNR, worst 5 %", "paired", psnr_value - 7.1, psnr_value - 8, psnr_value - 6.4, digits=1, **higher),
-            Value("ssim", "SSIM", "paired", structure, structure - 0.006, structure + 0.006, digits=3, **higher),
+    for arm, psnr_value, structure, clip, r1, fid, kid in zip(
+        arms, (0, 25.4, 21.1), (0, 0.912, 0.832), (0.794, 0.789, 0.751), (0.613, 0.604, 0.541), (8.42, 8.71, 11.36),
+        (0.0021, 0.0024, 0.0068), strict=True,
+    ):  # fmt: skip
+        found[arm] = [] if arm == arms[0] else [
+            _value("psnr", "PSNR, dB", "paired", psnr_value, 0.33, 1),
+            _value("psnr_worst5", "PSNR, worst 5 %", "paired", psnr_value - 7.1, 0.8, 1),
+            _value("ssim", "SSIM", "paired", structure, 0.006, 3),
         ]  # fmt: skip
         found[arm] += [
-            Value("clip", says["clip_label"], "text", clip, clip - 0.008, clip + 0.008, digits=3, **higher),
-            Value(says["extra_key"], "R@1, held-out prompts", "text", r1, r1 - 0.04, r1 + 0.04, digits=3, **higher),
-            Value("fid", says["fid_label"], "distribution", fid, None, None, digits=2, warning=says["warning"], detail=detail, **lower | {"floor": 0.38}),
-            Value("kid", f"KID in features of: {ZOO}", "distribution", kid, None, None, digits=4, detail=detail | {"subset_size": 256}, **lower | {"spread": 0.0006, "floor": 0.0005}),
+            _value("clip", says["clip_label"], "text", clip, 0.008, 3),
+            _value(says["extra_key"], "R@1, held-out prompts", "text", r1, 0.04, 3),
+            _value("fid", says["fid_label"], "distribution", fid, None, 2, floor=0.38,
+                   warning=says["warning"], detail=detail),
+            _value(
+                "kid", f"KID in features of: {ZOO}", "distribution", kid, None, 4, floor=0.0005, spread=0.0006,
+                detail=detail | {"subset_size": 256},
+            ),
         ]  # fmt: skip
     return found
+
+
+def _value(
+    key: str, label: str, group: Literal["paired", "text", "distribution"], value: float, half: float | None,
+    digits: int, **more: Any,
+) -> Value:  # fmt: skip
+    ends = {"low": None, "high": None} if half is None else {"low": value - half, "high": value + half}
+    better = "lower" if group == "distribution" else "higher"
+    return Value(key, label, group, value, **_PLAIN | ends | {"better": better, "digits": digits, "count": N} | more)
 
 
 def _tests(arms: list[str], says: dict[str, str]) -> list[PairedTest]:
@@ -162,11 +178,11 @@ def _cost(arms: list[str], says: dict[str, str]) -> dict[str, dict[str, Any]]:
 
     found = {}
     for i, arm in enumerate(arms):
-        kernels = {"cudnn half": 61} if i == 0 else {says["kernel"]: 54, "cudnn half": 7} if i == 1 else {"int8 dequantize": 61}
+        kernels = ({"cudnn half": 61}, {says["kernel"]: 54, "cudnn half": 7}, {"int8 dequantize": 61})[i]
         found[arm] = {
             "disk_bytes": (9_655_744, 1_640_000, 5_010_000)[i], "weight_bytes": (9_600_000, 1_610_000, 4_950_000)[i],
-            "peak_bytes": (412_000_000, 381_000_000, 399_000_000)[i], "step_seconds": times((0.0123, 0.0071, 0.0152)[i]),
-            "picture_seconds": times((0.0164, 0.0098, 0.0201)[i]), "device": says["device"], "kernel_counts": kernels,
+            "peak_bytes": (412_000_000, 381_000_000, 399_000_000)[i],
+            "step_seconds": times((0.0123, 0.0071, 0.0152)[i]), "picture_seconds": times((0.0164, 0.0098, 0.0201)[i]), "device": says["device"], "kernel_counts": kernels,
             "kernels": [{"layer": says["kernel_layer"], "kind": says["kernel_kind"], "kernel": says["kernel"]}],
             "bits_per_weight": (16.0, 4.61, 8.2)[i], "bit_operations": (6.4e12, 8.1e11, 1.6e12)[i],
             "float_bit_operations": 6.4e12, "quantized_by": ("none", says["by"], "torchao")[i],
@@ -185,12 +201,12 @@ def _inside(says: dict[str, str], scale: float) -> dict[str, Any]:
         activations[name] = {key: [round(part * w, 4) for w in wide] for key, part in parts.items()}
     attention = {
         "token": says["token"], "prompt": says["attention_prompt"],
-        "layers": {says["attention_layer"]: 0.21 * scale, "up_blocks.1.attentions.0": 0.12, "mid_block.attentions.0": 0.05},
+        "layers": {says["attention_layer"]: 0.21 * scale, "up_blocks.1.attentions.0": 0.12, "mid_block.attn": 0.05},
         "maps": {says["map"]: {"reference": _map(0.0), "candidate": _map(0.6 * scale)}},
     }  # fmt: skip
     return {
         "timesteps": times, "activations": activations,
-        "kurtosis": {says["kurtosis_layer"]: 31.2, **{f"{name}.x": 3.0 + 1.7 * i for i, name in enumerate(LAYERS * 2)}},
+        "kurtosis": {says["kurtosis_layer"]: 31.2, **{f"{name}.x": 3.0 + 1.7 * i for i, name in enumerate(LAYERS)}},
         "noise_sqnr": [31 - 8 * scale + 6 * math.sin(i / 6) for i in range(STEPS)],
         "latent_sqnr": [None, *(38 - 6 * scale - 7 * math.log(1 + i) for i in range(1, STEPS))], "attention": attention,
     }  # fmt: skip

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bitbrush.evaluation.statistics import Estimate
-from bitbrush.report.svg import NARROW, WIDE, Plot
+from bitbrush.report.svg import HALF, NARROW, WIDE, Plot
 
 STEPS = "sampling step (left: noise, right: picture)"
 Fit = dict[str, str]  # the same plot twice: "wide" for a desk and for paper, "narrow" for a phone
@@ -31,18 +31,21 @@ def step_errors(curves: Mapping[str, Sequence[Estimate]], colours: Mapping[str, 
     return found
 
 
-def decibels(curves: Mapping[str, Sequence[float | None]], colours: Mapping[str, str]) -> str:
+def decibels(curves: Mapping[str, Sequence[float | None]], colours: Mapping[str, str]) -> Fit:
     """Signal-to-quantization-noise ratio at each sampling step, one line an arm; gaps where it is infinite."""
     values = [number for curve in curves.values() for number in finite(curve, none=True)] or [0.0]
     longest = max(map(len, curves.values()))
     spare = 0.08 * (max(values) - min(values))
-    plot = Plot(
-        (1, max(longest, 2)), (min(values) - spare, max(values) + spare), x_label=STEPS,
-        y_label="signal to quantization noise, dB", whole=True, height=220,
-    )  # fmt: skip
-    for arm, curve in curves.items():
-        plot.line(range(1, len(curve) + 1), [math.nan if v is None else v for v in curve], colours[arm])
-    return plot.uri()
+    found = {}
+    for name, width in (("wide", HALF), ("narrow", NARROW)):
+        plot = Plot(
+            (1, max(longest, 2)), (min(values) - spare, max(values) + spare), x_label=STEPS, y_label="dB", whole=True,
+            width=width, height=220,
+        )  # fmt: skip
+        for arm, curve in curves.items():
+            plot.line(range(1, len(curve) + 1), [math.nan if v is None else v for v in curve], colours[arm])
+        found[name] = plot.uri()
+    return found
 
 
 def activation_bands(times: Sequence[float], layer: Mapping[str, Any], colour: str) -> str:

@@ -114,18 +114,13 @@ def _warnings(evaluation: Evaluation) -> list[str]:
     return [v.warning for values in evaluation.values.values() for v in values if v.warning]
 
 
-def _heading(label: str) -> tuple[str, str]:
-    """``FID in features of: X`` in two lines."""
-    name, middle, rest = label.partition(" in features of: ")
-    return name, f"{middle.strip().removesuffix(':')} {rest}" if middle else ""
-
-
 def _summary(evaluation: Evaluation) -> dict[str, Any]:
     found = by_key(evaluation.values)
     keys = [key for key in SUMMARY if key in found]
     keys = keys or list(found)[: len(SUMMARY)]
     first = [next(iter(found[key].values())) for key in keys]
-    columns = [{"name": _heading(v.label)[0], "sub": _heading(v.label)[1], "better": v.better} for v in first]
+    heads = [(findings.heading(v.label), v.better) for v in first]
+    columns = [{"name": name, "sub": sub, "better": better} for (name, sub), better in heads]
     extra = [name for name in ("On disk", "A picture") if any(_cost(evaluation, arm, name) for arm in evaluation.arms)]
     columns += [{"name": name, "sub": "", "better": "lower"} for name in extra]
     rows = [
@@ -160,7 +155,7 @@ def _cell(evaluation: Evaluation, arm: str, value: Value | None) -> dict[str, An
     floor = [f"floor ± {number(value.floor, value.digits)}"] if value.floor is not None and full else []
     return {
         "value": number(value.value, value.digits),
-        "notes": [note for note in (_ends(value), *floor) if note],
+        "notes": [_ends(value), *floor],
         "mark": found,
         "leads": findings.leads(evaluation, arm, value),
     }
@@ -195,8 +190,8 @@ def _metric(evaluation: Evaluation, arms: Mapping[str, Value], palette: Mapping[
         if arm in arms
     ]
     return {
-        "name": _heading(values[0].label)[0],
-        "sub": _heading(values[0].label)[1],
+        "name": findings.heading(values[0].label)[0],
+        "sub": findings.heading(values[0].label)[1],
         "facts": _facts(values),
         "rows": rows,
         "ends": scale.ends,
@@ -210,7 +205,7 @@ def _facts(values: Sequence[Value]) -> list[str]:
     """What has to stand beside a number: which way is better, counts, floor, reference and settings of the metric."""
     first = values[0]
     counts = sorted({v.count for v in values})
-    facts = [f"{first.better} is better", f"{' or '.join(f'{c:,}' for c in counts)} pictures"]
+    facts = [f"{first.better} is better", " or ".join(map(findings.pictures, counts))]
     floors = [v.floor for v in values if v.floor is not None]
     if floors:
         facts.append(f"noise floor ± {number(max(floors), first.digits)}")
@@ -237,8 +232,8 @@ def _tests(evaluation: Evaluation) -> list[dict[str, Any]]:
                 "second": test.second,
                 "difference": number(test.difference.value, digits, sign=True),
                 "interval": interval(test.difference.to_json(), digits, sign=True),
-                "p": findings.probability(test.p).removeprefix("p = ").removeprefix("p "),
-                "adjusted": findings.probability(test.adjusted).removeprefix("p = ").removeprefix("p "),
+                "p": findings.probability(test.p).removeprefix("p\u00a0=").strip("p\u00a0"),
+                "adjusted": findings.probability(test.adjusted).removeprefix("p\u00a0=").strip("p\u00a0"),
                 "prompts": f"{test.prompts:,}",
                 "mark": findings.verdict(evaluation, test),
             }

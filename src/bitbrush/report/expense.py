@@ -54,24 +54,28 @@ def brief(seconds: float) -> str:
     """Three digits of a short time: ``840 µs``, ``12.3 ms``, ``1.42 s``."""
     for unit, scale in (("µs", 1e6), ("ms", 1e3)):
         if 0 < seconds * scale < 999.5:
-            return f"{seconds * scale:.3g} {unit}"
-    return f"{seconds:.3g} s" if seconds < 999.5 else f"{seconds / 60:.0f} min"
+            return f"{_three(seconds * scale)} {unit}"
+    return f"{_three(seconds)} s" if seconds < 999.5 else f"{seconds / 60:.0f} min"
 
 
 def quantity(value: float) -> str:
     """Three digits of a count: ``812``, ``4.21 G``."""
     for unit in ("", " k", " M", " G", " T", " P"):
         if abs(value) < 999.5:
-            return f"{value:.3g}{unit}"
+            return f"{_three(value)}{unit}"
         value /= 1000
     return f"{value:.3g} E"
+
+
+def _three(value: float) -> str:
+    return f"{value:#.3g}".removesuffix(".") if value else "0"
 
 
 def _bytes(value: Any, full: Any) -> Cell | None:
     if not _known(value):
         return None
     times = ratio(full, value)
-    return {"value": size(value), "note": "" if times is None else f"{100 / times:.3g} % of it"}
+    return {"value": size(value), "note": "" if times is None else f"{100 / times:.3g} %"}
 
 
 def _time(found: Any) -> Cell | None:
@@ -92,10 +96,10 @@ def _plain(value: Any) -> Cell | None:
 
 
 def _operations(found: Mapping[str, Any]) -> Cell | None:
-    own = found.get("bit_operations")
-    times = ratio(found.get("float_bit_operations"), own)
+    own: Any = found.get("bit_operations")
     if not _known(own):
         return None
+    times = ratio(found.get("float_bit_operations"), own)
     return {"value": quantity(own), "note": f"{times:.3g}× fewer" if times is not None and times > 1.005 else ""}
 
 

@@ -17,7 +17,7 @@ from bitbrush.report.verdict import Card
 class Mark:
     """How a figure of a candidate stands to the reference's: a sign for the table, and words.
 
-    ``kind`` is "worse", "better" or "same"; "same" is: no difference that could not be chance.
+    ``kind`` is "worse", "better", "same" (no difference that could not be chance) or "unknown" (which way is better).
     """
 
     kind: str
@@ -26,7 +26,7 @@ class Mark:
     @property
     def sign(self) -> str:
         """A sign that needs no colour."""
-        return {"worse": "▼", "better": "▲", "same": "≈"}[self.kind]
+        return {"worse": "▼", "better": "▲", "same": "≈"}.get(self.kind, "")
 
 
 @dataclass
@@ -45,11 +45,10 @@ def finding(evaluation: Evaluation, arm: str) -> Finding:
         _size(evaluation, arm), _speed(evaluation, arm), _text(evaluation, arm), _distribution(evaluation, arm),
         _paired(evaluation, arm),
     ]  # fmt: skip
-    found = [part for part in parts if part is not None]
-    claims = [part.claim for part in found if part.claim]
-    gains, costs = [c for c in claims if c.endswith(("smaller", "larger", "faster", "slower"))], []
-    costs = [claim for claim in claims if claim not in gains][:2]
-    claim = "; ".join(part for part in (" and ".join(gains), ", ".join(costs)) if part) or "nothing was measured"
+    gains = [part.claim for part in parts[:2] if part is not None and part.claim]
+    losses = [part for part in parts[2:] if part is not None]
+    costs = [part.claim for part in losses if part.matters] or [part.claim for part in losses[:1]]
+    claim = "; ".join(part for part in (" and ".join(gains), " and ".join(costs)) if part) or "nothing was measured"
     order = [part for part in (parts[4], parts[2], parts[3], parts[0], parts[1]) if part is not None]
     sentence = " ".join(part.sentence for part in order if part.sentence)
     return Finding(arm, claim[:1].upper() + claim[1:], sentence, [part.card for part in order])
@@ -60,6 +59,7 @@ class _Part:
     claim: str
     sentence: str
     card: Card
+    matters: bool = False  # a change that is not chance: the headline must not leave it out
 
 
 def mark(evaluation: Evaluation, arm: str, value: Value) -> Mark | None:
@@ -80,6 +80,8 @@ def mark(evaluation: Evaluation, arm: str, value: Value) -> Mark | None:
     change = value.value - full.value
     if abs(change) <= floor:
         return Mark("same", "within the noise floor")
+    if abs(change) < 0.5 * 10**-value.digits:
+        return Mark("same", "equal in the digits shown")
     return Mark(_side(change, value), "beyond the noise floor")
 
 
@@ -99,7 +101,7 @@ def verdict(evaluation: Evaluation, test: PairedTest) -> Mark:
         return Mark("same", "no significant difference")
     value = evaluation.value(test.first, test.key) or evaluation.value(test.second, test.key)
     if value is None:
-        return Mark("same", f"{test.first} is {'higher' if test.difference.value > 0 else 'lower'}")
+        return Mark("unknown", f"{test.first} is {'higher' if test.difference.value > 0 else 'lower'}")
     side = _side(test.difference.value, value)
     return Mark(side, f"{test.first} is {side}")
 
@@ -114,8 +116,8 @@ def change(evaluation: Evaluation, arm: str, value: Value) -> tuple[float, Estim
 
 
 def probability(p: float) -> str:
-    """``p = 0.012``, ``p < 0.001``."""
-    return "p < 0.001" if p < 0.001 else f"p = {min(p, 1.0):.3f}"
+    """``p = 0.012``, ``p < 0.001``, on one line."""
+    return "p\u00a0<\u00a00.001" if p < 0.001 else f"p\u00a0=\u00a0{min(p, 1.0):.3f}"
 
 
 def ratio(full: Any, own: Any) -> float | None:
@@ -165,7 +167,7 @@ def _side(difference: float, value: Value) -> str:
 def _first(evaluation: Evaluation, arm: str, group: str, preferred: Sequence[str]) -> Value | None:
     found = [value for value in evaluation.values.get(arm, []) if value.group == group]
     ranked = [value for key in preferred for value in found if value.key == key]
-    return (ranked or found or [None])[0]
+    return next(iter(ranked or found), None)
 
 
 def _paired(evaluation: Evaluation, arm: str) -> _Part | None:
@@ -174,13 +176,13 @@ def _paired(evaluation: Evaluation, arm: str) -> _Part | None:
         return None
     unit = " dB" if value.key.startswith("psnr") else ""
     shown, ends = number(value.value, value.digits) + unit, _ends(value)
-    name = "PSNR" if value.key == "psnr" else value.label
+    name = "PSNR" if value.key == "psnr" else heading(value.label)[0]
     sentence = f"To the pictures of {_reference(evaluation)} it has {shown} {name}{' ' + ends if ends else ''}"
     worst = evaluation.value(arm, f"{value.key}_worst5")
     if worst is not None:
         sentence += f", {number(worst.value, worst.digits)}{unit} in the worst 5 %"
-    note = f"{ends or f'{value.count:,} pictures'}"
-    return _Part(f"{shown} {name}", sentence + ".", Card(f"{name} to {_reference(evaluation)}", shown, note))
+    card = Card(f"{name} to {_reference(evaluation)}", shown, ends or pictures(value.count))
+    return _Part(f"{shown} {name} to {_reference(evaluation)}", f"{sentence}.", card)
 
 
 def _text(evaluation: Evaluation, arm: str) -> _Part | None:
@@ -205,17 +207,33 @@ def _moved(evaluation: Evaluation, arm: str, value: Value | None) -> _Part | Non
     ends = f" {interval(moved[1].to_json(), digits, sign=True)}" if moved[1] is not None else ""
     words = f", {found.words}" if found is not None else ", significance not tested"
     sentence = f"{value.label}: {before}{own}, a change of {by}{ends}{words}."
-    return _Part(_claim(value, by, found), sentence, Card(value.label, by, f"{before}{own}{words.replace(',', ' ·', 1)}"))
+    name, features = heading(value.label)
+    title = f"{name}, {features.removeprefix('in features of ')}" if features else name
+    card = Card(title, by, f"{before}{own}{words}")
+    return _Part(_claim(value, by, found), sentence, card, found is not None and found.kind != "same")
 
 
 def _claim(value: Value, by: str, found: Mark | None) -> str:
+    name, features = heading(value.label)
     if found is None:
         return f"{value.label} {by}"
-    if found.kind == "same":
-        if found.words.startswith("within"):
-            return f"{value.label} {by}, within the noise floor"
-        return f"no significant change of {value.label}"
-    return f"{value.label} {by}, {found.words.partition(',')[0]}"
+    if found.kind != "same":
+        reason = found.words.partition(",")[0]
+        return f"{name} {by}{f' {features}' if features else ''} ({reason})"
+    if found.words.startswith("within"):
+        return f"{name} {by}{f' {features}' if features else ''}, within the noise floor"
+    return f"no significant change of {value.label}"
+
+
+def heading(label: str) -> tuple[str, str]:
+    """``FID in features of: X`` as ``FID`` and ``in features of X``; other labels whole."""
+    name, middle, rest = label.partition(" in features of: ")
+    return name, f"in features of {rest}" if middle else ""
+
+
+def pictures(count: int) -> str:
+    """``1 picture``, ``512 pictures``."""
+    return f"{count:,} picture{'' if count == 1 else 's'}"
 
 
 def _size(evaluation: Evaluation, arm: str) -> _Part | None:
@@ -227,7 +245,8 @@ def _size(evaluation: Evaluation, arm: str) -> _Part | None:
             words = words if abs(times - 1) >= 0.005 else "same size"
             note = f"{size(full[key])} to {size(own[key])}"
             claim = words if words != "same size" else ""
-            return _Part(claim, f"It takes {size(own[key])} {where} instead of {size(full[key])}.", Card(f"Size {where}", words, note))
+            sentence = f"It takes {size(own[key])} {where} instead of {size(full[key])}."
+            return _Part(claim, sentence, Card(f"Size {where}", words, note))
     return None
 
 
@@ -240,7 +259,8 @@ def _speed(evaluation: Evaluation, arm: str) -> _Part | None:
     own = evaluation.cost[arm]
     where = f" on {own['device']}" if own.get("device") else ""
     if not apart:
-        return _Part("", f"Its speed{where} does not differ beyond the spread.", Card("Speed", "no difference", words + ", within the spread"))
+        card = Card("Speed", "no difference", f"{words}, within the spread")
+        return _Part("", f"Its speed{where} does not differ beyond the spread.", card)
     return _Part(words, f"It is {words}{where}, measured in the same run.", Card("Speed", words, f"same run{where}"))
 
 

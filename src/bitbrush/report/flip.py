@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import base64
 import io
-import math
 from typing import Any
 
 from PIL import Image
 from torch import Tensor
 
-from bitbrush.evaluation.pairs import psnr
+from bitbrush.evaluation.pairs import CAP_DB, psnr
 from bitbrush.evaluation.result import Evaluation
 from bitbrush.report.pictures import amplification, difference_png, png
 from bitbrush.report.text import number
@@ -70,12 +69,12 @@ class _Tiles:
     def _tile(self, picture: int) -> dict[str, Any]:
         place, found = self._places[picture], self._evaluation
         reference = found.pictures[found.reference][place]
-        shots = [{"src": png(reference), "difference": "", "note": ""}]
+        shots: list[dict[str, Any]] = [{"src": png(reference), "difference": "", "note": "", "best": False}]
         distances = [self._psnr(arm, picture, place) for arm in self._arms[1:]]
         for arm, distance in zip(self._arms[1:], distances, strict=True):
             other = found.pictures[arm][place]
             best = len(distances) > 1 and distance == max(distances) and distances.count(distance) == 1
-            note = f"{number(distance, 1)} dB" if math.isfinite(distance) else "equal"
+            note = f"{number(distance, 1)} dB" if distance < CAP_DB else "equal"
             grey = _grey(difference_png(other, reference, self._factor))
             shots.append({"src": png(other), "difference": grey, "note": note, "best": best})
         prompt = found.prompts[place] if place < len(found.prompts) else ""
@@ -104,8 +103,8 @@ def rules(arms: int) -> str:
     """Style rules of an album of ``arms`` pictures a tile: which button shows what. On paper all stand side by side."""
     lines = []
     for i in range(arms):
-        on = f"#flip-{i}:checked~"
+        on, chosen = f"#flip-{i}:checked~", "background:#fff;color:var(--ink);box-shadow:0 1px 3px #1c243038"
         lines.append(f"{on}.album .a{i}{{visibility:visible}}")
-        lines.append(f"{on}.tools label[for=flip-{i}]{{background:#fff;color:var(--ink);box-shadow:0 1px 3px #1c243038}}")
+        lines.append(f"{on}.tools label[for=flip-{i}]{{{chosen}}}")
         lines.append(f"#flip-{i}:focus-visible~.tools label[for=flip-{i}]{{outline:2px solid var(--accent)}}")
     return "@media screen{" + "".join(lines) + "}"

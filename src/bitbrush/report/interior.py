@@ -18,7 +18,6 @@ from bitbrush.report.svg import bar
 from bitbrush.report.text import compact, number
 
 MAX_BARS, MAX_MAPS = 10, 12
-NORMAL = 3.0  # kurtosis of a normal distribution
 
 
 def section(evaluation: Evaluation, colours: Mapping[str, str]) -> dict[str, Any] | None:
@@ -40,7 +39,7 @@ def _part(arm: str, found: Mapping[str, Any], colour: str) -> dict[str, Any]:
         "arm": arm,
         "layers": layers,
         "bands": bands,
-        "kurtosis": bars({k: v for k, v in (found.get("kurtosis") or {}).items()}, colour),
+        "kurtosis": bars(found.get("kurtosis") or {}, colour),
         "kurtosis_total": len(found.get("kurtosis") or {}),
         "attention": _attention(found.get("attention") or {}, colour),
     }
@@ -57,7 +56,7 @@ def _decibels(inside: Mapping[str, Mapping[str, Any]], key: str, colours: Mappin
         return None
     lowest = {arm: min(v for v in curve if v is not None) for arm, curve in found.items()}
     return {
-        "src": curves.decibels(found, colours),
+        "plot": curves.decibels(found, colours),
         "lowest": [{"arm": arm, "value": f"{number(value, 1)} dB"} for arm, value in lowest.items()],
     }
 
@@ -91,9 +90,7 @@ def bars(values: Mapping[str, float], colour: str) -> list[dict[str, str]]:
     found = {name: value for name, value in values.items() if _number(value) is not None}
     largest = sorted(found, key=lambda name: -found[name])[:MAX_BARS]
     top = max((found[name] for name in largest), default=1.0) or 1.0
-    return [
-        {"name": name, "value": compact(found[name]), "src": bar(found[name] / top, colour)} for name in largest
-    ]
+    return [{"name": name, "value": compact(found[name]), "src": bar(found[name] / top, colour)} for name in largest]
 
 
 def _attention(found: Mapping[str, Any], colour: str) -> dict[str, Any] | None:

@@ -31,7 +31,7 @@ def axis(values: Sequence[Value], reference: Value | None) -> Axis:
     """An axis on which all of ``values`` fit, with their intervals and the noise floor around the reference."""
     floor = band(values, reference)
     ends = [end for value in values for end in (value.value, *extent(value)) if math.isfinite(end)]
-    ends += [end for end in floor or ()]
+    ends += floor or ()
     low, high = min(ends, default=0.0), max(ends, default=1.0)
     spare = 0.08 * (high - low) or max(0.05 * abs(high), 10.0 ** -values[0].digits if values else 1.0)
     return Axis(low - spare, high + spare, floor, values[0].digits if values else 2)
@@ -63,7 +63,8 @@ def whisker(value: Value, scale: Axis, colour: str) -> str:
     parts = [f'<line x1="0" x2="100" y1="5" y2="5" stroke="#e3e7ed" stroke-width="1" {keep}/>']
     if scale.floor is not None:
         left, right = map(at, scale.floor)
-        parts.insert(0, f'<rect x="{left:.2f}" width="{right - left:.2f}" height="10" fill="{INK}" fill-opacity="0.09"/>')
+        width = f'width="{right - left:.2f}" height="10"'
+        parts.insert(0, f'<rect x="{left:.2f}" {width} fill="{INK}" fill-opacity="0.09"/>')
     if math.isfinite(value.value):
         low, high = map(at, extent(value))
         centre = at(value.value)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 
 INK, MUTED, LINE, AXIS = "#1c2430", "#667085", "#e3e7ed", "#c5ccd6"
-NARROW, WIDE = 344, 700
+NARROW, HALF, WIDE = 344, 520, 1080
 _FONT = "system-ui,-apple-system,'Segoe UI',Roboto,'Helvetica Neue',Arial,sans-serif"
 
 
@@ -31,7 +31,7 @@ class Plot:
     ) -> None:  # fmt: skip
         self._size = (width, height)
         self._x, self._y = _widened(x), _widened(y)
-        self._ticks = ticks(*sorted(self._y), 5)
+        self._ticks = ticks(min(self._y), max(self._y), 5)
         left = 12 + 6.4 * max((len(tick_text(tick, self._ticks)) for tick in self._ticks), default=1)
         self._box = (left, 26 if y_label else 8, width - 10, height - (34 if x_label else 20))
         self._parts: list[str] = []
@@ -86,13 +86,13 @@ class Plot:
         )
 
     def _frame(self, x_label: str, y_label: str, whole: bool) -> None:
-        left, top, right, bottom = self._box
+        left, _, right, bottom = self._box
         for y in self._ticks:
             self._parts.append(_segment(left, self._at_y(y), right, self._at_y(y), LINE, 1))
             self._text(left - 7, self._at_y(y) + 3.8, tick_text(y, self._ticks), "end")
         self._parts.append(_segment(left, bottom, right, bottom, AXIS, 1))
-        count = 5 if self._size[0] < WIDE else 10
-        across = ticks(*sorted(self._x), count, whole=whole)
+        count = max(4, self._size[0] // 70)
+        across = ticks(min(self._x), max(self._x), count, whole=whole)
         for x in across:
             at = self._at_x(x)
             self._text(at, bottom + 15, tick_text(x, across), "end" if at > right - 12 else "middle")
@@ -152,9 +152,7 @@ def tick_text(value: float, others: Sequence[float]) -> str:
 
 
 def _segment(x1: float, y1: float, x2: float, y2: float, colour: str, width: float) -> str:
-    return (
-        f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{colour}" stroke-width="{width:g}"/>'
-    )
+    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{colour}" stroke-width="{width:g}"/>'
 
 
 def _widened(ends: tuple[float, float]) -> tuple[float, float]:
