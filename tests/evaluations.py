@@ -108,7 +108,7 @@ DEFAULTS = {
     "detail": "real pictures of the test set", "detail_key": "reference", "test_key": "psnr_of_what",
     "setting": "sampler", "value": "DDIM, eta 0", "package": "torch", "version": "2.13.0", "device": "NVIDIA H100",
     "kernel": "triton int8 x int4", "kernel_layer": "conv_in", "kernel_kind": "conv", "by": "bitbrush",
-    "cost_note": "The text encoder stays in half precision.", "layer": LAYERS[0], "kurtosis_layer": LAYERS[1],
+    "cost_note": "The text encoder stays in half precision.", "layer": LAYERS[-1], "kurtosis_layer": LAYERS[1],
     "token": "panda", "attention_prompt": "a small red panda", "attention_layer": LAYERS[2], "map": "mid_block",
     "command": "bitbrush eval OUT --reference emoji-sd -n 512 --metrics psnr,ssim,lpips,clip,fid,kid -o report.html",
     "extra_note": "Only a test.", "extra_setting": "preset", "extra_value": "demo", "extra_package": "diffusers",
@@ -182,7 +182,8 @@ def _cost(arms: list[str], says: dict[str, str]) -> dict[str, dict[str, Any]]:
         found[arm] = {
             "disk_bytes": (9_655_744, 1_640_000, 5_010_000)[i], "weight_bytes": (9_600_000, 1_610_000, 4_950_000)[i],
             "peak_bytes": (412_000_000, 381_000_000, 399_000_000)[i],
-            "step_seconds": times((0.0123, 0.0071, 0.0152)[i]), "picture_seconds": times((0.0164, 0.0098, 0.0201)[i]), "device": says["device"], "kernel_counts": kernels,
+            "step_seconds": times((0.0123, 0.0071, 0.0152)[i]),
+            "picture_seconds": times((0.0164, 0.0098, 0.0201)[i]), "device": says["device"], "kernel_counts": kernels,
             "kernels": [{"layer": says["kernel_layer"], "kind": says["kernel_kind"], "kernel": says["kernel"]}],
             "bits_per_weight": (16.0, 4.61, 8.2)[i], "bit_operations": (6.4e12, 8.1e11, 1.6e12)[i],
             "float_bit_operations": 6.4e12, "quantized_by": ("none", says["by"], "torchao")[i],
@@ -193,7 +194,7 @@ def _cost(arms: list[str], says: dict[str, str]) -> dict[str, dict[str, Any]]:
 
 def _inside(says: dict[str, str], scale: float) -> dict[str, Any]:
     times = [981 - 49 * i for i in range(STEPS)]
-    names = [says["layer"], *LAYERS[1:]]
+    names = [*LAYERS[:-1], says["layer"]]
     activations = {}
     for k, name in enumerate(names):
         wide = [scale * (2 + k) * (1 + 0.12 * k * math.sin(0.3 * i + k) + 0.02 * k * i) for i in range(STEPS)]
