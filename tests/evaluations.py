@@ -86,12 +86,14 @@ def extras(texts: dict[str, str] | None = None) -> dict[str, Any]:
         row | {"layer": n, "output_error": 0.02 / (i + 1), "psnr": {"value": 26.0 + i}} for i, n in enumerate(LAYERS)
     ]
     return {
-        "model": says["model"], "command": says["command"], "seconds": 412.0, "peak_memory": 3_210_000_000,
-        "notes": [says["extra_note"]], "settings": {says["extra_setting"]: says["extra_value"]},
+        "model": says["model"], "command": says["command"],
+        "seconds": 412.0, "peak_memory": 3_210_000_000,
+        "device": says["machine"], "notes": [says["extra_note"]],
+        "settings": {says["extra_setting"]: says["extra_value"]},
         "versions": {says["extra_package"]: says["extra_version"]},
         "sensitivity": {
             "format": 1, "model": says["sensitive_model"], "rows": [row, *others, row | {"layer": None}],
-            "rank_correlation": {"output_error~psnr": {"rho": -0.87, "n": 9}},
+            "rank_correlation": {"4": {"output_error~psnr": -0.87, "noise_error~psnr": -0.9, "n": 9}},
         },
     }  # fmt: skip
 
@@ -102,12 +104,16 @@ DEFAULTS = {
     "note": "Peak memory of the reference includes the text encoder.", "model": "emoji-sd",
     "missing_key": "lpips", "missing_what": "LPIPS was not computed", "where": "~/.cache/torch/hub/checkpoints",
     "why": "there is no file vgg16-397923af.pth", "try": "put the file there, or name it with --lpips-weights",
-    "clip_label": "CLIP score (emoji CLIP)", "fid_label": f"FID in features of: {ZOO}", "extra_key": "r1_heldout",
+    "clip_label": "CLIP score by the emoji CLIP", "fid_label": f"FID in features of: {ZOO}", "extra_key": "r1_heldout",
     "warning": "512 pictures are fewer than twice the 512 features: FID reads too high and depends on their number; "
     "compare equal counts only, beside the noise floor.",
     "detail": "real pictures of the test set", "detail_key": "reference", "test_key": "psnr_of_what",
-    "setting": "sampler", "value": "DDIM, eta 0", "package": "torch", "version": "2.13.0", "device": "NVIDIA H100",
+    "features": ZOO, "statistic": "energy distance as a share", "test_kind": "swaps over prompts",
+    "setting": "sampler", "value": "DDIM, eta 0",
+    "package": "torch", "version": "2.13.0", "device": "cuda:0", "device_name": "NVIDIA H100",
+    "peak_of": "the CUDA allocator",
     "kernel": "triton int8 x int4", "kernel_layer": "conv_in", "kernel_kind": "conv", "by": "bitbrush",
+    "inside_note": "Two layers ran in one step only.", "machine": "AMD EPYC, 16 threads, NVIDIA H100",
     "cost_note": "The text encoder stays in half precision.", "layer": LAYERS[-1], "kurtosis_layer": LAYERS[1],
     "token": "panda", "attention_prompt": "a small red panda", "attention_layer": LAYERS[2], "map": "mid_block",
     "command": "bitbrush eval OUT --reference emoji-sd -n 512 --metrics psnr,ssim,lpips,clip,fid,kid -o report.html",
@@ -134,7 +140,7 @@ def _values(arms: list[str], says: dict[str, str]) -> dict[str, list[Value]]:
         (0.0021, 0.0024, 0.0068), strict=True,
     ):  # fmt: skip
         found[arm] = [] if arm == arms[0] else [
-            _value("psnr", "PSNR, dB", "paired", psnr_value, 0.33, 1),
+            _value("psnr", "PSNR, dB", "paired", psnr_value, 0.33, 1, floor=9.3),
             _value("psnr_worst5", "PSNR, worst 5 %", "paired", psnr_value - 7.1, 0.8, 1),
             _value("ssim", "SSIM", "paired", structure, 0.006, 3),
         ]  # fmt: skip
@@ -168,8 +174,16 @@ def _tests(arms: list[str], says: dict[str, str]) -> list[PairedTest]:
         PairedTest("clip", first, reference, Estimate(-0.005, -0.011, 0.001), 0.09, 0.18, N),
         PairedTest("clip", reference, second, Estimate(0.043, 0.034, 0.052), 0.0001, 0.0006, N),
         PairedTest("clip", first, second, Estimate(0.038, 0.029, 0.046), 0.0001, 0.0006, N),
+        _features(first, reference, 0.21, says, noise="the same noise"),
+        _features(second, reference, 0.0004, says, noise="the same noise"),
+        _features("FP, other seeds", reference, 0.62, says, noise="other seeds", control=True),
         PairedTest(says["test_key"], first, second, Estimate(0.1, 0.01, 0.2), 0.01, 0.04, N),
     ]
+
+
+def _features(first: str, second: str, p: float, says: dict[str, str], **more: Any) -> PairedTest:
+    detail = {"test": says["test_kind"], "statistic": says["statistic"], "features": says["features"], **more}
+    return PairedTest("features", first, second, Estimate(0.02, 0.001, 0.03), p, min(1.0, 2 * p), N, detail)
 
 
 def _cost(arms: list[str], says: dict[str, str]) -> dict[str, dict[str, Any]]:
@@ -186,7 +200,9 @@ def _cost(arms: list[str], says: dict[str, str]) -> dict[str, dict[str, Any]]:
             "picture_seconds": times((0.0164, 0.0098, 0.0201)[i]), "device": says["device"], "kernel_counts": kernels,
             "kernels": [{"layer": says["kernel_layer"], "kind": says["kernel_kind"], "kernel": says["kernel"]}],
             "bits_per_weight": (16.0, 4.61, 8.2)[i], "bit_operations": (6.4e12, 8.1e11, 1.6e12)[i],
-            "float_bit_operations": 6.4e12, "quantized_by": ("none", says["by"], "torchao")[i],
+            "device_name": says["device_name"], "peak_of": says["peak_of"], "run": "1",
+            "disk_total_bytes": 31_000_000 - 8_000_000 * (i == 1), "float_bit_operations": 6.4e12,
+            "quantized_by": ("none", says["by"], "torchao")[i],
             "notes": [says["cost_note"]] if i == 1 else [],
         }  # fmt: skip
     return found
@@ -203,13 +219,14 @@ def _inside(says: dict[str, str], scale: float) -> dict[str, Any]:
     attention = {
         "token": says["token"], "prompt": says["attention_prompt"],
         "layers": {says["attention_layer"]: 0.21 * scale, "up_blocks.1.attentions.0": 0.12, "mid_block.attn": 0.05},
-        "maps": {says["map"]: {"reference": _map(0.0), "candidate": _map(0.6 * scale)}},
+        "levels": {"a": 0.1}, "maps": {says["map"]: {"reference": _map(0.0), "candidate": _map(0.6 * scale)}},
     }  # fmt: skip
     return {
         "timesteps": times, "activations": activations,
         "kurtosis": {says["kurtosis_layer"]: 31.2, **{f"{name}.x": 3.0 + 1.7 * i for i, name in enumerate(LAYERS)}},
         "noise_sqnr": [31 - 8 * scale + 6 * math.sin(i / 6) for i in range(STEPS)],
         "latent_sqnr": [None, *(38 - 6 * scale - 7 * math.log(1 + i) for i in range(1, STEPS))], "attention": attention,
+        "settings": {"n": 16}, "notes": [says["inside_note"]],
     }  # fmt: skip
 
 

@@ -39,11 +39,13 @@ def test_the_page_tells_what_was_measured(page: Page) -> None:
     text = words(page)
     for part in (
         "ours and torchao against full precision", "5.9× smaller and 1.67× faster", "1.23× slower",
-        "no significant change of CLIP score (emoji CLIP)", "PSNR, worst 5 %", "[25.1, 25.7]", "floor ± 0.38",
+        "no significant change of CLIP score by the emoji CLIP", "PSNR, worst 5 %", "[25.1, 25.7]", "floor ± 0.38",
         "in features of CIFAR-10 classifier of the zoo", "within the noise floor", "beyond the noise floor",
         "there is no file vgg16-397923af.pth", "put the file there", "fewer than twice the 512 features",
         "512 pictures were drawn", "Farthest from the reference", "#377", "Paired tests", "triton int8 x int4",
-        "4.61", "7.9× fewer", "7.10 ms", "Kurtosis", "To the token “panda”", "rho = −0.87", "preset", "torch 2.13.0",
+        "4.61", "7.9× fewer", "7.10 ms", "Kurtosis", "To the token “panda”", "rho = −0.87 at 4 bits (9 layers)",
+        "other seeds 9.3", "Features of CIFAR-10 classifier of the zoo", "control, energy distance",
+        "Full precision, other seeds", "preset", "torch 2.13.0",
         "bitbrush eval OUT --reference emoji-sd", "6 min 52 s", "3.21 GB", "Only a test.",
     ):  # fmt: skip
         assert part in text.replace("\u00a0", " "), part
@@ -136,10 +138,13 @@ def test_arms_whose_names_read_alike_stay_apart() -> None:
 # ---- words ---------------------------------------------------------------------------------------------------------
 def test_the_claim_leaves_out_no_significant_loss() -> None:
     made = evaluations.full()
-    assert "CLIP score (emoji CLIP) −0.043 (significant) and FID +2.94 in features of" in finding(made, "torchao").claim
+    assert (
+        "CLIP score by the emoji CLIP −0.043 (significant) and FID in features of CIFAR-10 classifier of the zoo +2.94"
+        in finding(made, "torchao").claim
+    )
     assert "FID" not in finding(made, "ours").claim, "within the floor, and CLIP says it"
     made.tests = [replace(test, adjusted=0.01) for test in made.tests]
-    assert "CLIP score (emoji CLIP) −0.005 (significant)" in finding(made, "ours").claim
+    assert "CLIP score by the emoji CLIP −0.005 (significant)" in finding(made, "ours").claim
 
 
 @pytest.mark.parametrize(
@@ -164,7 +169,7 @@ def test_marks_follow_test_direction_and_metric(
 def test_without_test_and_floor_nothing_is_said() -> None:
     made = evaluations.full()
     r1 = made.values["ours"][4]
-    assert mark(made, "ours", r1) is None
+    assert mark(made, "ours", replace(r1, floor=0.9)) is None, "a floor of one run is no test"
     made.tests = []
     assert mark(made, "ours", made.values["ours"][3]) is None and "not tested" in finding(made, "ours").sentence
     fid = made.values["ours"][5]
@@ -192,10 +197,52 @@ def test_a_speed_up_needs_a_baseline_of_the_same_run_and_device() -> None:
     made.cost["ours"]["picture_seconds"] |= {"low": 0.001, "high": 0.1}
     assert speed_up(made, "ours") == (pytest.approx(164 / 98), False)
     assert "faster" not in finding(made, "ours").claim
-    made.cost["FP"]["device"] = "another"
-    assert speed_up(made, "ours") is None
+    for key in ("run", "device", "settings"):
+        other = evaluations.full()
+        other.cost["FP"][key] = "another"
+        assert speed_up(other, "ours") is None, key
     del made.cost["FP"]
     assert speed_up(made, "ours") is None and "faster" not in render_evaluation(made).replace("faster than", "")
+
+
+def test_features_that_differ_are_said_where_fid_does_not_say_so() -> None:
+    made = evaluations.full()
+    for arm in made.arms:
+        made.values[arm] = [value for value in made.values[arm] if value.group == "paired"]
+    assert "a significant difference in features of CIFAR-10 classifier" in finding(made, "torchao").claim
+    found = finding(made, "ours")
+    assert "no significant difference in features" in found.claim and "25.4 dB" in found.sentence
+
+
+def test_sizes_and_bits_come_from_the_command_where_cost_was_not_measured() -> None:
+    made = evaluations.full()
+    made.cost = {}
+    more = {"sizes": {"FP": 8_000_000, "ours": 2_000_000}, "histories": {"ours": {"weight_bits": 4}}}
+    text = words(Page(render_evaluation(made, more)))
+    assert "ours 4-bit weights: 4.0× smaller" in text and "8 MB to 2 MB" in text and "torchao: CLIP" in text
+    assert made.cost == {}, "the evaluation stays as it was"
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [({"output_error~psnr": {"rho": -0.5, "n": 3}}, "rho = −0.50 (3 layers)."),
+     ({"4": {"output_error~psnr": -0.9, "n": 7}, "3": {"output_error~psnr": None, "n": 7}}, "rho = −0.90 at 4 bits"),
+     ({}, "")],
+)  # fmt: skip
+def test_rank_correlations_of_sensitivity(found: dict[str, Any], said: str) -> None:
+    data = evaluations.extras()["sensitivity"] | {"rank_correlation": found}
+    data["rows"][3] |= {"psnr": None}
+    text = words(Page(render_evaluation(evaluations.minimal(), {"sensitivity": data})))
+    assert said in text and ("rho" in text) == bool(said)
+    assert text.index("not finite") < text.index("24.1 dB"), "pictures that are not finite are the worst"
+
+
+def test_ranges_that_are_not_finite_are_left_out() -> None:
+    made = evaluations.full()
+    layer = next(iter(made.inside["ours"]["activations"].values()))
+    layer["high"][3] = None
+    text = words(Page(render_evaluation(made)))
+    assert "6 of 7 layers" in text and "6 of 8 layers" in text
 
 
 # ---- pictures ------------------------------------------------------------------------------------------------------

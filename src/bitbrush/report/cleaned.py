@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bitbrush.errors import InputError
-from bitbrush.evaluation.result import REFERENCE, Evaluation
+from bitbrush.evaluation.result import OTHER_SEEDS, REFERENCE, Evaluation
 from bitbrush.report.text import inert
 
 FULL = "Full precision"
@@ -65,5 +65,7 @@ def _names(arms: list[str]) -> dict[str, str]:
     return names
 
 
-def _name(names: Mapping[str, str], arm: str) -> str:
+def _name(names: Mapping[str, str], arm: str) -> str:  # the reference is the first of names
+    if arm == OTHER_SEEDS and arm not in names:
+        return f"{next(iter(names.values()))}, other seeds"
     return names[arm] if arm in names else inert(arm)

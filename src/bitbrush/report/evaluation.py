@@ -10,13 +10,14 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
 from bitbrush.engine import disk
-from bitbrush.evaluation.result import Evaluation, Value
+from bitbrush.evaluation.result import Evaluation, PairedTest, Value
 from bitbrush.report import curves, expense, findings, flip, interior
 from bitbrush.report.cleaned import FULL, cleaned
 from bitbrush.report.intervals import axis, by_key, extent, whisker
@@ -24,6 +25,7 @@ from bitbrush.report.plots import INK, arm_colours
 from bitbrush.report.sensitivity import section as sensitivity
 from bitbrush.report.template import fill, source
 from bitbrush.report.text import duration, inert, interval, number, size
+from bitbrush.report.verdict import bits_in_words
 
 SUMMARY = ("psnr", "ssim", "lpips", "clip", "fid", "kid")  # columns of the first table, where measured
 MAX_CARDS = 3  # candidates that get cards; more get their sentence and a row of the table
@@ -41,8 +43,9 @@ def write_evaluation(path: Path | str, evaluation: Evaluation, extras: Mapping[s
         path: The file to write; its folder is made.
         evaluation: From ``bitbrush.evaluate``, with pictures or without; whatever it lacks is left out of the page.
         extras: All optional: ``title``, ``model``, ``command`` (str), ``seconds`` (float), ``peak_memory`` (bytes),
-            ``notes`` (sentences), ``settings`` and ``versions`` (name to value), ``sensitivity`` (the data of
-            ``sensitivity.json``).
+            ``notes`` (sentences), ``device`` (str), ``settings`` and ``versions`` (name to value), ``sizes`` (arm to
+            bytes on disk, used where the cost was not measured), ``histories`` (arm to its ``history.json``, for the
+            bits), ``sensitivity`` (the data of ``sensitivity.json``).
 
     Returns:
         The path written.
@@ -58,10 +61,23 @@ def write_evaluation(path: Path | str, evaluation: Evaluation, extras: Mapping[s
 
 def render_evaluation(evaluation: Evaluation, extras: Mapping[str, Any] | None = None) -> str:
     """The page as text. Arguments and errors as for ``write_evaluation``."""
-    clean, more = cleaned(evaluation), inert(dict(extras or {}))
+    given = dict(extras or {})
+    clean, more = cleaned(_with_sizes(evaluation, given.get("sizes") or {})), inert(given)
+    shown = dict(zip(evaluation.arms, clean.arms, strict=True))
+    histories = given.get("histories") or {}
+    more["bits"] = {name: bits_in_words(histories.get(arm) or {}) for arm, name in shown.items()}
     palette = arm_colours(clean.candidates, None) | {clean.reference: INK}
     style = source("evaluation.css") + _rules(clean, palette)
     return fill("evaluation.html", _context(clean, more, palette) | {"style": Markup(style), "policy": policy(style)})
+
+
+def _with_sizes(evaluation: Evaluation, sizes: Mapping[str, float]) -> Evaluation:
+    """A copy where the bytes of an arm's folder stand in its cost, if its cost does not say so itself."""
+    cost = {arm: dict(evaluation.cost.get(arm) or {}) for arm in evaluation.arms}
+    for arm, found in cost.items():
+        if found.get("disk_bytes") is None and sizes.get(arm):
+            found["disk_bytes"] = sizes[arm]
+    return replace(evaluation, cost={arm: found for arm, found in cost.items() if found})
 
 
 def policy(style: str) -> str:
@@ -86,6 +102,7 @@ def _context(evaluation: Evaluation, extras: Mapping[str, Any], palette: Mapping
         "reference": evaluation.reference,
         "findings": found,
         "cards": len(found) <= MAX_CARDS,
+        "bits": extras["bits"],
         "place": {arm: i for i, arm in enumerate(evaluation.arms)},
         "summary": _summary(evaluation),
         "notes": notes,
@@ -126,12 +143,23 @@ def _summary(evaluation: Evaluation) -> dict[str, Any]:
     rows = [
         {
             "arm": arm,
-            "cells": [_cell(evaluation, arm, found[key].get(arm)) for key in keys]
+            "cells": [
+                _cell(evaluation, arm, found[key].get(arm)) or _other_seeds(evaluation.reference, arm, found[key])
+                for key in keys
+            ]
             + [_cost(evaluation, arm, name) for name in extra],
         }
         for arm in evaluation.arms
     ]
     return {"columns": columns, "rows": rows, "tested": bool(evaluation.tests)}
+
+
+def _other_seeds(reference: str, arm: str, values: Mapping[str, Value]) -> dict[str, Any] | None:
+    """For the reference, by a metric that it cannot have: what it shows against itself with other seeds."""
+    floors = [v for v in values.values() if v.floor is not None and v.group == "paired"]
+    if arm != reference or arm in values or not floors:
+        return None
+    return _bare("") | {"notes": [f"other seeds {number(floors[0].floor or 0.0, floors[0].digits)}"]}
 
 
 def _cost(evaluation: Evaluation, arm: str, name: str) -> dict[str, Any] | None:
@@ -207,7 +235,9 @@ def _facts(values: Sequence[Value]) -> list[str]:
     counts = sorted({v.count for v in values})
     facts = [f"{first.better} is better", " or ".join(map(findings.pictures, counts))]
     floors = [v.floor for v in values if v.floor is not None]
-    if floors:
+    if floors and first.group == "paired":
+        facts.append(f"the reference with other seeds {number(floors[0], first.digits)}")
+    elif floors:
         facts.append(f"noise floor ± {number(max(floors), first.digits)}")
     elif first.group == "distribution":
         facts.append("noise floor not measured")
@@ -227,7 +257,8 @@ def _tests(evaluation: Evaluation) -> list[dict[str, Any]]:
         digits = value.digits if value is not None else 3
         rows.append(
             {
-                "name": value.label if value is not None else test.key,
+                "name": value.label if value is not None else _feature_name(test) or test.key,
+                "sub": ", ".join(["control"] * bool(test.detail.get("control")) + _told(test)),
                 "first": test.first,
                 "second": test.second,
                 "difference": number(test.difference.value, digits, sign=True),
@@ -239,6 +270,15 @@ def _tests(evaluation: Evaluation) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _feature_name(test: PairedTest) -> str:
+    network = test.detail.get("features")
+    return f"Features of {network}" if network and test.key.startswith(findings.FEATURES) else ""
+
+
+def _told(test: PairedTest) -> list[str]:
+    return [str(test.detail[key]) for key in ("statistic", "noise", "test") if test.detail.get(key)]
 
 
 def _steps(evaluation: Evaluation, palette: Mapping[str, str]) -> dict[str, Any] | None:
@@ -256,6 +296,7 @@ def _steps(evaluation: Evaluation, palette: Mapping[str, str]) -> dict[str, Any]
 def _about(evaluation: Evaluation, extras: Mapping[str, Any]) -> list[tuple[str, str]]:
     settings = dict(evaluation.settings) | dict(extras.get("settings") or {})
     rows: list[tuple[Any, Any]] = [("Model", extras.get("model") or settings.pop("model", None))]
+    rows.append(("Machine", extras.get("device")))
     rows.append(("Command", extras.get("command") or settings.pop("command", None)))
     if "seconds" in extras:
         rows.append(("Time of the run", duration(extras["seconds"])))

@@ -24,7 +24,7 @@ def section(evaluation: Evaluation) -> dict[str, Any] | None:
         "kernels": _kernels(cost),
         "layers": [{"arm": arm, "rows": _layers(found)} for arm, found in cost.items() if _layers(found)],
         "notes": [f"{arm}: {note}" for arm, found in cost.items() for note in found.get("notes") or []],
-        "devices": sorted({str(found["device"]) for found in cost.values() if found.get("device")}),
+        "devices": sorted({_device(found) for found in cost.values() if _device(found)}),
     }
 
 
@@ -35,19 +35,30 @@ def _rows(evaluation: Evaluation, cost: Mapping[str, Mapping[str, Any]]) -> list
         return lambda arm: _bytes(cost[arm].get(key), full.get(key) if arm != evaluation.reference else None)
 
     measures: list[tuple[str, str, Callable[[str], Cell | None]]] = [
-        ("On disk", "all files", bytes_of("disk_bytes")),
+        ("On disk", "denoiser's weights", bytes_of("disk_bytes")),
+        ("Whole folder", "all files", bytes_of("disk_total_bytes")),
         ("Weights in memory", "denoiser", bytes_of("weight_bytes")),
-        ("Peak memory", "while drawing", bytes_of("peak_bytes")),
-        ("A sampling step", "warm, median", lambda arm: _time(cost[arm].get("step_seconds"))),
-        ("A picture", "warm, median", lambda arm: _time(cost[arm].get("picture_seconds"))),
+        ("Peak memory", _peak(cost), bytes_of("peak_bytes")),
+        ("A sampling step", "warm; median, spread", lambda arm: _time(cost[arm].get("step_seconds"))),
+        ("A picture", "warm; median, spread", lambda arm: _time(cost[arm].get("picture_seconds"))),
         ("Speed-up", "same run", lambda arm: _speed(evaluation, arm)),
         ("Bits a weight", "everything counted", lambda arm: _plain(cost[arm].get("bits_per_weight"))),
         ("Bit operations", "a denoiser call", lambda arm: _operations(cost[arm])),
         ("Quantized by", "", lambda arm: _word(cost[arm].get("quantized_by"))),
-        ("Device", "", lambda arm: _word(cost[arm].get("device"))),
+        ("Device", "", lambda arm: _word(_device(cost[arm]))),
     ]
     rows = [{"name": name, "help": text, "cells": [read(arm) for arm in cost]} for name, text, read in measures]
     return [row for row in rows if any(row["cells"])]
+
+
+def _device(found: Mapping[str, Any]) -> str:
+    return str(found.get("device_name") or found.get("device") or "")
+
+
+def _peak(cost: Mapping[str, Mapping[str, Any]]) -> str:
+    """What peaks are of, where all are of the same."""
+    kinds = {str(found.get("peak_of") or "") for found in cost.values()}
+    return kinds.pop() or "while drawing" if len(kinds) == 1 else "while drawing"
 
 
 def brief(seconds: float) -> str:

@@ -12,6 +12,8 @@ from bitbrush.evaluation.statistics import Estimate
 from bitbrush.report.text import interval, number, size
 from bitbrush.report.verdict import Card
 
+FEATURES = "features"  # key of the test that compares features of two arms
+
 
 @dataclass(frozen=True)
 class Mark:
@@ -43,13 +45,13 @@ def finding(evaluation: Evaluation, arm: str) -> Finding:
     """Sums up one candidate. Says nothing about what was not measured."""
     parts = [
         _size(evaluation, arm), _speed(evaluation, arm), _text(evaluation, arm), _distribution(evaluation, arm),
-        _paired(evaluation, arm),
+        _features(evaluation, arm), _paired(evaluation, arm),
     ]  # fmt: skip
     gains = [part.claim for part in parts[:2] if part is not None and part.claim]
     losses = [part for part in parts[2:] if part is not None]
-    costs = [part.claim for part in losses if part.matters] or [part.claim for part in losses[:1]]
+    costs = [part.claim for part in losses if part.matters][:2] or [part.claim for part in losses[:1]]
     claim = "; ".join(part for part in (" and ".join(gains), " and ".join(costs)) if part) or "nothing was measured"
-    order = [part for part in (parts[4], parts[2], parts[3], parts[0], parts[1]) if part is not None]
+    order = [part for part in (parts[5], parts[2], parts[3], parts[4], parts[0], parts[1]) if part is not None]
     sentence = " ".join(part.sentence for part in order if part.sentence)
     return Finding(arm, claim[:1].upper() + claim[1:], sentence, [part.card for part in order])
 
@@ -75,7 +77,7 @@ def mark(evaluation: Evaluation, arm: str, value: Value) -> Mark | None:
         return Mark(_side(difference.value, value), f"significant, {probability(found.adjusted)}")
     full = evaluation.value(evaluation.reference, value.key)
     floor = value.floor if value.floor is not None else full.floor if full is not None else None
-    if arm == evaluation.reference or full is None or floor is None:
+    if arm == evaluation.reference or full is None or floor is None or value.group != "distribution":
         return None
     change = value.value - full.value
     if abs(change) <= floor:
@@ -101,7 +103,8 @@ def verdict(evaluation: Evaluation, test: PairedTest) -> Mark:
         return Mark("same", "no significant difference")
     value = evaluation.value(test.first, test.key) or evaluation.value(test.second, test.key)
     if value is None:
-        return Mark("unknown", f"{test.first} is {'higher' if test.difference.value > 0 else 'lower'}")
+        higher = f"{test.first} is {'higher' if test.difference.value > 0 else 'lower'}"
+        return Mark("unknown", "they differ" if test.key.startswith(FEATURES) else higher)
     side = _side(test.difference.value, value)
     return Mark(side, f"{test.first} is {side}")
 
@@ -127,9 +130,12 @@ def ratio(full: Any, own: Any) -> float | None:
 
 
 def speed_up(evaluation: Evaluation, arm: str) -> tuple[float, bool] | None:
-    """Times a candidate is faster than the reference of the same run and device, and whether the spreads are apart."""
+    """Times a candidate is faster than the reference, and whether the spreads are apart.
+
+    None unless both were timed in the same run, on the same device and in the same way.
+    """
     full, own = (evaluation.cost.get(name) or {} for name in (evaluation.reference, arm))
-    if full.get("device") != own.get("device"):
+    if any(full.get(key) != own.get(key) for key in ("run", "device", "device_name", "settings")):
         return None
     for key in ("picture_seconds", "step_seconds"):
         slow, fast = full.get(key) or {}, own.get(key) or {}
@@ -193,6 +199,20 @@ def _distribution(evaluation: Evaluation, arm: str) -> _Part | None:
     return _moved(evaluation, arm, _first(evaluation, arm, "distribution", ("fid", "kid", "sfid")))
 
 
+def _features(evaluation: Evaluation, arm: str) -> _Part | None:
+    """Whether the pictures differ in the features of a network: the test with the same noise."""
+    found = _oriented(evaluation, FEATURES, arm, evaluation.reference)
+    if found is None:
+        return None
+    test = found[1]
+    network = f" of {test.detail['features']}" if test.detail.get("features") else ""
+    words = "a significant difference" if test.significant else "no significant difference"
+    sentence = f"Features{network} show {words} to {_reference(evaluation)} ({probability(test.adjusted)})."
+    value = "differ" if test.significant else "no difference"
+    card = Card(f"Features{network}", value, f"paired test, {probability(test.adjusted)}")
+    return _Part(f"{words} in features{network}", sentence, card, test.significant)
+
+
 def _moved(evaluation: Evaluation, arm: str, value: Value | None) -> _Part | None:
     """A metric that the reference has too: from what to what, and whether that says anything."""
     if value is None:
@@ -208,7 +228,7 @@ def _moved(evaluation: Evaluation, arm: str, value: Value | None) -> _Part | Non
     words = f", {found.words}" if found is not None else ", significance not tested"
     sentence = f"{value.label}: {before}{own}, a change of {by}{ends}{words}."
     name, features = heading(value.label)
-    title = f"{name}, {features.removeprefix('in features of ')}" if features else name
+    title = f"{name}, {features.removeprefix('in features of ').removeprefix('by ')}" if features else name
     card = Card(title, by, f"{before}{own}{words}")
     return _Part(_claim(value, by, found), sentence, card, found is not None and found.kind != "same")
 
@@ -219,16 +239,19 @@ def _claim(value: Value, by: str, found: Mark | None) -> str:
         return f"{value.label} {by}"
     if found.kind != "same":
         reason = found.words.partition(",")[0]
-        return f"{name} {by}{f' {features}' if features else ''} ({reason})"
+        return f"{name}{f' {features}' if features else ''} {by} ({reason})"
     if found.words.startswith("within"):
-        return f"{name} {by}{f' {features}' if features else ''}, within the noise floor"
+        return f"{name}{f' {features}' if features else ''} {by}, within the noise floor"
     return f"no significant change of {value.label}"
 
 
 def heading(label: str) -> tuple[str, str]:
-    """``FID in features of: X`` as ``FID`` and ``in features of X``; other labels whole."""
-    name, middle, rest = label.partition(" in features of: ")
-    return name, f"in features of {rest}" if middle else ""
+    """``FID in features of: X`` as ``FID`` and ``in features of X``; ``CLIP score by X`` alike; other labels whole."""
+    for word, shown in ((" in features of: ", "in features of"), (" by ", "by")):
+        name, middle, rest = label.partition(word)
+        if middle:
+            return name, f"{shown} {rest}"
+    return label, ""
 
 
 def pictures(count: int) -> str:
@@ -257,7 +280,8 @@ def _speed(evaluation: Evaluation, arm: str) -> _Part | None:
     times, apart = found
     words = f"{times_text(times)} faster" if times >= 1 else f"{times_text(1 / times)} slower"
     own = evaluation.cost[arm]
-    where = f" on {own['device']}" if own.get("device") else ""
+    device = own.get("device_name") or own.get("device")
+    where = f" on {device}" if device else ""
     if not apart:
         card = Card("Speed", "no difference", f"{words}, within the spread")
         return _Part("", f"Its speed{where} does not differ beyond the spread.", card)

@@ -27,6 +27,7 @@ def section(evaluation: Evaluation, colours: Mapping[str, str]) -> dict[str, Any
         return None
     return {
         "arms": list(inside),
+        "notes": [f"{arm}: {note}" for arm, found in inside.items() for note in found.get("notes") or []],
         "noise": _decibels(inside, "noise_sqnr", colours),
         "latent": _decibels(inside, "latent_sqnr", colours),
         "parts": [part for part in (_part(arm, found, colours[arm]) for arm, found in inside.items()) if _full(part)],
@@ -70,9 +71,9 @@ def _bands(found: Mapping[str, Any], colour: str) -> tuple[int, list[dict[str, s
     """Ranges over time of the few layers whose range changes most, no two alike."""
     times = [float(t) for t in found.get("timesteps") or []]
     layers = {
-        name: layer | {"timesteps": times}
+        name: {key: [math.nan if v is None else v for v in line] for key, line in layer.items()} | {"timesteps": times}
         for name, layer in (found.get("activations") or {}).items()
-        if times and len(layer.get("low") or []) == len(layer.get("high") or []) == len(times)
+        if times and all(len(_whole(layer.get(end))) == len(times) for end in ("low", "high"))
     }
     shown = [
         {
@@ -83,6 +84,12 @@ def _bands(found: Mapping[str, Any], colour: str) -> tuple[int, list[dict[str, s
         for name in different(layers)
     ]
     return len(layers), shown
+
+
+def _whole(values: Any) -> list[float]:
+    """The values, or nothing where one is not finite: such a range has no width to rank."""
+    found = [_number(value) for value in values or []]
+    return [] if None in found else [value for value in found if value is not None]
 
 
 def bars(values: Mapping[str, float], colour: str) -> list[dict[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ from bitbrush.report.svg import bar
 from bitbrush.report.text import compact, number
 
 MAX_ROWS = 12
+PROXY = "output_error~psnr"
 
 
 def section(data: Mapping[str, Any] | None, colour: str) -> dict[str, Any] | None:
@@ -21,15 +23,13 @@ def section(data: Mapping[str, Any] | None, colour: str) -> dict[str, Any] | Non
     rows = [row for row in (data or {}).get("rows") or [] if isinstance(row, Mapping)]
     if data is None or not rows:
         return None
-    ranked = sorted(rows, key=lambda row: _psnr(row, float("inf")))[:MAX_ROWS]
+    ranked = sorted(rows, key=_psnr)[:MAX_ROWS]
     worst = max((float(row.get("output_error") or 0.0) for row in ranked), default=0.0) or 1.0
-    correlation = (data.get("rank_correlation") or {}).get("output_error~psnr") or {}
     return {
         "src": "",
         "total": len(rows),
         "rows": [_row(row, worst, colour) for row in ranked],
-        "rho": number(correlation["rho"], 2) if isinstance(correlation.get("rho"), int | float) else "",
-        "n": correlation.get("n", ""),
+        "rho": _rho(data.get("rank_correlation") or {}),
         "model": str(data.get("model") or ""),
     }
 
@@ -40,7 +40,7 @@ def _row(row: Mapping[str, Any], worst: float, colour: str) -> dict[str, str]:
     return {
         "layer": str(row.get("layer") or row.get("block") or ""),
         "bits": f"W{_bits(row.get('weight_bits'))}A{_bits(row.get('activation_bits'))}",
-        "psnr": f"{number(psnr['value'], 1)} dB" if isinstance(psnr.get("value"), int | float) else "",
+        "psnr": f"{number(psnr['value'], 1)} dB" if isinstance(psnr.get("value"), int | float) else "not finite",
         "interval": f"[{number(psnr['low'], 1)}, {number(psnr['high'], 1)}]" if ends else "",
         "error": compact(error),
         "bar": bar(error / worst, colour),
@@ -51,6 +51,20 @@ def _bits(value: Any) -> str:
     return f"{value:g}" if isinstance(value, int | float) else "16" if value is None else str(value)
 
 
-def _psnr(row: Mapping[str, Any], default: float) -> float:
+def _psnr(row: Mapping[str, Any]) -> float:
+    """None: the pictures were not finite, which is the worst."""
     value = (row.get("psnr") or {}).get("value")
-    return float(value) if isinstance(value, int | float) else default
+    return float(value) if isinstance(value, int | float) else -math.inf
+
+
+def _rho(found: Mapping[str, Any], bits: str = "") -> str:
+    """How well the output error ranks the layers, in words; by width, where it is given by width."""
+    own = found.get(PROXY)
+    count = found.get("n")
+    if isinstance(own, Mapping):
+        own, count = own.get("rho"), own.get("n")
+    if isinstance(own, int | float):
+        layers = f" ({count} layers)" if isinstance(count, int) else ""
+        return f"{number(own, 2)}{f' at {bits} bits' if bits else ''}{layers}"
+    widths = [_rho(part, str(width)) for width, part in found.items() if not bits and isinstance(part, Mapping)]
+    return ", ".join(part for part in widths if part)
