@@ -59,7 +59,7 @@ def _psnr(row: Mapping[str, Any]) -> float:
 
 def _rho(found: Mapping[str, Any], bits: str = "") -> str:
     """How well the output error ranks the layers, in words; by width, where it is given by width."""
-    own = found.get(PROXY)
+    own: Any = found.get(PROXY)
     count = found.get("n")
     if isinstance(own, Mapping):
         own, count = own.get("rho"), own.get("n")
