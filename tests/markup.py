@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -44,6 +45,11 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.text += data
+
+
+def without_map(html: str) -> str:
+    """The page without its heat map, the one plot that names layers."""
+    return re.sub(r'<img class="map"[^>]*>', "", html)
 
 
 def check_svg(svg: bytes) -> None:

@@ -23,7 +23,7 @@ from bitbrush.report.findings import finding, leads, mark, speed_up
 from bitbrush.report.flip import FIRST, album
 from bitbrush.report.intervals import axis, extent
 from bitbrush.report.svg import tick_text, ticks
-from markup import Page
+from markup import Page, without_map
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_the_policy_allows_the_one_style_sheet_by_its_hash() -> None:
 
 def test_no_text_from_outside_enters_the_style_sheet_or_a_plot() -> None:
     def fixed(texts: dict[str, str]) -> tuple[list[str], list[str]]:
-        html = render_evaluation(evaluations.full(texts), evaluations.extras(texts))
+        html = without_map(render_evaluation(evaluations.full(texts), evaluations.extras(texts)))
         return re.findall(r"<style>.*?</style>", html, flags=re.DOTALL), re.findall(r"data:image/svg[^\"]*", html)
 
     plain, other = fixed({}), fixed({name: f"other {name}" for name in evaluations.SINKS if name != "reference"})
