@@ -93,7 +93,7 @@ def extras(texts: dict[str, str] | None = None) -> dict[str, Any]:
         "versions": {says["extra_package"]: says["extra_version"]},
         "sensitivity": {
             "format": 1, "model": says["sensitive_model"], "weights": [4], "activations": 8,
-            "settings": {"metric": "psnr", "by": "layer"}, "rows": [row, *others, row | {"layer": None}],
+            "settings": {"metric": "psnr", "by": "layer"}, "rows": [row, *others],
             "rank_correlation": {"4": {"output_error~psnr": -0.87, "noise_error~psnr": -0.9, "n": 9}},
         },
     }  # fmt: skip

@@ -38,7 +38,7 @@ def _row(row: Mapping[str, Any], worst: float, colour: str) -> dict[str, str]:
     psnr, error = row.get("psnr") or {}, float(row.get("output_error") or 0.0)
     ends = all(isinstance(psnr.get(end), int | float) for end in ("low", "high"))
     return {
-        "layer": str(row.get("layer") or row.get("block") or ""),
+        "layer": str(row.get("layer") or ""),
         "bits": f"W{_bits(row.get('weight_bits'))}A{_bits(row.get('activation_bits'))}",
         "psnr": f"{number(psnr['value'], 1)} dB" if isinstance(psnr.get("value"), int | float) else "not finite",
         "interval": f"[{number(psnr['low'], 1)}, {number(psnr['high'], 1)}]" if ends else "",
