@@ -24,7 +24,7 @@ MORE = [
     "<input id=flip-0 checked><label for=flip-1>",
     '" src="http://example.com/x" alt="',
 ]
-NOT_SHOWN = {"extra_key", "sensitive_block", "sensitive_kind", "sensitive_model"}  # texts that the page has no place for
+NOT_SHOWN = {"extra_key", "sensitive_block", "sensitive_kind", "sensitive_model"}  # no place on the page
 SINKS = [name for name in evaluations.SINKS if name not in NOT_SHOWN]
 
 

@@ -113,7 +113,7 @@ def _context(evaluation: Evaluation, extras: Mapping[str, Any], palette: Mapping
         "steps": _steps(evaluation, palette),
         "cost": expense.section(evaluation),
         "inside": interior.section(evaluation, palette),
-        "sensitivity": sensitivity(extras.get("sensitivity"), palette[evaluation.candidates[0]]),
+        "sensitivity": sensitivity(extras.get("sensitivity")),
         "about": _about(evaluation, extras),
         "versions": dict(evaluation.settings.get("versions") or {}) | dict(extras.get("versions") or {}),
     }

@@ -6,44 +6,40 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from bitbrush.report.svg import bar
 from bitbrush.report.text import compact, number
 
 MAX_ROWS = 12
 PROXY = "output_error~psnr"
 
 
-def section(data: Mapping[str, Any] | None, colour: str) -> dict[str, Any] | None:
+def section(data: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """The layers with the lowest PSNR, lowest first; None without data. ``src`` is the place of a heat map.
 
     Args:
         data: Of ``sensitivity.json``, with inert texts.
-        colour: Of the bars.
     """
     rows = [row for row in (data or {}).get("rows") or [] if isinstance(row, Mapping)]
     if data is None or not rows:
         return None
     ranked = sorted(rows, key=_psnr)[:MAX_ROWS]
-    worst = max((float(row.get("output_error") or 0.0) for row in ranked), default=0.0) or 1.0
     return {
         "src": "",
         "total": len(rows),
-        "rows": [_row(row, worst, colour) for row in ranked],
+        "rows": [_row(row) for row in ranked],
         "rho": _rho(data.get("rank_correlation") or {}),
         "model": str(data.get("model") or ""),
     }
 
 
-def _row(row: Mapping[str, Any], worst: float, colour: str) -> dict[str, str]:
-    psnr, error = row.get("psnr") or {}, float(row.get("output_error") or 0.0)
+def _row(row: Mapping[str, Any]) -> dict[str, str]:
+    psnr, error = row.get("psnr") or {}, row.get("output_error")
     ends = all(isinstance(psnr.get(end), int | float) for end in ("low", "high"))
     return {
         "layer": str(row.get("layer") or ""),
         "bits": f"W{_bits(row.get('weight_bits'))}A{_bits(row.get('activation_bits'))}",
         "psnr": f"{number(psnr['value'], 1)} dB" if isinstance(psnr.get("value"), int | float) else "not finite",
         "interval": f"[{number(psnr['low'], 1)}, {number(psnr['high'], 1)}]" if ends else "",
-        "error": compact(error),
-        "bar": bar(error / worst, colour),
+        "error": compact(error) if isinstance(error, int | float) else "not finite",
     }
 
 
