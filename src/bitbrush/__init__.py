@@ -19,9 +19,10 @@ from bitbrush.artifact.registration import announce
 if TYPE_CHECKING:
     from bitbrush.api import Result, dry_run, inspect, load, quantize, read_recipe, recipes, resume
     from bitbrush.engine.recipe import Recipe
+    from bitbrush.evaluation.evaluate import evaluate
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "Result", "dry_run", "inspect", "load", "quantize", "read_recipe", "recipes", "resume"]
+__all__ = ["Recipe", "Result", "dry_run", "evaluate", "inspect", "load", "quantize", "read_recipe", "recipes", "resume"]
 _PARTS = ("assets", "errors", "evaluation", "kernels", "report")  # there without an import of their own
 
 announce()
