@@ -151,6 +151,23 @@ def check_prompts(name: str, kind: type, prompts: bool) -> None:
         )  # fmt: skip
 
 
+def draws_from_text(name: str) -> bool:
+    """Whether the pipeline of this name takes prompts, told by its index.
+
+    Raises:
+        InputError: It has no index that can be read.
+    """
+    path = Path(name)
+    if path.is_file():
+        return True  # single files are text-to-image checkpoints
+    try:
+        kind = getattr(diffusers, str(diffusers.DiffusionPipeline.load_config(name)["_class_name"]))
+        return "prompt" in inspect.signature(kind.__call__).parameters
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise InputError("the pipeline's index cannot be read", where=name, why=str(error)[:300],
+                         try_="check that it is a diffusers pipeline") from error
+
+
 def _check_kind(name: str, folder: Path, prompts: bool) -> None:
     """The same of a folder by its index; what cannot be told there shows when it is opened."""
     index = folder / "model_index.json"

@@ -149,10 +149,9 @@ class Tools:
         self.missing += [Missing(key, error.what, error.where, error.why, error.try_) for key in keys]
 
 
-def default_metrics(evaluator: Any, extractor: Any) -> tuple[str, ...]:
-    """PSNR and SSIM need nothing; text and distributions where the caller names a network for them."""
-    text = TEXT if evaluator is not None else ()
-    return ("psnr", "ssim", *text, *(("fid", "kid") if extractor is not None else ()))
+def default_metrics(*, text: bool, features: bool) -> tuple[str, ...]:
+    """PSNR and SSIM need nothing; text and distributions where there is a network for them."""
+    return ("psnr", "ssim", *(TEXT if text else ()), *(("fid", "kid") if features else ()))
 
 
 def open_tools(

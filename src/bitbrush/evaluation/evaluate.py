@@ -11,6 +11,7 @@ import importlib.metadata
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def evaluate(
         prompts: Picture i is drawn from ``prompts[i]``; None for unconditional pipelines.
         n: Pictures a seed.
         metrics: Of psnr, ssim, lpips, clip, r1, fid, sfid, kid, is, prdc. None: psnr and ssim, clip and r1 where an
-            evaluator is given, fid and kid where an extractor is.
+            evaluator is given or the model speaks of emoji, fid and kid where an extractor is given.
         seeds: Sampling seeds. Intervals and tests are over prompts, with all seeds of a prompt together.
         steps, guidance, batch, sampler, autocast: As for ``bitbrush.evaluation.draw``; sampler ``"own"`` or ``"ddim"``.
         device: Where paths are opened; None: CUDA where there is one. Objects stay where they are.
@@ -87,16 +88,18 @@ def evaluate(
         NumericsError: A picture is not finite.
     """
     named = candidates if isinstance(candidates, Mapping) else {"candidate": candidates}
-    asked = Asked(
-        None if prompts is None else list(prompts), n,
-        tuple(dict.fromkeys(metrics)) if metrics is not None else default_metrics(evaluator, extractor),
-        tuple(seeds), steps, guidance, batch, sampler, autocast, floor, keep, tracked, eight_bits, speed, inside,
-    )  # fmt: skip
-    asked.check(named, WHERE)
     arms = {name: Arm(str(name), given, device=device, sampler=sampler) for name, given in
             {REFERENCE: reference, **named}.items()}
+    asked = Asked(
+        None if prompts is None else list(prompts), n, tuple(dict.fromkeys(metrics or ())), tuple(seeds), steps,
+        guidance, batch, sampler, autocast, floor, keep, tracked, eight_bits, speed, inside,
+    )  # fmt: skip
+    asked.check(named, WHERE)
     for arm in arms.values():
         arm.check(prompts=asked.prompts is not None)
+    if metrics is None:
+        text = evaluator is not None or (prompts is not None and speaks_emoji(arms[REFERENCE]))
+        asked = replace(asked, metrics=default_metrics(text=text, features=extractor is not None))
     tools = open_tools(asked, arms[REFERENCE], extractor=extractor, evaluator=evaluator, perceptual=perceptual,
                        real=real, resize=resize, speaks_emoji=lambda: speaks_emoji(arms[REFERENCE]))
     with folder(work) as place:
