@@ -26,6 +26,10 @@ COMMANDS = {
     "resume": ["OUT"],
     "sample": ["OUT", "--prompt", "--steps", "--guidance", "--seed", "--output", "-n"],
     "compare": ["OUT1", "--reference", "--prompts", "-n", "--seed", "--steps", "--guidance", "--output"],
+    "eval": [
+        "OUT", "--reference", "--prompts", "-n", "--metrics", "--seeds", "--real", "--extractor", "--evaluator",
+        "--speed", "--inside", "--work", "--output", "--data",
+    ],
     "recipes": ["show", "NAME", "--weights"],
     "doctor": [],
     "demo": ["--output"],

@@ -1,4 +1,4 @@
-"""Hashes of pipelines: equal for equal ones, different for any change that pictures show, none where it cannot be told."""
+"""Hashes of pipelines: equal for equal ones, others for any change, none where it cannot be told."""
 
 from __future__ import annotations
 

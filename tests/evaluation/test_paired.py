@@ -1,4 +1,4 @@
-"""Tests of a difference: exact where all flips are tried, of the right level where nothing differs, finding what does."""
+"""Tests of a difference: exact where all flips are tried, of the right level, finding what differs."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 
 from bitbrush import assets
@@ -21,7 +22,7 @@ from bitbrush.evaluation.optional import Unavailable
 PUBLISHED = "openai/clip-vit-large-patch14"
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of all OpenAI CLIPs
 WANTED = ("config.json", "model.safetensors")
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError)
+UNREADABLE = (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError)
 
 
 class Evaluator(Protocol):
@@ -73,7 +74,9 @@ class TransformersClip:
         if absent:
             raise _absent(str(name), folder, f"{' and '.join(absent)} {'is' if len(absent) == 1 else 'are'} not there")
         try:
-            model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+            options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
+            loaded: Any = CLIPModel.from_pretrained(folder, **options)
+            model = _whole(*loaded)
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             colours = _colours(folder / "preprocessor_config.json")
         except UNREADABLE as error:
@@ -155,7 +158,10 @@ class Judge:
     def hits(self, embedded: Tensor, members: Sequence[int]) -> Tensor:
         """[m] booleans for chosen pictures of all that were embedded: the nearest caption is their own."""
         if self._gallery is None:
-            self._gallery = self.evaluator.embed_texts(self.captions)
+            if isinstance(self.evaluator, EmojiClip) and self.captions is self.evaluator.captions:
+                self._gallery = self.evaluator.gallery()  # kept there for the next evaluation
+            else:
+                self._gallery = self.evaluator.embed_texts(self.captions)
         nearest = (embedded[list(members)] @ self._gallery.T).argmax(dim=-1)
         return nearest == torch.tensor([self._place[self.prompts[i]] for i in members])
 
@@ -214,6 +220,14 @@ def _absent(name: str, looked: Path, why: str) -> Unavailable:
         why=f"{why}; wanted: {', '.join(WANTED)} and its tokenizer. Nothing is downloaded on its own",
         try_=f"fetch it into the cache yourself (hf download {PUBLISHED}), or give a folder with these files",
     )  # fmt: skip
+
+
+def _whole(model: Any, found: Any) -> Any:
+    """transformers fills tensors that a file lacks with random numbers, and only warns."""
+    lost = [*found["missing_keys"], *found["mismatched_keys"]]
+    if lost:
+        raise ValueError(f"{len(lost)} tensors are not in the file or have another shape, first: {lost[0]}")
+    return model
 
 
 def _colours(path: Path) -> tuple[Sequence[float], Sequence[float]]:
