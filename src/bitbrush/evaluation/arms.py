@@ -49,9 +49,14 @@ class Arm:
         self._pipeline: Any = None
 
     @property
+    def path(self) -> Path | None:
+        """The folder or file that was given, if it is one."""
+        return Path(self.given) if isinstance(self.given, str | Path) and Path(self.given).exists() else None
+
+    @property
     def folder(self) -> Path | None:
         """The folder that was given, if it is one."""
-        return Path(self.given) if isinstance(self.given, str | Path) and Path(self.given).is_dir() else None
+        return self.path if self.path is not None and self.path.is_dir() else None
 
     def check(self, *, prompts: bool) -> None:
         """All that can be said before anything is drawn.

@@ -260,8 +260,8 @@ class Run:
     def _cost(self, name: str, arm: Arm) -> None:
         asked = self.asked
         found = self._part(
-            "speed", "cost", "measure", arm.pipeline(), folder=arm.folder, prompts=asked.texts, steps=asked.steps,
-            guidance=asked.guidance, batch=asked.batch, autocast=asked.autocast, progress=self.progress,
+            "speed", "cost", "measure", arm.pipeline(), folder=arm.path, prompts=asked.texts, steps=asked.steps,
+            guidance=asked.guidance, batch=min(asked.batch, asked.n), autocast=asked.autocast, progress=self.progress,
         )  # fmt: skip
         if found is not None:
             self.result.cost[name] = found
