@@ -25,7 +25,7 @@ from bitbrush.cli.options import (
     Steps,
     command_line,
     heavy,
-    read_prompts,
+    read_prompt_file,
 )
 from bitbrush.cli.render import Screen
 from bitbrush.cli.text import clean
@@ -116,7 +116,7 @@ def quantize(
         "weights": weights,
         "activations": activations,
         "preset": preset,
-        "prompts": read_prompts(screen, prompts),
+        "prompts": read_prompt_file(screen, prompts),
         "seed": seed,
         "device": device,
         "settings": parse_settings(settings or []),
@@ -215,7 +215,7 @@ def compare(
     what is inside: bits, losses, ranges.
     """
     screen = Screen(as_json, debug)
-    texts = read_prompts(screen, prompts)
+    texts = read_prompt_file(screen, prompts)
     screen = heavy(as_json, debug)
     from bitbrush.cli import pictures
 

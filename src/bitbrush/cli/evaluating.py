@@ -20,7 +20,7 @@ from bitbrush.cli.options import (
     Steps,
     command_line,
     heavy,
-    read_prompts,
+    read_prompt_file,
 )
 from bitbrush.cli.render import Screen
 from bitbrush.cli.rich_progress import Reporter
@@ -86,7 +86,7 @@ def evaluate_command(
     out and says so; nothing is downloaded.
     """
     screen = Screen(as_json, debug)
-    texts, closed = read_prompts(screen, prompts), read_prompts(screen, captions)
+    texts, closed = read_prompt_file(screen, prompts), read_prompt_file(screen, captions)
     numbers = _seeds(seeds)
     if not outputs:
         raise InputError("no pipeline was given", where="bitbrush eval", why="there is nothing to compare",

@@ -34,13 +34,13 @@ def heavy(as_json: bool, debug: bool) -> Screen:
     return screen
 
 
-def read_prompts(screen: Screen, path: Path | None) -> list[str] | None:
+def read_prompt_file(screen: Screen, path: Path | None) -> list[str] | None:
     """The prompts of a file; repeated ones are noted. None without a file."""
     if path is None:
         return None
-    from bitbrush import prompts as files
+    from bitbrush.prompts import read_prompts
 
-    prompts = files.read_prompts(path)
+    prompts = read_prompts(path)
     repeated = len(prompts) - len(set(prompts))
     if repeated:
         screen.note(f"{path}: {repeated:,} of {len(prompts):,} prompts are repeated")
