@@ -97,6 +97,14 @@ def test_pictures_are_drawn_once_and_another_metric_draws_nothing(
     assert counted.count == 4 * 6, "another model under the same name is another set"
 
 
+def test_full_precision_twice_is_noted(pipes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = Counted(monkeypatch)
+    found = evaluate({"same": tiny.pipeline("unconditional")}, reference=pipes["fp"], metrics=["psnr"], **QUICK)
+    assert counted.count == 2 * 6 and found.value("same", "psnr").value == 100.0  # type: ignore[union-attr]
+    assert any("the same numbers as full precision" in note for note in found.notes)
+    assert not any(test.significant for test in found.tests) and {t.p for t in found.tests if t.second == "FP"} >= {1.0}
+
+
 def test_a_killed_run_goes_on(pipes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = evaluate({"far": pipes["far"]}, reference=pipes["fp"], **QUICK)
     counted = Counted(monkeypatch, stop=10)
@@ -256,6 +264,7 @@ def test_a_learned_distance_is_named_after_its_weights(pipes: dict[str, Any]) ->
     [
         {"n": 0}, {"batch": 0}, {"steps": 0}, {"seeds": ()}, {"seeds": (1, 1)}, {"sampler": "euler"}, {"keep": -1},
         {"metrics": ["psnr", "fidd"]}, {"metrics": ["clip"]}, {"candidates": {"FP": None}}, {"candidates": {" ": None}},
+        {"candidates": {OTHER_SEEDS: None}},
         {"prompts": ["a"]}, {"candidates": {"x": 3}}, {"candidates": {"x": "no/such/folder"}},
         {"extractor": "no-such-file", "metrics": ["kid"]}, {"extractor": 3, "metrics": ["kid"]},
         {"real": "no-such-folder"}, {"real": 3},

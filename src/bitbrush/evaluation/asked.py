@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import bitbrush
 from bitbrush.errors import BitbrushError, InputError
 from bitbrush.evaluation.arms import Arm
 from bitbrush.evaluation.digests import Opaque, file_digest, module_digest, text_digest
@@ -18,7 +19,7 @@ from bitbrush.evaluation.extractors import Extractor, from_module, inception, zo
 from bitbrush.evaluation.optional import Unavailable
 from bitbrush.evaluation.perceptual import PerceptualDistance, lpips
 from bitbrush.evaluation.references import PictureFolder, Resize, Statistics, load_statistics
-from bitbrush.evaluation.result import REFERENCE, Missing
+from bitbrush.evaluation.result import OTHER_SEEDS, REFERENCE, Missing
 from bitbrush.evaluation.text import Evaluator, open_evaluator
 
 PAIRED = ("psnr", "ssim", "lpips")
@@ -87,8 +88,9 @@ class Asked:
             InputError: Names or numbers that do not fit.
         """
         unknown = [name for name in self.metrics if name not in METRICS]
+        taken = [name for name in (REFERENCE, OTHER_SEEDS) if name in candidates]
         wrong = {
-            f"a candidate is called {REFERENCE!r}": REFERENCE in candidates,
+            f"a candidate is called {taken}": bool(taken),
             "a candidate has no name": any(not str(name).strip() for name in candidates),
             f"n is {self.n}, batch is {self.batch}, steps is {self.steps}": min(self.n, self.batch, self.steps) < 1,
             f"keep is {self.keep}, tracked is {self.tracked}": min(self.keep, self.tracked) < 0,
@@ -119,7 +121,7 @@ class Asked:
 
     def facts(self, seed: int) -> dict[str, Any]:
         """What decides about pictures beside the arm itself."""
-        made = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")}
+        made = versions()
         settings = {key: value for key, value in self.to_json().items() if key not in ("n", "seeds", "keep", "batch")}
         texts = None if self.prompts is None else text_digest(self.prompts)
         return {**settings, "tracked": self.kept_latents, "seed": seed, "prompts": texts, "versions": made}
@@ -232,6 +234,12 @@ def open_real(given: Any, resize: Resize | None) -> PictureFolder | Statistics |
         return load_statistics(given)
     return PictureFolder.open(given, resize=resize)
 
+
+
+def versions() -> dict[str, str]:
+    """What decides about the last bits of pictures."""
+    made = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")}
+    return {"bitbrush": bitbrush.__version__, **made}
 
 
 def _device(reference: Arm) -> str:

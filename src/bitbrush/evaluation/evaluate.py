@@ -7,7 +7,6 @@ a part of two arms is held, a stopped run goes on, and another metric draws noth
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,10 +16,9 @@ from typing import Any
 
 import torch
 
-import bitbrush
 from bitbrush.errors import ArtifactError, InputError
 from bitbrush.evaluation.arms import Arm, is_pipeline
-from bitbrush.evaluation.asked import Asked, Tools, default_metrics, open_tools
+from bitbrush.evaluation.asked import Asked, Tools, default_metrics, open_tools, versions
 from bitbrush.evaluation.drawing import Drawer, Drawn
 from bitbrush.evaluation.measuring import Measured, Meter, chosen, step_errors
 from bitbrush.evaluation.references import Resize
@@ -177,6 +175,8 @@ class Run:
             self.drawn[OTHER_SEEDS] = self.drawer.draw(arm, self.asked.floor_seeds)
         if arm.opaque:
             self.result.notes.append(f"Pictures of {name} are never used again: {arm.opaque}.")
+        if name != REFERENCE and arm.digest() == self.arms[REFERENCE].digest():
+            self.result.notes.append(f"{name} holds the same numbers as full precision: its pictures are the same.")
         if self.asked.speed:
             self._cost(name, arm)
         if self.asked.inside and name != REFERENCE:
@@ -238,8 +238,7 @@ class Run:
         settings["extractor"] = tools.extractor.to_json() if tools.extractor is not None else None
         settings["evaluator"] = evaluator_label(tools.evaluator) if tools.evaluator is not None else None
         settings["distribution_reference"] = getattr(self.spread.real, "source", None)
-        made = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")}
-        settings["versions"] = {"bitbrush": bitbrush.__version__, **made}
+        settings["versions"] = versions()
         warning = few(asked.n, "pictures" if asked.prompts is None else "prompts")
         self.result.notes[:0] = [] if warning is None else [warning]
 
