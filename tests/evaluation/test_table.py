@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bitbrush.evaluation.result import OTHER_SEEDS, Evaluation, PairedTest, Value
 from bitbrush.evaluation.statistics import Estimate
-from bitbrush.evaluation.table import differences, numbers, text
+from bitbrush.evaluation.table import differences, numbers, text, warnings
 
 
 def value(key: str, number: float, **more: object) -> Value:
@@ -44,6 +44,16 @@ def test_differences_in_words() -> None:
     assert [row[-1] for row in found[1]] == ["differ", "no difference found (control)"]
     assert found[1][1][1] == "features (cells)"
     assert differences(Evaluation("FP", [], {})) is None
+
+
+def test_warnings_stand_once() -> None:
+    found = evaluation()
+    few, narrow = "too few for FID", "Only 4 prompts"
+    found.values["a"] += [value("fid", 1.0, warning=few), value("sfid", 2.0, warning=narrow)]
+    found.values["b"] += [value("fid", 1.0, warning=few)]
+    found.notes = [narrow]
+    assert warnings(found) == [few]
+    assert str(text(found)).count(few) == 1 == str(text(found)).count(narrow)
 
 
 def test_lines_are_aligned_and_nothing_steers() -> None:

@@ -149,7 +149,7 @@ def tables(found: Any, page: object) -> list[Any]:
     from rich.text import Text
 
     from bitbrush.cli.text import clean
-    from bitbrush.evaluation.table import differences, numbers
+    from bitbrush.evaluation.table import differences, numbers, warnings
 
     settings = found.settings
     columns, rows = numbers(found)
@@ -163,7 +163,7 @@ def tables(found: Any, page: object) -> list[Any]:
         parts.append(Text(clean(f"not computed: {missing.key}: {missing.what}"), style="yellow"))
         parts += [Text(clean(f"  {word}: {text}")) for word, text in
                   (("where", missing.where), ("why", missing.why), ("try", missing.try_)) if text]
-    parts += [Text(clean(note), style="yellow") for note in found.notes]
+    parts += [Text(clean(note), style="yellow") for note in (*warnings(found), *found.notes)]
     return [*parts, Text(f"report: {clean(page)}")]
 
 

@@ -21,12 +21,12 @@ class Table(str):
 def text(evaluation: Evaluation) -> Table:
     """Numbers, tests, what is missing, and notes, in lines."""
     columns, rows = numbers(evaluation)
-    parts = [_lines(columns, rows)]
+    parts = [_lines(columns, rows, turned=len(columns) > len(rows) + 1)]
     found = differences(evaluation)
     if found:
         parts.append("Do they differ? (p after Holm's correction; below 0.05 they do)\n" + _lines(*found))
     parts += [f"not computed: {m.key}: {m.what}" for m in evaluation.missing]
-    parts += list(evaluation.notes)
+    parts += [*warnings(evaluation), *evaluation.notes]
     return Table("\n\n".join(visible(part) for part in parts))
 
 
@@ -42,6 +42,13 @@ def numbers(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
         shown = ("-" if floor is None else f"{floor:.{keys[key].digits}f}" for key, floor in floors.items())
         rows.append([FLOOR, *shown])
     return ["", *(value.label for value in keys.values())], rows
+
+
+def warnings(evaluation: Evaluation) -> list[str]:
+    """What has to stand beside single figures, each once; what a note says of all is left to the note."""
+    values = [value for arm in evaluation.arms for value in evaluation.values.get(arm, [])]
+    found = [value.warning for value in values if value.warning and value.warning not in evaluation.notes]
+    return list(dict.fromkeys(found))
 
 
 def differences(evaluation: Evaluation) -> tuple[list[str], list[list[str]]] | None:
@@ -78,10 +85,10 @@ def _cell(value: Value | None) -> str:
     return f"{shown} ± {value.spread:.{value.digits}f}" if value.spread is not None else shown
 
 
-def _lines(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns under their heads; wide tables are turned: a metric a line."""
+def _lines(columns: Sequence[str], rows: Sequence[Sequence[str]], *, turned: bool = False) -> str:
+    """Columns under their heads; turned: a metric a line."""
     grid = [list(columns), *map(list, rows)]
-    if len(columns) > len(grid):
+    if turned:
         grid = [list(line) for line in zip(*grid, strict=True)]
     widths = [max(len(line[i]) for line in grid) for i in range(len(grid[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
