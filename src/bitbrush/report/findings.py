@@ -49,14 +49,15 @@ def finding(evaluation: Evaluation, arm: str) -> Finding:
     ]  # fmt: skip
     gains = [part.claim for part in parts[:2] if part is not None and part.claim]
     losses = [part for part in parts[2:] if part is not None]
-    costs = [part.claim for part in losses if part.matters][:2] or [part.claim for part in losses[:1]]
+    costs = [part.claim for part in losses if part.matters][:2]
+    costs = costs or [part.claim for part in dict.fromkeys([*losses[:1], *losses[-1:]])]  # the last is the distance
     claim = "; ".join(part for part in (" and ".join(gains), " and ".join(costs)) if part) or "nothing was measured"
     order = [part for part in (parts[5], parts[2], parts[3], parts[4], parts[0], parts[1]) if part is not None]
     sentence = " ".join(part.sentence for part in order if part.sentence)
     return Finding(arm, claim[:1].upper() + claim[1:], sentence, [part.card for part in order])
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Part:
     claim: str
     sentence: str
