@@ -50,14 +50,16 @@ def finding(evaluation: Evaluation, arm: str) -> Finding:
     gains = [part.claim for part in parts[:2] if part is not None and part.claim]
     losses = [part for part in parts[2:] if part is not None]
     costs = [part.claim for part in losses if part.matters][:2]
-    costs = costs or [part.claim for part in dict.fromkeys([*losses[:1], *losses[-1:]])]  # the last is the distance
+    if not costs:  # no loss shown: what was looked at first, and how far the pictures lie
+        more = [part.claim.removesuffix(f" to {_reference(evaluation)}") for part in losses[1:] if part is parts[5]]
+        costs = [", ".join([*(part.claim for part in losses[:1]), *more])]
     claim = "; ".join(part for part in (" and ".join(gains), " and ".join(costs)) if part) or "nothing was measured"
     order = [part for part in (parts[5], parts[2], parts[3], parts[4], parts[0], parts[1]) if part is not None]
     sentence = " ".join(part.sentence for part in order if part.sentence)
     return Finding(arm, claim[:1].upper() + claim[1:], sentence, [part.card for part in order])
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True)
 class _Part:
     claim: str
     sentence: str
