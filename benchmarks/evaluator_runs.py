@@ -29,7 +29,8 @@ from diffusers import DiffusionPipeline
 import bitbrush
 from bitbrush import assets
 from bitbrush.engine.progress import Silent
-from bitbrush.evaluation import draw, with_ddim
+from bitbrush.evaluation import draw
+from bitbrush.evaluation.references import load_statistics
 from bitbrush.evaluation.result import Evaluation
 
 RESULTS = Path(__file__).parent / "results" / "evaluator"
@@ -137,10 +138,10 @@ def noise(bench: Bench) -> dict[str, Any]:
     values: dict[str, float] = {}
     for key, seed in (("seed 0", 0), ("seed 1", 1), ("seed 0 again", 0)):
         found = bitbrush.evaluate(
-            {"same": lambda: with_ddim(bench.open(model))}, reference=model, n=n, seeds=(seed,), steps=50,
+            {"same": model}, reference=model, n=n, seeds=(seed,), steps=50,
             sampler="ddim", batch=250, metrics=["fid"], extractor=evaluators / "cifar10-classifier.safetensors",
-            real=evaluators / "cifar10-stats.safetensors", floor=False, autocast=bench.autocast, device=bench.device,
-            progress=Silent(), keep=0, tracked=0,
+            real=load_statistics(evaluators / "cifar10-stats.safetensors", "train"), floor=False,
+            autocast=bench.autocast, device=bench.device, progress=Silent(), keep=0, tracked=0,
         )
         value = found.value(found.reference, "fid")
         if value is None:
