@@ -123,3 +123,22 @@ def test_the_artifact_has_the_same_bytes_with_and_without(kind: str, tmp_path: P
     assert all_steps - done == {"calibrate", "split", "weights-fit", "weights"}
     assert want.keys() == got.keys() and len(want) > 5
     assert all(got[name] == data for name, data in want.items() if name != "bitbrush.json")
+
+
+def test_two_processes_may_keep_the_same_result(tmp_path: Path) -> None:
+    """Written beside each other under names of their own; whoever is last to finish, the file is whole."""
+    import os
+
+    from bitbrush.engine.disk import Disk
+
+    target, data = tmp_path / "same.unit", [bytes([k]) * 200_000 for k in range(2)]
+    children = []
+    for k in range(2):
+        child = os.fork()
+        if child == 0:
+            for _ in range(50):
+                Disk().write(target, data[k], shared=True)
+            os._exit(0)
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
+    assert target.read_bytes() in data and [path.name for path in tmp_path.iterdir()] == ["same.unit"]

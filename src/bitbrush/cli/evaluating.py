@@ -136,7 +136,8 @@ def run(
     texts = _texts(prompts, draws_from_text(reference), lambda: speaks_emoji(Arm("FP", reference)), progress)
     found = bitbrush.evaluate(names, reference=reference, prompts=texts, progress=progress, **chosen)
     histories = {name: history for name, output in names.items() if (history := pictures.read_history(output))}
-    extras: dict[str, Any] = {"model": reference, "command": command, "seconds": time.monotonic() - started}
+    extras: dict[str, Any] = {"model": reference.rstrip("/").rpartition("/")[2], "command": command,
+                              "seconds": time.monotonic() - started}
     extras |= {"device": pictures.machine(), "histories": histories}
     extras |= pictures.about({found.reference: reference, **names})
     found.save(page, extras)

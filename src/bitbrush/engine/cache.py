@@ -57,7 +57,7 @@ class Cache:
     def keep(self, step: str, unit: str, result: UnitResult) -> None:
         """Keep a result for other runs."""
         self.disk.make(self.folder)
-        self.disk.write(self._path(step, unit), seal(result.tensors, result.facts()))
+        self.disk.write(self._path(step, unit), seal(result.tensors, result.facts()), shared=True)
 
     def _path(self, step: str, unit: str) -> Path:
         return self.folder / f"{_hash([self.keys[step], unit])}.unit"

@@ -31,9 +31,14 @@ class Disk:
     Every operation raises `ResourceError` when the disk is full, read-only or broken. A subclass may override `_op`.
     """
 
-    def write(self, path: Path, data: bytes) -> None:
-        """Put ``data`` at ``path`` atomically: after a crash there is the old file or the new one."""
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")  # runs side by side may share a cache
+    def write(self, path: Path, data: bytes, *, shared: bool = False) -> None:
+        """Put ``data`` at ``path`` atomically: after a crash there is the old file or the new one.
+
+        What a crash leaves of the new one is overwritten by the next write; in a folder that several processes write
+        to (``shared``) each has its own, and that of a killed one stays.
+        """
+        own = f".{os.getpid()}" if shared else ""
+        part = path.with_name(f".{path.name}{own}.part")
         with failing_as_resource(path, len(data)):
             try:
                 self._fill(part, data)

@@ -223,7 +223,8 @@ def _cost(
         if cuda else "the resident set of the whole process while drawing: libraries and everything loaded count",
         step_seconds=step, picture_seconds=picture, device=str(device),
         device_name=torch.cuda.get_device_name(device) if cuda else
-        f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}, "
+        f"{torch.backends.cpu.get_cpu_capability()}",
         kernels=rows, kernel_counts=dict(Counter(r.kernel for r in ran).most_common()), parameters=count,
         bits_per_weight=round(8 * size / max(count, 1), 4), bit_operations=bit_operations(ran),
         float_bit_operations=sum(r.macs for r in ran) * FLOAT_BITS**2,
