@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 FLOAT_BITS = 16
-"""What a weight that stays float is counted at in ``bits_per_weight``, whatever dtype the run held it in."""
+"""What a parameter that stays float is counted at in ``bits_floats_at_16``, whatever dtype the run held it in."""
 
 
 def layers(network: nn.Module, reference: nn.Module, package: str) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def layers(network: nn.Module, reference: nn.Module, package: str) -> dict[str, 
 
     Returns:
         ``kinds`` {kind: {layers, of, weights, of_weights}}, ``classes`` {class and weight's class and dtype: layers},
-        ``weights``, ``of_weights`` and ``weight_bytes``, ``bytes_float``, ``bits_per_weight``, ``bits_held``.
+        ``weights``, ``of_weights`` and ``weight_bytes``, ``quantized_bytes``, ``bits_floats_at_16``, ``bits_held``.
     """
     known = {name: module for name, module in reference.named_modules() if has_matrix(module)}
     taken = {name: module for name, module in network.named_modules() if name in known and is_of(module, package)}
@@ -52,7 +52,7 @@ def layers(network: nn.Module, reference: nn.Module, package: str) -> dict[str, 
         "parameters": parameters,
         "weight_bytes": everything,
         "quantized_bytes": inside,
-        "bits_per_weight": (8 * inside + FLOAT_BITS * others) / parameters,
+        "bits_floats_at_16": (8 * inside + FLOAT_BITS * others) / parameters,
         "bits_held": 8 * everything / parameters,
     }
 

@@ -86,7 +86,8 @@ class Job:
 
     def by_diffusers(self, name: str, text: str, config: Callable[[], Any]) -> Arm:
         """An arm whose denoiser diffusers quantizes while it loads."""
-        call = f'DiffusionPipeline.from_pretrained(MODEL, quantization_config=PipelineQuantizationConfig(quant_mapping={{"{self.denoiser}": {text}}}), dtype=torch.float32)'  # fmt: skip  # noqa: E501
+        config_text = f'PipelineQuantizationConfig(quant_mapping={{"{self.denoiser}": {text}}})'
+        call = f"DiffusionPipeline.from_pretrained(MODEL, quantization_config={config_text}, dtype=torch.float32)"
         return Arm(name, call, lambda: self.pipeline(config()))
 
 
@@ -95,12 +96,9 @@ def bitsandbytes(job: Job) -> Iterator[Arm]:
     import bitsandbytes as bnb
     from diffusers import BitsAndBytesConfig
 
-    by_config = (
-        ("nf4", 'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)',
-         {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}),
-        ("int8", "BitsAndBytesConfig(load_in_8bit=True)", {"load_in_8bit": True}),
-    )  # fmt: skip
-    for name, text, chosen in by_config:
+    four_bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
+    for name, chosen in (("nf4", four_bits), ("int8", {"load_in_8bit": True})):
+        text = f"BitsAndBytesConfig({words(chosen)})"
         yield job.by_diffusers(f"{name} by diffusers", text, lambda chosen=chosen: BitsAndBytesConfig(**chosen))
 
     def nf4(layer: nn.Linear) -> nn.Module:
@@ -117,6 +115,12 @@ def bitsandbytes(job: Job) -> Iterator[Arm]:
     ):
         call = f'{text} for every nn.Linear of the denoiser, .load_state_dict(linear.state_dict()), .to("{job.device}")'
         yield Arm(name, call, lambda make=make: with_layers(job, make))
+
+
+def words(chosen: dict[str, Any]) -> str:
+    """Keyword arguments as they are written."""
+    shown = {key: f'"{value}"' if isinstance(value, str) else value for key, value in chosen.items()}
+    return ", ".join(f"{key}={value}" for key, value in shown.items())
 
 
 def with_layers(job: Job, make: Callable[[nn.Linear], nn.Module]) -> Any:
@@ -165,8 +169,7 @@ def sdnq(job: Job) -> Iterator[Arm]:
         ("int8 with convolutions", {"weights_dtype": "int8", "quant_conv": True}),
         ("uint4 with convolutions", {"weights_dtype": "uint4", "quant_conv": True}),
     ):
-        text = ", ".join(f"{key}={json.dumps(value) if isinstance(value, str) else value}" for key, value in chosen.items())
-        yield job.by_diffusers(name, f"SDNQConfig({text})", lambda chosen=chosen: SDNQConfig(**chosen))
+        yield job.by_diffusers(name, f"SDNQConfig({words(chosen)})", lambda chosen=chosen: SDNQConfig(**chosen))
 
 
 def own(job: Job) -> Iterator[Arm]:
@@ -175,7 +178,8 @@ def own(job: Job) -> Iterator[Arm]:
         ("rtn", None, 8, 8), ("rtn", None, 4, 16), ("qdiffusion", "demo", 4, 8),
     ):  # fmt: skip
         name = f"{recipe} W{weights}A{activations}" + (f", preset {preset}" if preset else "")
-        call = f'bitbrush.quantize(MODEL, "{recipe}", {weights}, {activations}' + (f', preset="{preset}")' if preset else ")")
+        short = f', preset="{preset}"' if preset else ""
+        call = f'bitbrush.quantize(MODEL, "{recipe}", {weights}, {activations}{short})'
         chosen = (recipe, preset, weights, activations)
         yield Arm(name, call, lambda chosen=chosen: quantized(job, *chosen))
 
@@ -204,7 +208,9 @@ PEERS: dict[str, tuple[Callable[[Job], Iterator[Arm]], str, str]] = {
 """Name to arms, distribution, and top-level name of the modules."""
 
 
-def opened(arms: Iterator[Arm], reference: Any, package: str, prompts: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+def opened(
+    arms: Iterator[Arm], reference: Any, package: str, prompts: list[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Open each arm, count what it holds, draw a picture in two steps.
 
     Returns:
@@ -221,15 +227,23 @@ def opened(arms: Iterator[Arm], reference: Any, package: str, prompts: list[str]
             doing = "drawing a picture"
             draw(pipe, prompts=prompts, n=1, steps=2, guidance=GUIDANCE, batch=1)
         except Exception as error:  # noqa: BLE001 - whatever a peer raises is what is to be told
-            facts[arm.name] |= {"works": False, "while": doing, "error": f"{type(error).__name__}: {error}"}
+            facts[arm.name] |= {"works": False, "while": doing, "error": told(error)}
             print(f"{arm.name}: {facts[arm.name]['error']} (while {doing})", file=sys.stderr)
             continue
         facts[arm.name] |= {"works": bool(found["weights"]), "layers": found}
         if found["weights"]:
             working[arm.name] = pipe
         else:
-            facts[arm.name] |= {"while": doing, "error": "it opened, and no layer of the denoiser was quantized"}
+            facts[arm.name] |= {"while": "opening it", "error": "it opened, and no layer of the denoiser was quantized"}
     return working, facts
+
+
+def told(error: Exception) -> str:
+    """Kind and words of an error on one line, without places of this machine."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    for place, name in ((sys.prefix, "ENVIRONMENT"), (str(Path.cwd()), "."), (str(Path.home()), "~")):
+        text = text.replace(place.rstrip("/") + "/", name + "/")
+    return text
 
 
 def spread(prompts: list[str], n: int) -> list[str]:
