@@ -19,15 +19,16 @@ Script = Callable[[str], ModuleType]
 
 
 class Rounded(nn.Linear):
-    """A linear layer of somebody's, rounded to 8 bits."""
+    """A linear layer of somebody's, rounded to 8 bits on its way to a device."""
 
     @classmethod
-    def of(cls, layer: nn.Linear) -> Rounded:
-        new = cls(layer.in_features, layer.out_features, layer.bias is not None)
-        new.load_state_dict(layer.state_dict())
-        step = new.weight.data.abs().max() / 127
-        new.weight.data.div_(step).round_().mul_(step)
-        return new
+    def like(cls, layer: nn.Linear) -> Rounded:
+        return cls(layer.in_features, layer.out_features, layer.bias is not None)
+
+    def to(self, *args: Any, **kwargs: Any) -> Rounded:
+        step = self.weight.data.abs().max() / 127
+        self.weight.data.div_(step).round_().mul_(step)
+        return super().to(*args, **kwargs)
 
 
 Rounded.__module__ = "somebodys.layers"
@@ -40,7 +41,7 @@ def somebodys(peers: ModuleType, broken: nn.Module) -> Callable[[Any], Iterator[
         raise RuntimeError(f"no accelerator\n  in {sys.prefix}/lib/somebodys.py")
 
     def arms(job: Any) -> Iterator[Any]:
-        yield peers.Arm("good", "Rounded.of(layer)", lambda: peers.with_layers(job, Rounded.of))
+        yield peers.Arm("good", "Rounded.like(layer)", lambda: peers.with_layers(job, Rounded.like))
         yield peers.Arm("refused", "refuse()", refuse)
         yield peers.Arm("broken", "...", lambda: peers.with_layers(job, lambda layer: broken))
         yield peers.Arm("nothing", "job.pipeline()", job.pipeline)
@@ -89,7 +90,7 @@ def test_arms_that_fail_are_told_and_the_others_go_on(script: Script, folder: Pa
 def test_replaced_layers_keep_what_they_were(script: Script, folder: Path, tmp_path: Path) -> None:
     peers = script("peers")
     job = peers.Job(folder, tmp_path, "cpu", True)
-    before, after = job.pipeline().unet, peers.with_layers(job, Rounded.of).unet
+    before, after = job.pipeline().unet.requires_grad_(False), peers.with_layers(job, Rounded.like).unet
     assert [name for name, _ in before.named_modules()] == [name for name, _ in after.named_modules()]
     assert not any(type(module) is nn.Linear for module in after.modules())
     for name, layer in before.named_modules():
