@@ -251,11 +251,12 @@ def spread(prompts: list[str], n: int) -> list[str]:
     return [prompts[i * len(prompts) // n] for i in range(n)]
 
 
-def evaluated(arms: dict[str, Any], reference: Any, prompts: list[str], args: argparse.Namespace) -> dict[str, Any]:
-    """The evaluation as plain data."""
+def evaluated(arms: dict[str, Any], folder: Path, prompts: list[str], args: argparse.Namespace) -> dict[str, Any]:
+    """The evaluation as plain data. The reference is given as a folder: its pictures are the same for all peers."""
     found = bitbrush.evaluate(
-        arms, reference=reference, prompts=prompts, n=len(prompts), steps=args.steps, guidance=GUIDANCE,
-        batch=args.batch, metrics="psnr,ssim,clip,r1", speed=True, work=Path(args.work) / "pictures",
+        arms, reference=folder, prompts=prompts, n=len(prompts), steps=args.steps, guidance=GUIDANCE,
+        batch=args.batch, metrics=["psnr", "ssim", "clip", "r1"], speed=not args.no_speed,
+        work=Path(args.work) / "evaluation",
     )  # fmt: skip
     return dict(found.to_json())
 
@@ -285,7 +286,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "machine": {"machine": platform.machine(), "threads": torch.get_num_threads(), "cores": os.cpu_count()},
         "versions": versions(distribution),
         "arms": facts,
-        "evaluation": evaluated(working, reference, prompts, args) if working else None,
+        "evaluation": evaluated(working, folder, prompts, args) if working else None,
         "command": f"python benchmarks/peers.py {args.peer} -n {args.n} --steps {args.steps} --batch {args.batch}"
         + ("" if args.model == TINY else " --model MODEL") + (" --smoke" if args.smoke else ""),
     }  # fmt: skip
@@ -301,13 +302,15 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default=TINY, help=f"{TINY} (embedded), or the folder of another emoji pipeline")
     parser.add_argument("-n", type=int, help="pictures an arm (64)")
     parser.add_argument("--steps", type=int, help="sampling steps (25)")
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--work", default="work-peers", help="where artifacts and pictures are kept between calls")
     parser.add_argument("--out", help="results (default: benchmarks/results/peers; of a smoke run: in --work)")
+    parser.add_argument("--no-speed", action="store_true", help="no cost: leave it to a later call on a quiet machine")
     parser.add_argument("--smoke", action="store_true", help="two pictures in two steps, to see that everything runs")
     args = parser.parse_args(words)
     small = args.smoke
     args.n, args.steps = args.n or (2 if small else 64), args.steps or (2 if small else 25)
+    args.batch = min(args.batch, args.n)
     args.out = args.out or str(Path(args.work) / "results" if small else RESULTS)
     return args
 

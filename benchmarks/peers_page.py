@@ -52,7 +52,8 @@ def page(results: Results) -> str:
     lines = [INTRODUCTION]
     for model in sorted({r["model"] for r in results}):
         chosen = [r for r in results if r["model"] == model]
-        lines += [f"## {model}", "", *protocol(chosen), "", *table(chosen), "", *refused(chosen), *calls(chosen)]
+        lines += [f"## {model}", "", *protocol(chosen), "", *table(chosen), "", *refused(chosen), *absent(chosen)]
+        lines += calls(chosen)
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
@@ -123,6 +124,15 @@ def refused(results: Results) -> list[str]:
         for r in results for name, facts in sorted(r["arms"].items()) if not facts["works"]
     ]  # fmt: skip
     return ["Did not run here:", "", *lines, ""] if lines else []
+
+
+def absent(results: Results) -> list[str]:
+    """What the evaluation was asked for and does not have."""
+    lines = [
+        f"- {r['peer']}, {missing['key']}: {missing['what']} ({missing['why']})."
+        for r in results if r["evaluation"] for missing in r["evaluation"]["missing"]
+    ]  # fmt: skip
+    return ["Not measured:", "", *dict.fromkeys(lines), ""] if lines else []
 
 
 def calls(results: Results) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -124,6 +125,28 @@ def test_every_peer_has_a_place_on_the_page(script: Script) -> None:
 def test_keyword_arguments_are_written_as_python(script: Script) -> None:
     chosen = {"weights_dtype": "int8", "quant_conv": True, "compute": torch.float32}
     assert script("peers").words(chosen) == 'weights_dtype="int8", quant_conv=True, compute=torch.float32'
+
+
+@pytest.mark.slow
+def test_a_whole_run(
+    script: Script, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the command line to the file and the row, by the evaluator itself."""
+    peers = script("peers")
+    monkeypatch.setitem(peers.PEERS, "quanto", (somebodys(peers, Broken(4, 4)), "torch", "somebodys"))
+    words = ["peers.py", "quanto", "--smoke", "--model", str(folder), "--work", str(tmp_path / "work")]
+    monkeypatch.setattr(sys, "argv", words)
+    peers.main()
+    rows = capsys.readouterr().out.splitlines()[-2:]
+    assert rows[0].startswith("| full precision |") and rows[1].startswith("| quanto good | ")
+    found = json.loads((tmp_path / "work" / "results" / "model-quanto.json").read_text(encoding="utf-8"))
+    assert str(tmp_path) not in json.dumps(found)
+    assert found["evaluation"]["candidates"] == ["good"]
+    assert {value["key"] for value in found["evaluation"]["values"]["good"]} >= {"psnr", "ssim", "clip"}
+    assert found["evaluation"]["cost"]["good"]["step_seconds"]["median"] > 0
+    assert found["evaluation"]["missing"] == []
+    assert {name for name, arm in found["arms"].items() if not arm["works"]} == {"refused", "broken", "nothing"}
+    assert found["versions"]["torch"] == torch.__version__
 
 
 def test_peers_are_imported_in_functions_only(script: Script) -> None:

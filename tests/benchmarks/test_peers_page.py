@@ -36,6 +36,7 @@ def result(peer: str = "torchao", **changes: Any) -> dict[str, Any]:
         "evaluation": {
             "reference": "FP", "candidates": ["int8"],
             "values": {"FP": [value("clip", 0.82, 3)], "int8": [value("psnr", 37.123, 2), value("clip", 0.8123, 3)]},
+            "missing": [],
             "cost": {"FP": {"step_seconds": {"median": 0.4}}, "int8": {"step_seconds": {"median": 0.5}}},
         },
     }  # fmt: skip
@@ -66,6 +67,14 @@ def test_a_peer_without_any_working_arm_is_named(script: Script) -> None:
     assert "- torchao int4, opening it: `ImportError: needs 'x'`" in page  # one line, and the code ends where it should
     assert "| torchao int8 |" in page
     assert "Config(int4)" not in page
+
+
+def test_what_was_not_measured_is_told_once(script: Script) -> None:
+    found = result()
+    found["evaluation"]["missing"] = 2 * [{"key": "speed", "what": "no clock", "why": "none", "where": "", "try_": ""}]
+    page = script("peers_page").page([found])
+    assert page.count("- torchao, speed: no clock (none).") == 1
+    assert "Not measured" not in script("peers_page").page([result()])
 
 
 def test_protocols_that_differ_are_told_apart(script: Script) -> None:
