@@ -146,6 +146,11 @@ def not_below(difference: float, _noise: float) -> bool:
     return difference >= 0
 
 
+def not_well_above(difference: float, noise: float) -> bool:
+    """Not more by more than the seed noise."""
+    return difference <= noise
+
+
 def memory_over_model(rows: Results, _all: Results) -> Measured:
     """Peak GPU memory less the float32 model's, in GB; it must not pass 6."""
     row = rows[0]
@@ -193,15 +198,23 @@ _STATIC = Bar(
     "FID below one static scale by more than the seed noise", "{:+.2f}", against("fid", well_below, arm="static")
 )
 
+_TAC_PSNR = Bar("`tac`: PSNR above that of the same network without", "{:+.3f} dB",
+                against("psnr", above, mine="tac", arm="plain"))
+_TAC_CLIP = Bar("`tac`: CLIP not below", "{:+.4f}", against("clip", not_below, mine="tac", arm="plain"))
+_TAC_FID = Bar("`tac`: FID not above by more than the seed noise", "{:+.2f}",
+               against("fid", not_well_above, mine="tac", arm="plain"))
+
 BARS: dict[Key, list[Bar]] = {
     ("emoji-sd-tiny", "qdiffusion", 4, 8): _qdiffusion(0.015, 0.32),
-    ("emoji-sd", "qdiffusion", 4, 8): [*_qdiffusion(0.008, 0.30), time_bar(300)],
-    ("cifar10-ddpm", "qdiffusion", 4, 8): [Bar("FID <= FP + 0.7", "{:+.2f}", fid(0.7, over_fp=True))],
+    ("emoji-sd", "qdiffusion", 4, 8): [*_qdiffusion(0.008, 0.30), time_bar(300), _TAC_PSNR, _TAC_CLIP],
+    ("cifar10-ddpm", "qdiffusion", 4, 8): [
+        Bar("FID <= FP + 0.7", "{:+.2f}", fid(0.7, over_fp=True)), _TAC_PSNR, _TAC_FID,
+    ],
     ("emoji-sd", "quest", 4, 4): [
         Bar("CLIP >= 0.76", "{:.4f}", metric("clip", 0.76)),
         Bar("R@1 held-out >= 0.80", "{:.3f}", metric("r1_heldout", 0.80)),
         Bar("R@1 seen >= 0.60", "{:.3f}", metric("r1_seen", 0.60)),
-        time_bar(300), MEMORY,
+        time_bar(300), MEMORY, _TAC_PSNR, _TAC_CLIP,
     ],
     ("emoji-sd", "quest", 4, 8): [
         Bar("PSNR above qdiffusion W4A8", "{:+.2f} dB", against("psnr", above, recipe="qdiffusion")),
@@ -217,7 +230,7 @@ BARS: dict[Key, list[Bar]] = {
         _bits(2.4), time_bar(480), MEMORY,
     ],
     ("emoji-sd", "efficientdm", 2, 4): [time_bar(480), MEMORY],
-    ("cifar10-ddpm", "quest", 4, 4): [Bar("FID <= 6.5", "{:.2f}", fid(6.5))],
+    ("cifar10-ddpm", "quest", 4, 4): [Bar("FID <= 6.5", "{:.2f}", fid(6.5)), _TAC_PSNR, _TAC_FID],
     ("cifar10-ddpm", "mpqdm", 3, 4): [Bar("FID <= 8", "{:.2f}", fid(8.0)), _bits(3.35)],
     ("cifar10-ddpm", "adpdm", 6, 6): [Bar("FID <= FP + 0.3", "{:+.2f}", fid(0.3, over_fp=True))],
     ("cifar10-ddpm", "adpdm", 4, 6): [_STATIC],
@@ -261,14 +274,28 @@ NOTES: dict[Key, Note] = {
         "block",
         "`block` is the recipe with 400 rounding and 100 scale iterations; the other arms change one thing. "
         "Quantization seed = sampling seed. `attention` quantizes q, k, v and softmax to 8 bits, `normal` draws "
-        "calibration times as PTQ4DM does. Intervals: 95 %, paired bootstrap.",
+        "calibration times as PTQ4DM does. Intervals: 95 %, paired bootstrap. `none`, `tac`, `tac-no-input`: the same "
+        "schedule as `block`, without a correction, with that of TAC, and with its noise term alone.",
     ),
     ("emoji-sd-tiny", "quest", 4, 4): Note(
         "full",
         "Short schedule: 300 rounding iterations a block, 200 of stage 1, 800 of stage 2. Quantization seed = sampling "
         "seed. `no-stage1`, `no-stage2`: that step left out; `no-global`: layer losses alone; `shared`: one scale set "
         "for all steps; `channel`: the code's static scales a channel, simulated only; `float-attention`: q, k, v and "
-        "softmax float.",
+        "softmax float; `output-alone`: the estimate's loss without those of layers.",
+    ),
+    ("emoji-sd-tiny", "adpdm", 4, 4): Note(
+        "full",
+        "Weights rounded to nearest, the same in all arms. Quantization seed = sampling seed. `full`: 8 groups of "
+        "timesteps; `groups-N`: N; `static`: one scale for all steps, `table`: one a step, trained alike; `clusters`: "
+        "the groups as clustering made them; `uniform`, `random`: steps learned from in a shuffled order or drawn at "
+        "random instead of by structural risk; `channels`: the code's groups of channels in a step, simulated only.",
+    ),
+    ("emoji-sd-tiny", "pcr", 8, 6): Note(
+        "full",
+        "Quantization seed = sampling seed. `full`: the measured end has 8 bits at 20 % of the steps; `no-relax`: 6 "
+        "bits at all; `start`: near x_T, `end`: near x_0, `random`: as many random steps; `float-trajectories`: "
+        "calibrated on the float network's trajectories instead of its own.",
     ),
     ("emoji-sd-tiny", "dgq", 4, 6): Note(
         "full",

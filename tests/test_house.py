@@ -36,6 +36,7 @@ ALLOWED = {
     "precision": set(),
     "loading": NETWORK,
     "inspection": NETWORK | {"engine"},
+    "sensing": STEPS | {"evaluation", "loading"},
 }
 WRITER = "bitbrush.engine.disk"  # the only writer; whoever saves a file calls it
 FREE = {"api", "cli", "__init__"}  # the top of the house imports what it needs

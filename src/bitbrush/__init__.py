@@ -19,9 +19,13 @@ from bitbrush.artifact.registration import announce
 if TYPE_CHECKING:
     from bitbrush.api import Result, dry_run, inspect, load, quantize, read_recipe, recipes, resume
     from bitbrush.engine.recipe import Recipe
+    from bitbrush.sensing import sensitivity
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "Result", "dry_run", "inspect", "load", "quantize", "read_recipe", "recipes", "resume"]
+__all__ = [
+    "Recipe", "Result", "dry_run", "inspect", "load", "quantize", "read_recipe", "recipes", "resume", "sensitivity",
+]  # fmt: skip
+_ELSEWHERE = {"Recipe": "bitbrush.engine.recipe", "sensitivity": "bitbrush.sensing"}  # all others: bitbrush.api
 _PARTS = ("assets", "errors", "evaluation", "kernels", "report")  # there without an import of their own
 
 announce()
@@ -33,7 +37,7 @@ def __getattr__(name: str) -> Any:
         return import_module(f"bitbrush.{name}")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module("bitbrush.engine.recipe" if name == "Recipe" else "bitbrush.api"), name)
+    value = getattr(import_module(_ELSEWHERE.get(name, "bitbrush.api")), name)
     globals()[name] = value
     return value
 

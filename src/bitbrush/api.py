@@ -319,23 +319,12 @@ def _fingerprint(
     parts = opened.pipeline.components if opened.pipeline is not None and recipe.needs_data() else {}
     others = {name: part for name, part in parts.items() if part is not None and part is not opened.model}
     return {
-        "model": _content(opened.model), "pipeline": _hash("\n".join(f"{k} {_content(v)}" for k, v in others.items())),
+        "model": loading.content(opened.model),
+        "pipeline": _hash("\n".join(f"{k} {loading.content(v)}" for k, v in others.items())),
         "recipe": _hash(recipe.to_toml()), "prompts": _hash("\n".join(prompts)),
         "seed": str(asked["seed"]), "device": str(_device(opened.model).type), "bitbrush": __version__,
         "torch": torch.__version__, "diffusers": diffusers.__version__,
     }
-
-
-def _content(part: Any) -> str:
-    """SHA-256 over the config and the tensors of a pipeline's component."""
-    config = getattr(part, "config", {})
-    config = config.to_dict() if hasattr(config, "to_dict") else config
-    facts = {k: v for k, v in dict(config).items() if not k.startswith("_")}  # not where it was loaded from
-    found = hashlib.sha256(f"{type(part).__name__} {json.dumps(facts, sort_keys=True, default=str)}".encode())
-    for name, tensor in sorted(part.state_dict().items()) if isinstance(part, nn.Module) else []:
-        found.update(name.encode())
-        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
 
 
 def _check_disk(opened: loading.Opened, folder: Path) -> None:

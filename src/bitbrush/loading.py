@@ -5,6 +5,7 @@ Only safetensors are read, no code from a model folder is run, and a missing or 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,6 +171,18 @@ def _single_file(path: Path) -> Opened:
 def _first_line(error: Exception) -> str:
     text = str(error).strip().splitlines()
     return text[0][:300] if text else type(error).__name__
+
+
+def content(part: Any) -> str:
+    """SHA-256 over the config and the tensors of a pipeline's component."""
+    config = getattr(part, "config", {})
+    config = config.to_dict() if hasattr(config, "to_dict") else config
+    facts = {k: v for k, v in dict(config).items() if not k.startswith("_")}  # not where it was loaded from
+    found = hashlib.sha256(f"{type(part).__name__} {json.dumps(facts, sort_keys=True, default=str)}".encode())
+    for name, tensor in sorted(part.state_dict().items()) if isinstance(part, nn.Module) else []:
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def refuse_foreign(path: Path) -> None:

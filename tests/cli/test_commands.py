@@ -26,6 +26,7 @@ COMMANDS = {
     "resume": ["OUT"],
     "sample": ["OUT", "--prompt", "--steps", "--guidance", "--seed", "--output", "-n"],
     "compare": ["OUT1", "--reference", "--prompts", "-n", "--seed", "--steps", "--guidance", "--output"],
+    "sensitivity": ["MODEL", "--weights", "--activations", "--by", "--prompts", "-n", "--steps", "--metric", "--plot"],
     "recipes": ["show", "NAME", "--weights"],
     "doctor": [],
     "demo": ["--output"],

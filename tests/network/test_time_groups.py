@@ -26,8 +26,9 @@ from bitbrush.network.clock import Clock
 from bitbrush.numbers import ranges
 from bitbrush.numbers.codec import decode, encode, reciprocal
 from bitbrush.numbers.grid import ActivationSpec, Grid, LayerSpec, Plan, WeightSpec
-from bitbrush.steps.fit import Fit, Watcher, quantizers, samples_of
+from bitbrush.steps.fit import Fit, quantizers, samples_of
 from bitbrush.steps.learners import ScaleLearner, SharedTables, held_tables
+from bitbrush.steps.watch import Watcher
 from small import FIT, HEAD, SPLIT, complete, execute, least_pipeline
 
 TIMES = tiny.TIMES

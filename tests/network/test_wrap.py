@@ -123,3 +123,15 @@ def test_clock_is_attached_only_where_needed() -> None:
     assert isinstance(clock, Clock) and not model._forward_pre_hooks and not hasattr(model, "bitbrush_clock")
     assert len(survey(model, tokens=5).layers()) == len(wrap.layers(model))  # a wrapped model can still be surveyed
     assert isinstance(model, nn.Module)
+
+
+def test_a_borrowed_model_comes_back_as_it_was() -> None:
+    model = tiny.text_unet()
+    before, processors, expected = dict(model.named_modules()), dict(model.attn_processors), tiny.run(model)
+    with pytest.raises(ZeroDivisionError), wrap.borrowed(model):
+        tiny.quantized_model(model, tiny.plan_for(model, attention=True))
+        assert not torch.equal(tiny.run(model), expected) and wrap.layers(model)
+        raise ZeroDivisionError
+    assert dict(model.named_modules()) == before and model.attn_processors == processors
+    assert torch.equal(tiny.run(model), expected) and not hasattr(model, "bitbrush_clock")
+    assert not model._forward_pre_hooks and not model._forward_hooks

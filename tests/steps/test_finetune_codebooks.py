@@ -88,7 +88,7 @@ class Fill(Step):
             targets = []
             for layer in members.values():
                 weight = to_groups(layer.scaled_weight(), spec.group)
-                targets.append(fitting.Target(weight, torch.eye(weight.shape[1])))
+                targets.append(fitting.Target(weight, torch.eye(weight.shape[1], device=weight.device)))
             settings = fitting.Settings(spec.codebooks, spec.grid.bits, spec.group, steps=2, beam=2, epochs=1)
             found, _ = fitting.fit(targets, settings, generator)
             tensors[f"{key}/values"] = found.codebooks

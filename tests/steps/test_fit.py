@@ -16,7 +16,8 @@ from bitbrush.network.layers import QuantLayer
 from bitbrush.numbers import ranges
 from bitbrush.numbers.codec import decode, encode, expand_weight_scale, reciprocal
 from bitbrush.numbers.grid import ActivationSpec, Grid, LayerSpec, Plan, WeightSpec
-from bitbrush.steps.fit import Fit, Watcher, binary_scale
+from bitbrush.steps.fit import Fit, binary_scale
+from bitbrush.steps.watch import Watcher
 from small import CALIBRATE, FIT, HEAD, RANGES, SPLIT, execute, least_pipeline
 
 TEXT = HEAD + CALIBRATE + SPLIT + FIT
@@ -289,3 +290,22 @@ def test_scales_a_channel(timed: bool, tmp_path: Path) -> None:
     kept.times = torch.zeros(2)
     kept.quantizer(torch.randn(2, 1000, 3, 3), 1)
     assert kept.values_by_segment()[0].shape == (1000, 2, 4)
+
+
+@pytest.mark.parametrize("chunk", [1, 10**6])
+def test_rows_of_several_quantizers_are_those_of_each(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Searched together or one by one: two grids, two numbers of samples, two numbers of segments."""
+    from bitbrush.numbers.grid import Grid
+
+    monkeypatch.setattr("bitbrush.steps.fit.CHUNK", chunk)
+    g = torch.Generator().manual_seed(5)
+    shapes = {"a": (1, 3, 16), "b": (2, 3, 16), "c": (1, 3, 16), "d": (1, 2, 16), "e": (1, 3, 16)}
+    values = {name: torch.randn(shape, generator=g) * (i + 1) for i, (name, shape) in enumerate(shapes.items())}
+    grids = {name: Grid(bits=8 if name == "e" else 4) for name in shapes}
+    fit = Fit(do="fit", what="activations")
+    together = fit.rows(values, grids)
+    assert set(together) == set(shapes)
+    for name, kept in values.items():
+        scale, zero = fit.row(kept, grids[name])
+        torch.testing.assert_close(together[name][0], scale, rtol=1e-6, atol=0)
+        assert together[name][0].shape == (len(kept),) and torch.equal(together[name][1], zero)

@@ -19,7 +19,8 @@ from bitbrush.network import wrap
 from bitbrush.network.pipelines import answered, first_output, sample_latents
 from bitbrush.steps import progressive
 from bitbrush.steps.calibrate import Calibrate
-from bitbrush.steps.fit import Fit, Watcher, quantizers, tables
+from bitbrush.steps.fit import Fit, quantizers, tables
+from bitbrush.steps.watch import Watcher
 from small import FIT, HEAD, PACK, SPLIT, TIMED, begin, complete, execute, least_pipeline, recipe
 
 STEPS = 4
@@ -155,17 +156,17 @@ def test_causality(changed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """Invariant 3: other scales at call j change no range of a call up to j, and those of all calls after it."""
     run = prepared(tmp_path, text())
     before = fit_of().run_unit(run, "all activations", generator(0, "a", "b")).notes["ranges"]
-    row_of, count = Fit.row, len(quantizers(run, "static"))
+    rows_of, count = Fit.rows, len(quantizers(run, "static"))
     seen: list[int] = []
 
-    def spoilt(self: Fit, values: Tensor, grid: Any) -> tuple[Tensor, Tensor]:
-        scale, zero = row_of(self, values, grid)
-        seen.append(1)
-        return (scale * 3 if (len(seen) - 1) // count == changed else scale), zero
+    def spoilt(self: Fit, values: dict[str, Tensor], grids: Any) -> dict[str, tuple[Tensor, Tensor]]:
+        seen.append(len(values))
+        wrong = 3 if len(seen) - 1 == changed else 1
+        return {name: (scale * wrong, zero) for name, (scale, zero) in rows_of(self, values, grids).items()}
 
-    monkeypatch.setattr(Fit, "row", spoilt)
+    monkeypatch.setattr(Fit, "rows", spoilt)
     after = fit_of().run_unit(run, "all activations", generator(0, "a", "b")).notes["ranges"]
-    assert len(seen) == STEPS * count
+    assert seen == [count] * STEPS
     for call in range(STEPS):
         row = STEPS - 1 - call
         same = [before[n]["high"][row] == after[n]["high"][row] and before[n]["low"][row] == after[n]["low"][row]

@@ -5,8 +5,6 @@ Errors are not caught here: `bitbrush.cli.entry` turns them into a message and a
 
 from __future__ import annotations
 
-import importlib
-import shlex
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +13,21 @@ import typer
 from rich.text import Text
 
 from bitbrush.cli import render
+from bitbrush.cli.options import (
+    Batch,
+    Debug,
+    Device,
+    Guidance,
+    Json,
+    Prompts,
+    Seed,
+    Steps,
+    command_line,
+    heavy,
+    read_prompt_file,
+)
 from bitbrush.cli.render import Screen
+from bitbrush.cli.sensing import sensitivity
 from bitbrush.cli.text import clean
 from bitbrush.errors import InputError
 
@@ -28,8 +40,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Write one JSON object instead of tables.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the notes of libraries.")]
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Folder or hub id of a diffusers pipeline, or a model folder.")
 ]
@@ -41,15 +51,6 @@ Activations = Annotated[
     int | None, typer.Option("--activations", "-a", help="Bits of the activations, 1 to 8; 16 = float.")
 ]
 Preset = Annotated[str | None, typer.Option("--preset", help="A preset of the recipe, such as demo.")]
-Prompts = Annotated[
-    Path | None, typer.Option("--prompts", help="Text file with one prompt a line; else the bundled ones.")
-]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
-Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1 ...; CUDA where there is one.")]
-Steps = Annotated[int, typer.Option("--steps", min=1, help="Sampling steps.")]
-Guidance = Annotated[float, typer.Option("--guidance", help="Classifier-free guidance; no effect without prompts.")]
-Batch = Annotated[int, typer.Option("--batch", min=1, help="Pictures drawn at once.")]
-
 
 @app.command()
 def inspect(
@@ -67,7 +68,7 @@ def inspect(
     Every layer with its share of weights and of compute, what stays float and why, and what size, time and memory a
     run will take.
     """
-    screen = _heavy(as_json, debug)
+    screen = heavy(as_json, debug)
     import bitbrush
 
     options: dict[str, Any] = {"recipe": recipe, "weights": weights, "activations": activations}
@@ -115,7 +116,7 @@ def quantize(
         "weights": weights,
         "activations": activations,
         "preset": preset,
-        "prompts": _read_prompts(screen, prompts),
+        "prompts": read_prompt_file(screen, prompts),
         "seed": seed,
         "device": device,
         "settings": parse_settings(settings or []),
@@ -123,7 +124,7 @@ def quantize(
     }
     options |= {} if correct is None else {"correct": correct}
     options |= {} if cache is None else {"cache": cache}
-    screen = _heavy(as_json, debug)
+    screen = heavy(as_json, debug)
     import bitbrush
 
     if dry_run:
@@ -145,7 +146,7 @@ def resume(
 
     It starts from the last finished unit and ends with the same bytes as a run that was not interrupted.
     """
-    screen = _heavy(as_json, debug)
+    screen = heavy(as_json, debug)
     import bitbrush
 
     with screen.progress() as progress:
@@ -173,7 +174,7 @@ def sample(
 
     Text-to-image pipelines need --prompt, unconditional ones take none.
     """
-    screen = _heavy(as_json, debug)
+    screen = heavy(as_json, debug)
     from bitbrush.cli import pictures
 
     with screen.progress() as progress:
@@ -214,8 +215,8 @@ def compare(
     what is inside: bits, losses, ranges.
     """
     screen = Screen(as_json, debug)
-    texts = _read_prompts(screen, prompts)
-    screen = _heavy(as_json, debug)
+    texts = read_prompt_file(screen, prompts)
+    screen = heavy(as_json, debug)
     from bitbrush.cli import pictures
 
     options: dict[str, object] = {"--reference": reference, "--prompts": prompts, "-n": n, "--seed": seed}
@@ -239,6 +240,9 @@ def compare(
     screen.show(
         {"report": str(output), **comparison}, *([] if as_json else render.comparison_tables(comparison, output))
     )
+
+
+app.command()(sensitivity)
 
 
 @app.command()
@@ -279,7 +283,7 @@ def doctor(as_json: Json = False, debug: Debug = False) -> None:
 
     Versions, devices, the kernels that would run and why not others, free disk and memory.
     """
-    screen = _heavy(as_json, debug)
+    screen = heavy(as_json, debug)
     from bitbrush.cli.doctor import examine
 
     report = examine()
@@ -300,19 +304,13 @@ def demo(
     Quantizes it to W4A8 with Q-Diffusion, compares it with plain rounding, and writes a report; about five minutes on
     two CPU cores.
     """
-    screen = _heavy(as_json, debug)
+    screen = heavy(as_json, debug)
     from bitbrush.cli.demo import run_demo
 
     command = command_line("demo", [], {"--output": output, "--seed": seed or None})
     with screen.progress() as progress:
         outcome = run_demo(output, seed=seed, command=command, progress=progress)
     screen.show(outcome, *([] if as_json else render.demo_tables(outcome)))
-
-
-def command_line(name: str, words: list[str], options: dict[str, object]) -> str:
-    """The command with everything that was chosen, defaults written out, as it could be typed again."""
-    pairs = [part for key, value in options.items() if value is not None for part in (key, str(value))]
-    return shlex.join(["bitbrush", name, *words, *pairs])
 
 
 def parse_settings(pairs: list[str]) -> dict[str, Any]:
@@ -345,29 +343,6 @@ def _toml_value(text: str) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
-
-
-def _heavy(as_json: bool, debug: bool) -> Screen:
-    """The screen of a command that loads models: imports the large libraries, seconds long, and quietens them."""
-    from bitbrush.cli.quiet import quiet_loading
-
-    screen = Screen(as_json, debug)
-    with screen.waiting("Loading torch and diffusers"):
-        quiet_loading(debug=debug)
-        importlib.import_module("bitbrush.api")
-    return screen
-
-
-def _read_prompts(screen: Screen, path: Path | None) -> list[str] | None:
-    if path is None:
-        return None
-    from bitbrush.prompts import read_prompts
-
-    prompts = read_prompts(path)
-    repeated = len(prompts) - len(set(prompts))
-    if repeated:
-        screen.note(f"{path}: {repeated:,} of {len(prompts):,} prompts are repeated")
-    return prompts
 
 
 def _show_result(screen: Screen, result: Any) -> None:

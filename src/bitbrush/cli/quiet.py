@@ -15,7 +15,8 @@ from typing import Any
 
 from bitbrush.errors import Notice
 
-LEVELS = {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+LEVELS = {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+          "KINETO_LOG_LEVEL": "99"}  # fmt: skip
 
 
 def quiet(*, debug: bool) -> None:

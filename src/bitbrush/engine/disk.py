@@ -33,7 +33,7 @@ class Disk:
 
     def write(self, path: Path, data: bytes) -> None:
         """Put ``data`` at ``path`` atomically: after a crash there is the old file or the new one."""
-        part = path.with_name(f".{path.name}.part")
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")  # runs side by side may share a cache
         with failing_as_resource(path, len(data)):
             try:
                 self._fill(part, data)

@@ -11,6 +11,7 @@ from torch import Tensor
 from bitbrush.evaluation.statistics import Estimate
 
 REFERENCE = "FP"
+OTHER_SEEDS = "FP, other seeds"
 FORMAT = 1
 
 
@@ -59,6 +60,8 @@ class PairedTest:
         p: Two-sided probability under the null hypothesis that the sign of each prompt's difference is a coin toss.
         adjusted: ``p`` after Holm's correction over all tests of this evaluation.
         prompts: Pairs that the test has.
+        detail: Kind of the test, what it compares, and whether it is a control: full precision with other seeds, which
+            should differ from full precision no more than chance has it. Controls are corrected among themselves.
     """
 
     key: str
@@ -68,6 +71,7 @@ class PairedTest:
     p: float
     adjusted: float
     prompts: int
+    detail: dict[str, Any] = field(default_factory=dict)
 
     @property
     def significant(self) -> bool:

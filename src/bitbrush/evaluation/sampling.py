@@ -207,7 +207,7 @@ class _Call:
             arguments["batch_size"] = len(indices)
         else:
             arguments["prompt"] = [self.prompts[i] for i in indices]
-        with _autocast(self.pipeline, self.autocast):
+        with autocasting(self.pipeline, self.autocast):
             images = self.pipeline(**arguments).images
         pictures = torch.as_tensor(images).float().cpu() * 2 - 1
         bad = [i for i, picture in zip(indices, pictures, strict=True) if not bool(torch.isfinite(picture).all())]
@@ -257,15 +257,21 @@ def _split_at(indices: Sequence[int], k: int) -> list[Sequence[int]]:
     return [part for part in (indices[:k], indices[k:]) if len(part)]
 
 
+def given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[float, Tensor]:
+    """(timestep, sample) of a denoiser's call."""
+    sample = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
+    time = args[1] if len(args) > 1 and "timestep" not in kwargs else kwargs["timestep"]
+    return float(torch.as_tensor(time).flatten()[0]), torch.as_tensor(sample)
+
+
 @contextmanager
 def _recording(module: nn.Module, keep: bool) -> Iterator[list[tuple[float, Tensor]]]:
     """Collects (timestep, input) of every forward of ``module`` while it lasts."""
     seen: list[tuple[float, Tensor]] = []
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        sample = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
-        time = args[1] if len(args) > 1 and "timestep" not in kwargs else kwargs["timestep"]
-        seen.append((float(torch.as_tensor(time).flatten()[0]), torch.as_tensor(sample).detach().float().cpu()))
+        time, sample = given(args, kwargs)
+        seen.append((time, sample.detach().float().cpu()))
 
     handle = module.register_forward_pre_hook(hook, with_kwargs=True) if keep else None
     try:
@@ -275,7 +281,8 @@ def _recording(module: nn.Module, keep: bool) -> Iterator[list[tuple[float, Tens
             handle.remove()
 
 
-def _autocast(pipeline: Any, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+def autocasting(pipeline: Any, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    """Autocast to a dtype on the pipeline's device; nothing for None."""
     if dtype is None:
         return nullcontext()
     return torch.autocast(pipeline.device.type, dtype=dtype)

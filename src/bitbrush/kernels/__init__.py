@@ -32,6 +32,17 @@ def run(layer: QuantLayer, x: Tensor) -> Tensor:
     return KERNELS[layer.kernel](layer, x)
 
 
+LEAVES: dict[str, Callable[[QuantLayer, Tensor], bool]] = {"cpu-int8": cpu.leaves, "cpu-lookup": cpu_lookup.leaves}
+"""Kernels that leave some inputs to the reference, with what says which."""
+
+
+def taken(layer: QuantLayer, x: Tensor) -> str:
+    """Name of the kernel whose arithmetic `run` gives for this input: the one chosen, or the reference where that
+    leaves the input to it."""
+    leaves = LEAVES.get(layer.kernel)
+    return "reference" if leaves is not None and leaves(layer, x) else layer.kernel
+
+
 def why_not(name: str, layer: QuantLayer, device_type: str) -> str | None:
     """Why kernel ``name`` cannot run this layer on a device, or None when it can."""
     if name not in KERNELS:

@@ -107,11 +107,10 @@ def segment_lengths(layer: QuantLayer) -> tuple[int, ...]:
 def run(layer: QuantLayer, x: Tensor) -> Tensor:
     """Output of a packed layer from exact integer products, in the dtype of ``x``.
 
-    While its activation quantizer is switched off, or where a gradient is wanted, the reference runs instead: integers
-    carry neither.
+    Inputs that it `leaves` are the reference's.
     """
     quantizer = layer.input
-    if quantizer is None or not quantizer.enabled or (torch.is_grad_enabled() and x.requires_grad):
+    if quantizer is None or leaves(layer, x):
         return reference.run(layer, x)
     codes, scale, zero = quantizer.encode(layer.prepare(x), layer.channel_dim % x.ndim)
     sums = _accumulate(layer, codes, zero)
@@ -130,6 +129,13 @@ def run(layer: QuantLayer, x: Tensor) -> Tensor:
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous() if x.ndim == 4 else False
     y = layer.with_branch(y.permute(0, 3, 1, 2) if x.ndim == 4 else y.squeeze(0).permute(2, 0, 1), x)
     return y.contiguous(memory_format=torch.channels_last) if last else y.contiguous()
+
+
+def leaves(layer: QuantLayer, x: Tensor) -> bool:
+    """Whether an input is left to the reference: while the activation quantizer is switched off, or where a gradient is
+    wanted. Integers carry neither."""
+    off = layer.input is None or not layer.input.enabled
+    return off or (torch.is_grad_enabled() and x.requires_grad)
 
 
 def input_codes(layer: QuantLayer, x: Tensor) -> Tensor:

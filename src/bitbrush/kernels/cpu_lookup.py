@@ -49,7 +49,12 @@ def why_not(layer: QuantLayer, device_type: str) -> str | None:
 
 def run(layer: QuantLayer, x: Tensor) -> Tensor:
     """Output of a packed layer: looked up where that pays, else the reference's."""
-    return looked_up(layer, x) if pays(layer, x.numel() // layer.in_channels_) else reference.run(layer, x)
+    return reference.run(layer, x) if leaves(layer, x) else looked_up(layer, x)
+
+
+def leaves(layer: QuantLayer, x: Tensor) -> bool:
+    """Whether `run` leaves an input to the reference: where looking up does not pay, or is not possible."""
+    return not pays(layer, x.numel() // layer.in_channels_) or _cannot(x)
 
 
 def pays(layer: QuantLayer, inputs: int) -> bool:
@@ -69,7 +74,7 @@ def looked_up(layer: QuantLayer, x: Tensor) -> Tensor:
     Of inputs in other dtypes, and where a gradient is wanted, the reference makes the output: it rounds the decoded
     weight to the dtype, which a sum of table entries cannot. So it does for a model that was moved to another device.
     """
-    if x.dtype != torch.float32 or x.device.type != "cpu" or (torch.is_grad_enabled() and x.requires_grad):
+    if _cannot(x):
         return reference.run(layer, x)
     given = layer.quantize_input(x)
     if isinstance(layer, nn.Conv2d):
@@ -80,6 +85,10 @@ def looked_up(layer: QuantLayer, x: Tensor) -> Tensor:
     rows = given.reshape(-1, given.shape[-1])
     y = product(cast("CodebookLayer", layer), rows).reshape(*given.shape[:-1], layer.out_channels_)
     return layer.finish(layer.with_branch(y if layer.bias is None else y + layer.bias.float(), x))
+
+
+def _cannot(x: Tensor) -> bool:
+    return x.dtype != torch.float32 or x.device.type != "cpu" or (torch.is_grad_enabled() and x.requires_grad)
 
 
 def product(layer: CodebookLayer, rows: Tensor) -> Tensor:

@@ -249,6 +249,26 @@ def _weights(
     return torch.softmax(scores.float(), dim=-1)
 
 
+def attention_weights(attention: Any, q: Tensor, k: Tensor) -> Tensor:
+    """What a diffusers ``Attention`` multiplies v with, operands rounded where its processor rounds them.
+
+    Args:
+        attention: The module, inside a forward of its denoiser where a timed table is looked up. Masks are not known.
+        q, k: What its ``to_q`` and ``to_k`` answered, ``[B, T, heads * d]`` and ``[B, T', heads * d]``.
+
+    Returns:
+        ``[B, heads, T, T']``, float32.
+    """
+    q, k = _heads(q, attention.heads), _heads(k, attention.heads)
+    q = q if attention.norm_q is None else attention.norm_q(q)
+    k = k if attention.norm_k is None else attention.norm_k(k)
+    processor = attention.processor
+    if not isinstance(processor, QuantAttention) or processor.face == "float":
+        return _weights(q, k, None, None, None)
+    of_q, of_k, of_softmax = (processor._rounding(n, t) for n, t in (("q", q), ("k", k), ("softmax", q)))
+    return _rounded(of_softmax, _weights(q, k, None, of_q, of_k)).float()
+
+
 def _sizes(q: Tensor, k: Tensor, whole: bool) -> tuple[int, int]:
     """(samples, heads) of a part, so that its scores keep to `PART`: one head of one sample at least."""
     batch, heads = q.shape[:2]

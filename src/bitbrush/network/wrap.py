@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 from torch import nn
 
@@ -98,6 +98,26 @@ def declare(model: nn.Module, plan: Plan) -> Clock:
     _operands(model, plan, clock)
     set_face(model, "packed")
     return clock
+
+
+@contextmanager
+def borrowed(model: nn.Module) -> Iterator[None]:
+    """Inside the block a float model may be wrapped, and its layers packed or not; afterwards the layers and processors
+    that were there before are back, and no clock is attached."""
+    before = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    processors = {name: m.processor for name, m in model.named_modules() if hasattr(m, "set_processor")}
+    try:
+        yield
+    finally:
+        codebooks.remove(model)
+        for name, module in before.items():
+            _replace(model, name, module)
+        for name, processor in processors.items():
+            model.get_submodule(name).set_processor(processor)  # type: ignore[operator]
+        clock = getattr(model, "bitbrush_clock", None)
+        if isinstance(clock, Clock):
+            clock.detach()
+            del model.bitbrush_clock
 
 
 def layers(model: nn.Module) -> dict[str, QuantLayer]:

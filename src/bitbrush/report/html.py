@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
-
-import jinja2
 
 from bitbrush.engine import disk
 from bitbrush.evaluation.compare import Comparison
 from bitbrush.evaluation.statistics import Estimate
 from bitbrush.report import pictures, plots
+from bitbrush.report.template import fill
 from bitbrush.report.text import compact, duration, inert, interval, number, size
 from bitbrush.report.verdict import Verdict, verdict
 
@@ -67,11 +65,7 @@ def write_report(
 
 def render(comparison: Comparison, histories: Mapping[str, Mapping[str, Any]], extras: Mapping[str, Any]) -> str:
     """The page as text. Arguments as for ``write_report``."""
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string((files(__package__) / "page.html").read_text(encoding="utf-8"))
-    return template.render(_context(_inert_comparison(comparison), inert(dict(histories)), inert(dict(extras))))
+    return fill("page.html", _context(_inert_comparison(comparison), inert(dict(histories)), inert(dict(extras))))
 
 
 def _inert_comparison(comparison: Comparison) -> Comparison:

@@ -83,7 +83,7 @@ def ranges(layers: Mapping[str, Mapping[str, Sequence[float]]]) -> tuple[str, li
     Returns:
         The data URI, and the names of the layers shown.
     """
-    chosen = _different(layers)
+    chosen = different(layers)
     rows = -(-len(chosen) // 3)
     figure, axes = _figure(len(chosen), 2.15 * rows + 0.2, columns=min(3, len(chosen)))
     for name, part in zip(chosen, axes, strict=True):
@@ -151,7 +151,7 @@ def _uri(figure: Figure) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(svg.encode("utf-8")).decode("ascii")
 
 
-def _different(layers: Mapping[str, Mapping[str, Sequence[float]]]) -> list[str]:
+def different(layers: Mapping[str, Mapping[str, Sequence[float]]]) -> list[str]:
     """The layers to show: those of the largest spread, one of each kind first (``conv_shortcut``, ``to_q``, ...), and
     one of those with the same input (as all projections of the time embedding have)."""
     ranked: list[str] = []

@@ -90,6 +90,10 @@ class Calibrate(Step):
             size //= 2
         return size
 
+    def rows_together(self, run: Run) -> int:
+        """Samples of a call of the denoiser that go through it together when trajectories are sampled."""
+        return max(run.tape.batch, self.together(run) * self.halves(run))
+
     def run_unit(self, run: Run, unit: str, generator: torch.Generator) -> UnitResult:
         """Sample one batch of trajectories and keep the scheduled moments."""
         low, high = (int(part) for part in unit.split()[1].split("-"))

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -35,10 +35,9 @@ from bitbrush.numbers import ranges
 from bitbrush.numbers.grid import ActivationSpec, Grid, Plan, WeightSpec
 from bitbrush.numbers.straight_through import encode_weight
 from bitbrush.steps.observe import observe
+from bitbrush.steps.watch import Watcher
 
 CHUNK = 1 << 24  # values searched together
-VALUES_BY_CHANNEL = 4096
-"""Values kept a sample of a quantizer with scales a channel or a group, over all of them (at least two each)."""
 QUANTILE_VALUES = 2048
 """Values kept a sample, at least, of a quantizer whose scale is a high quantile of them."""
 BINARY_ROUNDS = 24
@@ -245,6 +244,19 @@ class Fit(Step):
             found.append((scale.reshape(len(part), -1), zero.reshape(len(part), -1)))
         return torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found])
 
+    def rows(self, values: dict[str, Tensor], grids: dict[str, Grid]) -> dict[str, tuple[Tensor, Tensor]]:
+        """`row` of several quantizers; those of one grid and as many values are searched together."""
+        alike: dict[tuple[Grid, int, int], list[str]] = {}
+        for name, kept in values.items():
+            alike.setdefault((grids[name], kept.shape[1], kept.shape[2]), []).append(name)
+        found: dict[str, tuple[Tensor, Tensor]] = {}
+        for (grid, samples, each), names in alike.items():
+            for some in _by_size(names, {n: len(values[n]) * samples * each for n in names}):
+                counts = [len(values[n]) for n in some]
+                scale, zero = self.row(torch.cat([values[n] for n in some]), grid)
+                found |= {n: (s, z) for n, s, z in zip(some, scale.split(counts), zero.split(counts), strict=True)}
+        return found
+
     def row(self, values: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """Scale and zero-point ``[S]`` of one row of a table from values ``[S, samples, values]``."""
         if self.ema == 0:
@@ -261,58 +273,17 @@ class Fit(Step):
         return ranges.affine_parameters(ends[0], ends[1], grid)
 
 
-class Watcher:
-    """Keeps values and extremes of what one activation quantizer is given."""
-
-    def __init__(
-        self, quantizer: ActivationQuantizer, values: int, generator: torch.Generator, extremes: bool = True
-    ) -> None:
-        self.quantizer, self.values, self.generator, self.extremes = quantizer, values, generator, extremes
-        self.times = torch.empty(0)
-        self.time: float | None = None  # of all samples, where it is one
-        self.kept: list[Tensor] = []
-        self.kept_times: list[Tensor] = []
-        self.low: dict[float, float] = {}
-        self.high: dict[float, float] = {}
-        self.handle = quantizer.register_forward_pre_hook(self._watch)
-
-    def _watch(self, _module: Any, args: tuple[Any, ...]) -> None:
-        x, channel_dim = args[0].detach().float(), args[1]
-        if self.time is not None:
-            self.times = torch.full((x.shape[0],), self.time)
-        whole = x.reshape(x.shape[0], -1)
-        if self.quantizer.spec.granularity == "channel":
-            rows = x.movedim(channel_dim, 0).reshape(x.shape[channel_dim], x.shape[0], -1)
-            count = max(2, min(self.values, VALUES_BY_CHANNEL // len(rows)))
-            self.kept.append(self._sample(rows, count))
-        else:
-            parts = self.quantizer.parts(x, channel_dim)
-            groups = self.quantizer.spec.groups
-            count = max(2, min(self.values, VALUES_BY_CHANNEL // groups)) if groups else self.values
-            flat = [part.reshape(1, x.shape[0], -1) if part.numel() else x.new_zeros(1, len(x), 1) for part in parts]
-            self.kept.append(torch.cat([self._sample(part, count) for part in flat]))
-        self.kept_times.append(self.times)
-        for t, low, high in zip(self.times.tolist(), whole.amin(1).tolist(), whole.amax(1).tolist(), strict=True):
-            self.low[t] = min(self.low.get(t, low), low)
-            self.high[t] = max(self.high.get(t, high), high)
-
-    def _sample(self, values: Tensor, count: int) -> Tensor:
-        """``count`` values of each row of ``[..., M]``, at the same random places, and the extremes where wanted."""
-        index = torch.randint(values.shape[-1], (count,), generator=self.generator)
-        sample = values[..., index.to(values.device)]
-        if self.extremes:
-            sample[..., 0], sample[..., 1 % count] = values.amin(-1), values.amax(-1)
-        return sample
-
-    def values_by_segment(self) -> tuple[Tensor, Tensor]:
-        """Values ``[S, samples, values]`` (S = C with scales a channel, K with groups) and timesteps ``[samples]``."""
-        return torch.cat(self.kept, dim=1), torch.cat(self.kept_times).to(self.kept[0].device)
-
-    def history(self) -> dict[str, list[float]]:
-        """Extremes a timestep, ascending, rounded for the report."""
-        times = sorted(self.low)
-        return {"timesteps": times, "low": [float(f"{self.low[t]:.5g}") for t in times],
-                "high": [float(f"{self.high[t]:.5g}") for t in times]}
+def _by_size(names: list[str], sizes: dict[str, int]) -> list[list[str]]:
+    """The names in order, as many at a time as have `CHUNK` values, at least one."""
+    parts: list[list[str]] = []
+    room = 0
+    for name in names:
+        if not parts or sizes[name] > room:
+            parts.append([])
+            room = CHUNK
+        parts[-1].append(name)
+        room -= sizes[name]
+    return parts
 
 
 def samples_of(spec: ActivationSpec, grid: Tensor, times: Tensor) -> Tensor:

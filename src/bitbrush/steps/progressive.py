@@ -17,8 +17,9 @@ from torch import Tensor
 from bitbrush.network import wrap
 from bitbrush.network.pipelines import answered
 from bitbrush.steps.calibrate import calibration
-from bitbrush.steps.fit import Watcher, quantizers
+from bitbrush.steps.fit import quantizers
 from bitbrush.steps.student import student
+from bitbrush.steps.watch import Watcher
 
 if TYPE_CHECKING:
     from bitbrush.engine.run import Run
@@ -54,18 +55,18 @@ def walk(
             watchers = _watched(fit, run, generator, timestep, call)
             for name, watcher in watchers.items():
                 _extend(history.setdefault(name, {"timesteps": [], "low": [], "high": []}), watcher.history())
+            grids = {name: q.spec.grids()[row % len(q.spec.grids())] for name, q in timed.items()}
+            found = fit.rows({name: watchers[name].values_by_segment()[0] for name in timed}, grids)
             for name, q in timed.items():
-                grids = q.spec.grids()
-                found = fit.row(watchers[name].values_by_segment()[0], grids[row % len(grids)])
                 scale, zero = q.scale.clone(), q.zero_point.clone()
-                scale[row], zero[row] = found[0], found[1].to(torch.uint8)
+                scale[row], zero[row] = found[name][0], found[name][1].to(torch.uint8)
                 q.set_scale(scale, zero)
             run.progress.advance(1)
         return call()
 
     run.progress.start("activation ranges, step by step", len(wanted))
     try:
-        with student(run, {}), answered(run.model, answer, run.tape.batch):
+        with student(run, {}), answered(run.model, answer, source.rows_together(run)):
             source.sample(run, list(range(count)))
     finally:
         run.progress.finish()
