@@ -30,7 +30,7 @@ ALLOWED = {
     "engine": ARTIFACT,
     "artifact": ARTIFACT,
     "steps": STEPS,
-    "evaluation": PICTURES - {"report"},
+    "evaluation": PICTURES - {"report"} | {"loading"},
     "report": PICTURES,
     "recipes": BASE,
     "precision": set(),

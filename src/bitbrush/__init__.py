@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 from bitbrush.artifact.registration import announce
 
 if TYPE_CHECKING:
-    from bitbrush.api import Result, dry_run, inspect, load, quantize, read_recipe, recipes, resume
+    from bitbrush.api import Result, dry_run, evaluate, inspect, load, quantize, read_recipe, recipes, resume
     from bitbrush.engine.recipe import Recipe
     from bitbrush.sensing import sensitivity
 
 __version__ = "0.1.0"
 __all__ = [
-    "Recipe", "Result", "dry_run", "inspect", "load", "quantize", "read_recipe", "recipes", "resume", "sensitivity",
+    "Recipe", "Result", "dry_run", "evaluate", "inspect", "load", "quantize", "read_recipe", "recipes", "resume",
+    "sensitivity",
 ]  # fmt: skip
 _ELSEWHERE = {"Recipe": "bitbrush.engine.recipe", "sensitivity": "bitbrush.sensing"}  # all others: bitbrush.api
 _PARTS = ("assets", "errors", "evaluation", "kernels", "report")  # there without an import of their own

@@ -1,7 +1,8 @@
-"""The public functions: inspect, dry_run, quantize, resume, load, recipes."""
+"""The public functions: inspect, dry_run, quantize, resume, load, evaluate, recipes."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import shutil
@@ -25,6 +26,8 @@ from bitbrush.engine.progress import Progress, TqdmProgress
 from bitbrush.engine.recipe import Recipe, bundled, load_recipe
 from bitbrush.engine.run import Run
 from bitbrush.errors import ArtifactError, InputError, ResourceError
+from bitbrush.evaluation.evaluate import evaluate as measure
+from bitbrush.evaluation.result import Evaluation
 from bitbrush.network.pipelines import takes_prompt
 from bitbrush.network.survey import survey
 from bitbrush.numbers.grid import Plan
@@ -194,6 +197,12 @@ def load(path: str | Path, **kwargs: Any) -> Any:
     from bitbrush.artifact.load import load as load_artifact
 
     return load_artifact(Path(path), **kwargs)
+
+
+@functools.wraps(measure)
+def evaluate(candidates: Any, *, progress: Progress | None = None, **options: Any) -> Evaluation:
+    """`bitbrush.evaluation.evaluate.evaluate`, with tqdm bars where no progress is given."""
+    return measure(candidates, progress=progress or TqdmProgress(), **options)
 
 
 # ---- inside ----------------------------------------------------------------------------------------------------

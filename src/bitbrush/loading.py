@@ -65,6 +65,13 @@ def open_model(target: Any, device: str | None = None) -> Opened:
     return opened
 
 
+def open_any(name: str) -> Opened:
+    """Open a path or hub id to draw with, quantized by whom it may be, on the CPU or where its own loader puts it."""
+    opened = _open_path(name)
+    _check_whole(opened)
+    return opened
+
+
 def _check_whole(opened: Opened) -> None:
     """Diffusers leaves weights that a file lacks without data, and only warns."""
     parts = opened.pipeline.components if opened.pipeline is not None else {"model": opened.model}

@@ -27,6 +27,10 @@ COMMANDS = {
     "sample": ["OUT", "--prompt", "--steps", "--guidance", "--seed", "--output", "-n"],
     "compare": ["OUT1", "--reference", "--prompts", "-n", "--seed", "--steps", "--guidance", "--output"],
     "sensitivity": ["MODEL", "--weights", "--activations", "--by", "--prompts", "-n", "--steps", "--metric", "--plot"],
+    "eval": [
+        "OUT", "--reference", "--prompts", "-n", "--metrics", "--seeds", "--real", "--extractor", "--evaluator",
+        "--speed", "--inside", "--work", "--output", "--data",
+    ],
     "recipes": ["show", "NAME", "--weights"],
     "doctor": [],
     "demo": ["--output"],

@@ -73,7 +73,7 @@ def test_emoji_scores_and_strange_prompts(emoji, evaluator, counter) -> None:
     assert "r1_seen" in found.metrics["FP"] and "r1_heldout" not in found.metrics["FP"]
     assert any("1 of 2 prompts are not emoji captions" in note for note in found.notes)
     assert found.prompts == ["superhero"] and len(found.pictures["same"]) == 1
-    assert (counter.total, counter.done, counter.depth) == (4, 4, 0)
+    assert (counter.total, counter.done, counter.depth) == (4, 8, 0), "four are drawn, then four are measured"
 
 
 def test_no_evaluator_no_score(emoji) -> None:

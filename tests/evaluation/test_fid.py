@@ -62,7 +62,7 @@ def evaluators(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("evaluators")
     torch.manual_seed(0)
     save_file(ResNet(48, 1, 10).half().state_dict(), folder / "cifar10-classifier.safetensors")
-    features = torch.from_numpy(cifar_features(noise(60), folder))
+    features = torch.from_numpy(cifar_features(noise(60), folder).pooled).double()
     mu, sigma = features.mean(0).float(), features.T.cov().float()
     stats = {f"{kind}.{name}": t.clone() for kind in ("train", "test") for name, t in (("mu", mu), ("sigma", sigma))}
     save_file(stats, folder / "cifar10-stats.safetensors")

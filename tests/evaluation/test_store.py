@@ -97,3 +97,16 @@ def test_what_is_refused(tmp_path: Path) -> None:
     (found.folder / FACTS).write_text("{}", encoding="utf-8")
     with pytest.raises(ArtifactError, match="other pictures"):
         store.drawn(FACTS_OF, 2, Artist(), batch=2)
+
+
+def test_single_parts_and_what_was_kept_of_them(tmp_path: Path) -> None:
+    def draw(part: range) -> dict[str, Tensor]:
+        kept = {"latents": torch.ones(len(part), 2)} if part.start < 3 else {}
+        return {"pictures": torch.zeros(len(part), 3, 2, 2) + part.start / 10, **kept}
+
+    found = PictureStore(tmp_path).drawn(FACTS_OF, 5, draw, batch=3)
+    first, last = found.ranges()
+    assert found.has(first, "latents") and not found.has(last, "latents") and found.has(last, "pictures")
+    assert found.part(last).shape == (2, 3, 2, 2) and float(found.part(last).max()) == pytest.approx(0.3)
+    with pytest.raises(ArtifactError, match="was not kept"):
+        found.part(last, "latents")

@@ -13,6 +13,7 @@ import typer
 from rich.text import Text
 
 from bitbrush.cli import render
+from bitbrush.cli.evaluating import evaluate_command
 from bitbrush.cli.options import (
     Batch,
     Debug,
@@ -243,6 +244,7 @@ def compare(
 
 
 app.command()(sensitivity)
+app.command("eval")(evaluate_command)
 
 
 @app.command()

@@ -28,28 +28,10 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def open_pipeline(name: str, device: str | None = None) -> Any:
-    """A pipeline ready to draw: a bitbrush result with every hash checked, or what `bitbrush.loading` opens.
+    """A pipeline ready to draw, as `bitbrush.evaluation.arms.open_pipeline` opens it."""
+    from bitbrush.evaluation import arms
 
-    Raises:
-        InputError: There is no such pipeline, or diffusers cannot load it, or it is a model without its pipeline.
-        ArtifactError: The folder is an unfinished, changed or foreign bitbrush result.
-    """
-    import torch
-
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    folder = Path(name)
-    if (folder / "bitbrush.json").exists():
-        pipeline = bitbrush.load(folder)
-    elif (folder / ".run").is_dir():
-        raise _unfinished(name)
-    else:
-        from bitbrush.loading import open_model
-
-        pipeline = open_model(name, device).pipeline
-    if not hasattr(pipeline, "set_progress_bar_config"):
-        raise _bare(name)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
+    return arms.open_pipeline(name, device)
 
 
 def sample(
@@ -224,40 +206,10 @@ def summary(comparison: Comparison) -> dict[str, Any]:
 
 
 def check_result(name: str) -> None:
-    """What can be said of a folder before minutes of drawing: it is whole by its manifest, and a pipeline.
+    """What can be said of a folder before minutes of drawing; see `bitbrush.evaluation.arms.check_folder`."""
+    from bitbrush.evaluation import arms
 
-    Raises:
-        InputError, ArtifactError: It is not there, unfinished, truncated, or a model without its pipeline.
-    """
-    folder = Path(name)
-    if (folder / "bitbrush.json").exists():
-        from bitbrush.artifact import manifest
-
-        manifest.check(folder, fast=True)
-    elif (folder / ".run").is_dir():
-        raise _unfinished(name)
-    elif not folder.exists() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
-        raise InputError("no such result", where=name, why="there is no such folder", try_="check the path")
-    if folder.is_dir() and not (folder / "model_index.json").exists():
-        raise _bare(name)
-
-
-def _unfinished(name: str) -> ArtifactError:
-    return ArtifactError(
-        "this result is not finished",
-        where=name,
-        why="its run was interrupted: there is no manifest yet",
-        try_=f"bitbrush resume {name}",
-    )
-
-
-def _bare(name: str) -> InputError:
-    return InputError(
-        "a bare model cannot draw",
-        where=name,
-        why="pictures need the whole pipeline: scheduler, decoder, text encoder",
-        try_="put the model into its pipeline's folder and name that",
-    )
+    arms.check_folder(name)
 
 
 def _opener(output: str, device: str | None) -> Any:

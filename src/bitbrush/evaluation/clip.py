@@ -115,6 +115,12 @@ class EmojiClip:
         """[n] booleans: which prompts the generators never saw."""
         return torch.tensor([prompt in self.heldout for prompt in prompts], dtype=torch.bool)
 
+    def gallery(self) -> Tensor:
+        """Unit vectors [captions, 256] of all captions, embedded once."""
+        if self._gallery is None:
+            self._gallery = self.embed_texts(self.captions)
+        return self._gallery
+
     def hits(self, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
         """[n] booleans: the nearest of all captions is the picture's own. Their mean is R@1.
 
@@ -130,9 +136,7 @@ class EmojiClip:
                 why=f"{len(strange)} of {len(prompts)} prompts are not among the {len(self.captions)} captions",
                 try_="choose with is_caption() first",
             )
-        if self._gallery is None:
-            self._gallery = self.embed_texts(self.captions)
-        nearest = (self.embed_pictures(pictures) @ self._gallery.T).argmax(dim=-1)
+        nearest = (self.embed_pictures(pictures) @ self.gallery().T).argmax(dim=-1)
         return nearest == torch.tensor([self._place[prompt] for prompt in prompts])
 
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from bitbrush.errors import InputError, NumericsError
-from bitbrush.evaluation.eight_bits import round_to_8_bits
-from bitbrush.evaluation.features import cifar_classifier, read_tensors
+from bitbrush.evaluation.extractors import zoo_classifier
+from bitbrush.evaluation.feature_sets import FeatureSet, Gaussian, fit
+from bitbrush.evaluation.references import load_statistics
 from bitbrush.evaluation.statistics import Estimate
 
 Floats = NDArray[np.float64]
+CLASSIFIER, STATISTICS = "cifar10-classifier.safetensors", "cifar10-stats.safetensors"
 
 
 def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: ArrayLike) -> float:
@@ -80,7 +81,16 @@ def cifar_fid(
             try_='pass reference="train"',
         )
     features = cifar_features(pictures, evaluators_folder, device=device)
-    count, width = features.shape
+    file = Path(evaluators_folder) / STATISTICS
+    return fid_with_interval(features, file, reference, small=small, resamples=resamples, seed=seed)
+
+
+def fid_with_interval(
+    features: FeatureSet, statistics: Path, reference: str = "train", *, small: bool = False, resamples: int = 20,
+    seed: int = 0,
+) -> Estimate:  # fmt: skip
+    """``cifar_fid`` of features that are there already, against a file of statistics."""
+    count, width = features.pooled.shape
     if count <= width and not small:
         raise InputError(
             f"FID in {width} features needs at least {width + 1} pictures",
@@ -88,18 +98,17 @@ def cifar_fid(
             why=f"{count} pictures are given, and their covariance has not full rank",
             try_="draw more pictures, or pass small=True and say so in the result",
         )
-    stats = read_tensors(Path(evaluators_folder) / "cifar10-stats.safetensors")
-    mu, sigma = stats[f"{reference}.mu"].double().numpy(), stats[f"{reference}.sigma"].double().numpy()
+    real = load_statistics(statistics, reference).pooled
     rng = np.random.default_rng(seed)
-    value = frechet_distance(*_gaussian(features), mu, sigma)
-    samples = (features[rng.integers(count, size=count)] for _ in range(resamples))
-    drawn = [frechet_distance(*_gaussian(sample), mu, sigma) for sample in samples]
+    value = _distance(fit(features.pooled), real)
+    samples = (features.pooled[rng.integers(count, size=count)] for _ in range(resamples))
+    drawn = [_distance(fit(sample), real) for sample in samples]
     error = 1.96 * float(np.std(drawn, ddof=1)) if resamples > 1 else 0.0
     return Estimate(value, value - error, value + error)
 
 
-def cifar_features(pictures: Tensor, evaluators_folder: Path | str, *, device: str = "cpu", batch: int = 250) -> Floats:
-    """Pooled features [n, 384], float64, of pictures [n, 3, 32, 32] in [-1, 1] after rounding to 8 bits."""
+def cifar_features(pictures: Tensor, evaluators_folder: Path | str, *, device: str = "cpu") -> FeatureSet:
+    """Pooled features [n, 384] of pictures [n, 3, 32, 32] in [-1, 1], at least two, after rounding to 8 bits."""
     if pictures.ndim != 4 or tuple(pictures.shape[1:]) != (3, 32, 32) or len(pictures) < 2:
         raise InputError(
             "the CIFAR-10 classifier needs at least two pictures of 32x32 pixels in three colours",
@@ -107,14 +116,11 @@ def cifar_features(pictures: Tensor, evaluators_folder: Path | str, *, device: s
             why=f"the shape is {tuple(pictures.shape)}",
             try_="use FID in these features for CIFAR-10 models only",
         )
-    network = cifar_classifier(Path(evaluators_folder) / "cifar10-classifier.safetensors").to(device)
-    with torch.no_grad():
-        parts = [network.features(part.to(device)).double().cpu() for part in round_to_8_bits(pictures).split(batch)]
-    return torch.cat(parts).numpy()
+    return zoo_classifier(Path(evaluators_folder) / CLASSIFIER, device=device).extract(pictures, source="pictures")
 
 
-def _gaussian(features: Floats) -> tuple[Floats, Floats]:
-    return features.mean(axis=0), np.cov(features, rowvar=False)
+def _distance(ours: Gaussian, theirs: Gaussian) -> float:
+    return frechet_distance(ours.mu, ours.sigma, theirs.mu, theirs.sigma)
 
 
 def _not_negative(values: Floats) -> Floats:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
+import bitbrush
+from bitbrush.engine.disk import write_bytes
 from bitbrush.evaluation.statistics import Estimate
+
+if TYPE_CHECKING:
+    from bitbrush.evaluation.table import Table
 
 REFERENCE = "FP"
 OTHER_SEEDS = "FP, other seeds"
@@ -99,7 +106,8 @@ class Evaluation:
         candidates: Names of the others, in the order given.
         settings: What was asked for and under what: n, seeds, steps, guidance, batch, scheduler, device, versions, ...
         values: arm -> its numbers, in the order to show them. The reference has text and distribution values too.
-        tests: Candidates against each other, and against the reference where it has the metric.
+        tests: Candidates against each other, and against the reference where it has the metric. Arms are named as they
+            are, and ``OTHER_SEEDS`` stands for full precision with other seeds.
         per_picture: arm -> metric -> [seeds][n].
         worst: candidate -> numbers of its worst pictures of the first seed, worst first.
         timesteps: Of the sampling steps [steps].
@@ -139,8 +147,38 @@ class Evaluation:
         """The number ``key`` of an arm, or None where it has none."""
         return next((value for value in self.values.get(arm, []) if value.key == key), None)
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain data, without the pictures."""
+    def table(self) -> Table:
+        """The numbers and tests as text: a row an arm, a column a metric; print it, or see it in a notebook."""
+        from bitbrush.evaluation.table import text
+
+        return text(self)
+
+    def save(self, path: Path | str, extras: Mapping[str, Any] | None = None) -> Path:
+        """Writes the report, one HTML page that loads nothing.
+
+        Args:
+            path: The file; its folder is made.
+            extras: What only the caller knows; see ``bitbrush.report.write_evaluation``.
+
+        Raises:
+            ResourceError: The file cannot be written.
+        """
+        written: Path = bitbrush.report.write_evaluation(path, self, dict(extras or {}))
+        return written
+
+    def to_json(self, path: Path | str | None = None) -> dict[str, Any]:
+        """Plain data, without the pictures; also written to ``path``, where one is given.
+
+        Raises:
+            ResourceError: The file cannot be written.
+        """
+        data = self._plain()
+        if path is not None:
+            text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)
+            write_bytes(path, (text + "\n").encode("utf-8", "backslashreplace"))
+        return data
+
+    def _plain(self) -> dict[str, Any]:
         plain = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "pictures"}
         plain["values"] = {arm: [asdict(value) for value in values] for arm, values in self.values.items()}
         plain["tests"] = [asdict(test) | {"significant": test.significant} for test in self.tests]

@@ -61,7 +61,16 @@ class PictureSet:
             ArtifactError: A part is damaged or is not there.
         """
         for part in self.ranges():
-            yield _read(self.file(part), name, len(part))
+            yield self.part(part, name)
+
+    def part(self, part: range, name: str = PICTURES) -> Tensor:
+        """The same of one part."""
+        return _read(self.file(part), name, len(part))
+
+    def has(self, part: range, name: str) -> bool:
+        """Whether a tensor was kept of a part."""
+        with _opened(self.file(part)) as file:
+            return name in file.keys()  # noqa: SIM118
 
     def all(self, name: str = PICTURES) -> Tensor:
         """The same of all parts together."""

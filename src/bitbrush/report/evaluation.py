@@ -243,7 +243,8 @@ def _facts(values: Sequence[Value]) -> list[str]:
         facts.append("noise floor not measured")
     names = {"reference": "against", "width": "features", "subset_size": "subset of"}
     for key, value in first.detail.items():
-        if key not in ("extractor", "label") and isinstance(value, str | int | float) and not isinstance(value, bool):
+        told = key in ("extractor", "label", "network")  # by the label
+        if not told and isinstance(value, str | int | float) and not isinstance(value, bool):
             shown = f"{value:,}" if isinstance(value, int) else str(value)
             facts.append(f"{shown} features" if key == "width" else f"{names.get(key, key.replace('_', ' '))} {shown}")
     return facts

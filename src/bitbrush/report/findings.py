@@ -49,7 +49,10 @@ def finding(evaluation: Evaluation, arm: str) -> Finding:
     ]  # fmt: skip
     gains = [part.claim for part in parts[:2] if part is not None and part.claim]
     losses = [part for part in parts[2:] if part is not None]
-    costs = [part.claim for part in losses if part.matters][:2] or [part.claim for part in losses[:1]]
+    costs = [part.claim for part in losses if part.matters][:2]
+    if not costs:  # no loss shown: what was looked at first, and how far the pictures lie
+        more = [part.claim.removesuffix(f" to {_reference(evaluation)}") for part in losses[1:] if part is parts[5]]
+        costs = [", ".join([*(part.claim for part in losses[:1]), *more])]
     claim = "; ".join(part for part in (" and ".join(gains), " and ".join(costs)) if part) or "nothing was measured"
     order = [part for part in (parts[5], parts[2], parts[3], parts[4], parts[0], parts[1]) if part is not None]
     sentence = " ".join(part.sentence for part in order if part.sentence)
