@@ -66,8 +66,8 @@ def test_options_arrive(
 
     monkeypatch.setattr(bitbrush, "evaluate", fake, raising=False)
     words = ["eval", folders["quantized"], "--reference", folders["fp"], "--autocast", "bfloat16", "--no-floor"]
-    words += ["--speed", "--inside", "--real", str(tmp_path), "--resize", "crop", "--extractor", "inception"]
-    words += ["--evaluator", "emoji"]
+    words += ["--speed", "--inside", "--token", "apple", "--real", str(tmp_path), "--resize", "crop"]
+    words += ["--extractor", "inception", "--evaluator", "emoji"]
     words += ["--lpips-weights", "a.safetensors", "--keep", "3", "--eight-bits", "--sampler", "ddim", "--guidance", "2"]
     assert main(words) == 0
     assert asked["candidates"] == {"quantized": folders["quantized"]} and asked["prompts"] is None
@@ -75,7 +75,7 @@ def test_options_arrive(
         "n": 512, "metrics": None, "seeds": [0], "steps": 25, "guidance": 2.0, "batch": 16, "sampler": "ddim",
         "autocast": torch.bfloat16, "work": None, "real": tmp_path, "resize": "crop", "extractor": "inception",
         "evaluator": "emoji", "captions": None, "perceptual": Path("a.safetensors"), "floor": False, "speed": True,
-        "inside": True, "keep": 3, "eight_bits": True, "device": None,
+        "inside": True, "token": "apple", "keep": 3, "eight_bits": True, "device": None,
     }  # fmt: skip
     assert {key: asked[key] for key in expected} == expected
 

@@ -310,11 +310,11 @@ def test_cost_and_inside_are_called_as_agreed(pipes: dict[str, Any], monkeypatch
 
     part("cost", "measure")
     part("inside", "look")
-    found = evaluate({"far": pipes["far"]}, reference=pipes["fp"], speed=True, inside=True, **QUICK)
+    found = evaluate({"far": pipes["far"]}, reference=pipes["fp"], speed=True, inside=True, token="red", **QUICK)
     assert found.cost == {"FP": {"part": "cost"}, "far": {"part": "cost"}}
     assert found.inside == {"far": {"part": "inside"}}
     assert calls["cost"][0] == (1, ["autocast", "batch", "folder", "guidance", "progress", "prompts", "steps"])
-    assert calls["inside"] == [(2, ["autocast", "guidance", "n", "progress", "prompts", "seed", "steps"])]
+    assert calls["inside"] == [(2, ["autocast", "guidance", "n", "progress", "prompts", "seed", "steps", "token"])]
 
 
 def test_the_result_in_all_its_forms(pipes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

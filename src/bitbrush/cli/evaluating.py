@@ -70,6 +70,7 @@ def evaluate_command(
     floor: Annotated[bool, typer.Option("--floor/--no-floor", help="Draw FP with other seeds too.")] = True,
     speed: Annotated[bool, typer.Option("--speed", help="Measure size, memory and time.")] = False,
     inside: Annotated[bool, typer.Option("--inside", help="Look at activations, weights and errors inside.")] = False,
+    token: Annotated[str | None, typer.Option("--token", help="Word whose attention maps are compared inside.")] = None,
     keep: Annotated[int, typer.Option("--keep", min=0, help="Pictures in the report.")] = 8,
     eight_bits: Annotated[bool, typer.Option("--eight-bits", help="Store pictures with 256 levels.")] = False,
     work: Work = None,
@@ -99,7 +100,7 @@ def evaluate_command(
         "n": n, "metrics": None if metrics is None else _names(metrics), "seeds": numbers, "steps": steps,
         "guidance": guidance, "batch": batch, "sampler": sampler, "autocast": autocast, "device": device, "work": work,
         "real": real, "resize": resize, "extractor": extractor, "evaluator": evaluator, "captions": closed,
-        "perceptual": lpips_weights, "floor": floor, "speed": speed, "inside": inside, "keep": keep,
+        "perceptual": lpips_weights, "floor": floor, "speed": speed, "inside": inside, "token": token, "keep": keep,
         "eight_bits": eight_bits,
     }  # fmt: skip
     with screen.progress() as progress:

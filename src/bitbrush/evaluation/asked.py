@@ -44,6 +44,7 @@ class Asked:
         tracked: Pictures a seed whose latents are kept, for the error per step.
         eight_bits: Pictures are stored with 256 levels a colour.
         speed, inside: Measure cost; look inside.
+        token: Word of a prompt whose attention maps are compared, inside.
     """
 
     prompts: list[str] | None
@@ -61,6 +62,7 @@ class Asked:
     eight_bits: bool = False
     speed: bool = False
     inside: bool = False
+    token: str | None = None
 
     @property
     def texts(self) -> list[str] | None:
@@ -100,6 +102,7 @@ class Asked:
             f"{', '.join(map(repr, unknown))}: no such metric (known: {', '.join(METRICS)})": bool(unknown),
             f"{self.n} pictures of {len(self.prompts or ())} prompts: a prompt is never used twice in silence":
                 self.prompts is not None and len(self.prompts) < self.n,
+            "a token is looked at inside, where inside is asked for": self.token is not None and not self.inside,
             "metrics of text need prompts": self.wants(*TEXT) and self.prompts is None,
         }  # fmt: skip
         for why, holds in wrong.items():

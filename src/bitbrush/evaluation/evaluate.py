@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from bitbrush.errors import ArtifactError, InputError
+from bitbrush.errors import ArtifactError, InputError, NumericsError
 from bitbrush.evaluation.arms import Arm, is_pipeline
 from bitbrush.evaluation.asked import Asked, Tools, default_metrics, open_tools, versions
 from bitbrush.evaluation.drawing import Drawer, Drawn
@@ -41,8 +41,8 @@ def evaluate(
     batch: int = 16, sampler: str = "own", autocast: torch.dtype | None = None, device: str | None = None,
     work: Path | str | None = None, real: Any = None, resize: Resize | None = None, extractor: Any = None,
     evaluator: Any = None, captions: Sequence[str] | None = None, perceptual: Any = None, floor: bool = True,
-    speed: bool = False, inside: bool = False, keep: int = 8, tracked: int = 64, eight_bits: bool = False,
-    progress: Progress | None = None,
+    speed: bool = False, inside: bool = False, token: str | None = None, keep: int = 8, tracked: int = 64,
+    eight_bits: bool = False, progress: Progress | None = None,
 ) -> Evaluation:  # fmt: skip
     """Draws ``n`` pictures a seed with every arm, from the same noise, and measures what the candidates cost.
 
@@ -75,6 +75,7 @@ def evaluate(
             the tests.
         speed: Measure size, memory, time and bit operations of every arm.
         inside: Look at activations, weights and errors inside every candidate.
+        token: Word of a prompt whose attention maps are compared inside; None: the last word of the first prompt.
         keep: Pictures of the first seed that the result keeps, and as many of the worst of each candidate at most.
         tracked: Pictures a seed whose latents are kept for the error per step (in whole batches).
         eight_bits: Store pictures with 256 levels a colour: a quarter of the disk, and paired metrics compare these.
@@ -90,7 +91,7 @@ def evaluate(
             {REFERENCE: reference, **named}.items()}
     asked = Asked(
         None if prompts is None else list(prompts), n, tuple(dict.fromkeys(metrics or ())), tuple(seeds), steps,
-        guidance, batch, sampler, autocast, floor, keep, tracked, eight_bits, speed, inside,
+        guidance, batch, sampler, autocast, floor, keep, tracked, eight_bits, speed, inside, token,
     )  # fmt: skip
     asked.check(named, WHERE)
     for arm in arms.values():
@@ -271,7 +272,7 @@ class Run:
             found = self._part(
                 "inside", "inside", "look", arm.pipeline(), original.pipeline(), prompts=asked.texts,
                 n=min(asked.n, INSIDE_PICTURES), seed=asked.seeds[0], steps=asked.steps, guidance=asked.guidance,
-                autocast=asked.autocast, progress=self.progress,
+                autocast=asked.autocast, token=asked.token, progress=self.progress,
             )  # fmt: skip
         if found is not None:
             self.result.inside[name] = found
@@ -281,7 +282,7 @@ class Run:
         try:
             call: Callable[..., Any] = getattr(importlib.import_module(f"bitbrush.evaluation.{module}"), function)
             found: dict[str, Any] = call(*args, **kwargs).to_json()
-        except (InputError, ArtifactError) as error:
+        except (InputError, ArtifactError, NumericsError) as error:
             self.result.missing.append(Missing(key, error.what, error.where, error.why, error.try_))
             return None
         return found

@@ -211,7 +211,7 @@ def _features(evaluation: Evaluation, arm: str) -> _Part | None:
     network = f" of {test.detail['features']}" if test.detail.get("features") else ""
     words = "a significant difference" if test.significant else "no significant difference"
     sentence = f"Features{network} show {words} to {_reference(evaluation)} ({probability(test.adjusted)})."
-    value = "differ" if test.significant else "no difference"
+    value = "differ" if test.significant else "none seen"
     card = Card(f"Features{network}", value, f"paired test, {probability(test.adjusted)}")
     return _Part(f"{words} in features{network}", sentence, card, test.significant)
 

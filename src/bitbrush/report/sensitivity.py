@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from bitbrush.report import heat
 from bitbrush.report.text import compact, number
 
 MAX_ROWS = 12
@@ -13,7 +14,8 @@ PROXY = "output_error~psnr"
 
 
 def section(data: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The layers with the lowest PSNR, lowest first; None without data. ``src`` is the place of a heat map.
+    """The layers with the lowest PSNR, lowest first; None without data. ``src`` is the heat map, empty where
+    the data do not say what it is of.
 
     Args:
         data: Of ``sensitivity.json``, with inert texts.
@@ -23,12 +25,17 @@ def section(data: Mapping[str, Any] | None) -> dict[str, Any] | None:
         return None
     ranked = sorted(rows, key=_psnr)[:MAX_ROWS]
     return {
-        "src": "",
+        "src": heat.sensitivity(data) if _mapped(data) else "",
         "total": len(rows),
         "rows": [_row(row) for row in ranked],
         "rho": _rho(data.get("rank_correlation") or {}),
         "model": str(data.get("model") or ""),
     }
+
+
+def _mapped(data: Mapping[str, Any]) -> bool:
+    """Whether the widths and the metric are told."""
+    return bool(data.get("weights")) and "activations" in data and bool((data.get("settings") or {}).get("metric"))
 
 
 def _row(row: Mapping[str, Any]) -> dict[str, str]:
