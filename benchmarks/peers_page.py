@@ -36,7 +36,8 @@ How to read it:
 - *Bits*: a parameter of the denoiser, everything counted: codes, scales, zero points and tables as they lie in memory,
   and 16 for each parameter that stays float. *MB held*: what the denoiser's tensors took in this run, floats in
   float32.
-- *PSNR, SSIM*: to the pictures of full precision, from the same noise. *CLIP*, *R@1*: the emoji CLIP.
+- *PSNR, SSIM*: to the pictures of full precision, from the same noise. Full precision from other noise is the floor: as
+  near two pictures of one prompt are without any quantization to blame. *CLIP*, *R@1*: the emoji CLIP.
 - *Step*: median seconds of one call of the denoiser on a batch, in brackets those of full precision in the same run.
 """
 
@@ -78,6 +79,8 @@ def table(results: Results) -> list[str]:
     if first is not None:
         reference = first["evaluation"]["reference"]
         lines.append(row("full precision", ["", "", "", ""], first, reference, names))
+        floor = floors(first)
+        lines += [row("full precision, other noise", ["", "", "", ""], floor, reference, names)] if floor else []
     for r in results:
         for arm in measured(r):
             lines.append(row(f"{r['peer']} {arm}", holding(r["arms"][arm]["layers"]), r, arm, names))
@@ -86,8 +89,24 @@ def table(results: Results) -> list[str]:
 
 def row(label: str, holding: list[str], result: dict[str, Any], arm: str, names: list[str]) -> str:
     found = numbers(result, arm)
-    cells = [f"{found[n]['value']:.{found[n]['digits']}f}" if n in found else "" for n in names]
+    cells = [shown(found[n]) if n in found else "" for n in names]
     return f"| {label} | " + " | ".join([*holding, *cells, step(result, arm)]) + " |"
+
+
+def shown(value: dict[str, Any]) -> str:
+    """The number; of PSNR the interval too."""
+    digits, ends = value["digits"], (value.get("low"), value.get("high"))
+    interval = f" [{ends[0]:.1f}, {ends[1]:.1f}]" if value["key"] == "psnr" and None not in ends else ""
+    return f"{value['value']:.{digits}f}{interval}"
+
+
+def floors(result: dict[str, Any]) -> dict[str, Any]:
+    """A result with what full precision shows against itself from other noise, where that was measured."""
+    found = result["evaluation"]
+    first = found["values"][found["candidates"][0]]
+    paired = [value for value in first if value["key"] in ("psnr", "psnr_worst5", "ssim")]
+    values = [v | {"value": v["floor"], "low": None} for v in paired if v.get("floor") is not None]
+    return {"evaluation": found | {"values": {found["reference"]: values}, "cost": {}}} if values else {}
 
 
 def measured(result: dict[str, Any]) -> list[str]:
@@ -103,9 +122,9 @@ def numbers(result: dict[str, Any], arm: str) -> dict[str, Any]:
 def holding(layers: dict[str, Any]) -> list[str]:
     """Layers of each kind, share of the weights, bits, megabytes."""
     counts = [layers["kinds"].get(kind, {"layers": 0, "of": 0}) for kind in ("Linear", "Conv2d")]
-    shown = ", ".join(f"{count['layers']} of {count['of']}" for count in counts)
+    taken = ", ".join(f"{count['layers']} of {count['of']}" for count in counts)
     share = layers["weights"] / layers["of_weights"]
-    return [shown, f"{share:.0%}", f"{layers['bits_floats_at_16']:.2f}", f"{layers['weight_bytes'] / 1e6:.1f}"]
+    return [taken, f"{share:.0%}", f"{layers['bits_floats_at_16']:.2f}", f"{layers['weight_bytes'] / 1e6:.1f}"]
 
 
 def step(result: dict[str, Any], arm: str) -> str:

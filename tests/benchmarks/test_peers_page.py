@@ -52,6 +52,15 @@ def test_rows(script: Script) -> None:
     assert {line.count("|") for line in lines} == {9}
 
 
+def test_the_interval_of_psnr_and_the_floor_stand_beside(script: Script) -> None:
+    found = result()
+    own = found["evaluation"]["values"]["int8"]
+    own[0] |= {"low": 35.04, "high": 39.96, "floor": 16.04}
+    lines = script("peers_page").table([found])
+    assert lines[3] == "| full precision, other noise |  |  |  |  | 16.04 |  |  |"
+    assert "| 37.12 [35.0, 40.0] | 0.812 |" in lines[4]
+
+
 def test_a_step_without_its_baseline_stands_alone(script: Script) -> None:
     found = result()
     del found["evaluation"]["cost"]["FP"]
