@@ -137,8 +137,9 @@ def test_a_whole_run(
     words = ["peers.py", "quanto", "--smoke", "--model", str(folder), "--work", str(tmp_path / "work")]
     monkeypatch.setattr(sys, "argv", words)
     peers.main()
-    rows = capsys.readouterr().out.splitlines()[-2:]
-    assert rows[0].startswith("| full precision |") and rows[1].startswith("| quanto good | ")
+    rows = capsys.readouterr().out.splitlines()[-3:]
+    names = ["full precision", "full precision, other noise", "quanto good"]
+    assert [row.split("|")[1].strip() for row in rows] == names
     found = json.loads((tmp_path / "work" / "results" / "model-quanto.json").read_text(encoding="utf-8"))
     assert str(tmp_path) not in json.dumps(found)
     assert found["evaluation"]["candidates"] == ["good"]
