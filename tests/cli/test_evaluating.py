@@ -48,7 +48,7 @@ def test_a_whole_run(folders: dict[str, str], pages: list[Any], tmp_path: Path, 
     assert "draw: 24 to do" in captured.err and "measure: 24 in" in captured.err
     path, found, extras = pages[0]
     assert path == page and found.candidates == ["quantized"] and found.settings["seeds"] == [1, 2]
-    assert extras["model"] == folders["fp"] and "-n 4" in extras["command"]
+    assert extras["model"] == Path(folders["fp"]).name and "-n 4" in extras["command"]
     assert set(extras["sizes"]) == {"FP", "quantized"}
     assert Evaluation.from_json(json.loads(data.read_text())).to_json() == found.to_json()
     assert main([*words, "-o", str(page), "--json"]) == 0

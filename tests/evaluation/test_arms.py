@@ -110,3 +110,19 @@ def test_folders_that_are_no_pipeline(tmp_path: Path) -> None:
     (tmp_path / "half" / ".run").mkdir(parents=True)
     with pytest.raises(ArtifactError, match="not finished"):
         check_folder(str(tmp_path / "half"))
+
+
+def test_a_digest_is_the_same_in_another_process() -> None:
+    """Configs keep sets inside, whose order follows the hash seed of the process."""
+    import os
+    import subprocess
+    import sys
+
+    code = ("import tiny; from bitbrush.evaluation.digests import pipeline_digest as digest; "
+            "print(digest(tiny.text_pipeline()))")
+    found = set()
+    for seed in ("1", "2"):
+        env = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+        found.add(run.stdout.split()[-1])
+    assert len(found) == 1 and len(found.pop()) == 64

@@ -17,7 +17,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from bitbrush.errors import InputError
-from bitbrush.evaluation.layers import FLOAT_BITS, LayerWatch, Ran, bit_operations, float_product, quantizable
+from bitbrush.evaluation.layers import FLOAT_BITS, LayerWatch, Ran, as_seen, bit_operations, float_product, quantizable
 from bitbrush.evaluation.memory import parameter_count, weight_bytes
 from bitbrush.evaluation.products import ProductWatch
 from bitbrush.evaluation.sampling import Progress, denoiser, draw
@@ -249,7 +249,7 @@ def _look(pipeline: Any, call: Callable[..., Any], steps: int) -> list[Ran]:
             call(steps=steps)
     finally:
         setattr(pipeline, name, model)
-    return [replace(ran, product=products.found.get(layer, {})) for layer, ran in watch.ran.items()]
+    return [as_seen(ran, products.found.get(layer, {})) for layer, ran in watch.ran.items()]
 
 
 def _notes(model: nn.Module, ran: list[Ran], step: Timing) -> list[str]:

@@ -25,6 +25,7 @@ SIMPLE = (bool, int, float, str, bytes, type(None), torch.dtype, torch.Size)
 PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 CHUNK = 2**24  # numbers brought to the CPU at a time
 DEPTH = 4
+CONFIGS = {"config", "_internal_dict"}  # read for what they say, not for how their objects remember it
 PASSING = {"said", "warned", "now", "position", "last"}  # of our clock and correction: where a call is, what was said
 
 
@@ -102,7 +103,9 @@ def module_digest(module: nn.Module) -> str:
         _check_hooks(name, layer)
         ours = type(layer).__module__.startswith("bitbrush")
         passing = PASSING if ours else set()
-        values = {key: value for key, value in vars(layer).items() if key not in {*passing, "_parameters", "_buffers"}}
+        left_out = {*passing, "_parameters", "_buffers", *CONFIGS}
+        found.update(_words(getattr(layer, "config", {})).encode())
+        values = {key: value for key, value in vars(layer).items() if key not in left_out}
         state = {**layer._parameters, **layer._buffers}
         values |= {key: value for key, value in state.items() if key not in passing and value is not None}
         for part in _parts(name, values, DEPTH):
@@ -177,6 +180,8 @@ def _check_hooks(name: str, layer: nn.Module) -> None:
 
 
 def _words(config: Any) -> str:
-    plain = config.to_dict() if hasattr(config, "to_dict") else dict(config or {})
+    if not hasattr(config, "to_dict") and not isinstance(config, Mapping):
+        return ""
+    plain = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     public = {str(key): value for key, value in plain.items() if not str(key).startswith("_")}  # not where it came from
     return json.dumps(public, sort_keys=True, default=str)

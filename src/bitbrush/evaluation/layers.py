@@ -7,7 +7,7 @@ outside; bits of weights are those that the largest tensor inside really takes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -76,9 +76,6 @@ def weight_bits(module: nn.Module) -> float:
         return sum(spec.row_bits) / len(spec.row_bits) if spec.row_bits else spec.grid.bits
     if library_of(module) == "none":
         return FLOAT_BITS
-    known = getattr(getattr(module, "sdnq_dequantizer", None), "num_bits", None)
-    if isinstance(known, int):
-        return known
     sizes = [tensor.numel() * tensor.element_size() for tensor in _of_weight(module)]
     return round(8 * max(sizes, default=0) / prod(weight_shape(module)), 3)
 
@@ -93,9 +90,6 @@ def activation_bits(module: nn.Module) -> float:
         return 8
     if getattr(module, "activation_qtype", None) is not None:  # quanto
         return float(getattr(module.activation_qtype, "bits", FLOAT_BITS))
-    dequantizer = getattr(module, "sdnq_dequantizer", None)
-    if getattr(dequantizer, "use_quantized_matmul", False):
-        return float(getattr(dequantizer, "num_bits_matmul", 8))
     dynamic = getattr(weight, "act_quant_kwargs", None) is not None or "ActivationQuantized" in type(weight).__name__
     asked = getattr(weight, "activation_quantization", None)  # torchao's intx: "int8_asym_per_token"
     return 8 if dynamic or (isinstance(asked, str) and asked.startswith("int8")) else FLOAT_BITS
@@ -123,8 +117,7 @@ def kernel_of(module: nn.Module, x: Tensor) -> str:
     library = library_of(module)
     if library == "none":
         return f"float ({_dtype(x)})"
-    how = getattr(getattr(module, "forward_func", None), "__name__", None)  # SDNQ's says which product it takes
-    return f"{library}: {how or kind_of(module)}"
+    return f"{library}: {kind_of(module)}"
 
 
 def _dtype(x: Tensor) -> str:
@@ -180,6 +173,12 @@ class LayerWatch:
 def bit_operations(layers: Iterable[Ran]) -> int:
     """Multiply-accumulates times bits of the weight times bits of the input, of one sample in one call."""
     return round(sum(ran.macs * ran.weight_bits * ran.activation_bits for ran in layers))
+
+
+def as_seen(ran: Ran, product: dict[str, str]) -> Ran:
+    """With the product that the profiler saw: integers times integers have 8 bits, whatever a library calls them."""
+    integers = "_int_mm" in product.get("operation", "") and ran.activation_bits == FLOAT_BITS
+    return replace(ran, product=product, activation_bits=8 if integers else ran.activation_bits)
 
 
 def float_product(ran: Ran) -> bool:
