@@ -503,6 +503,7 @@ def test_the_preset(kind: str) -> None:
     model = tiny.text_unet() if kind == "text" else tiny.plain_unet()
     plan = make_plan(survey(model, tokens=tiny.TOKENS), asked).plan
     by_tensor = {n for n, spec in plan.layers.items() if spec.activation and spec.activation.granularity == "tensor"}
-    expected = {n for n in plan.layers if n in ("conv_in", "conv_out") or "time_emb" in n}
+    assert plan.layers["conv_in"].activation is None and plan.layers["conv_in"].weight is not None
+    expected = {n for n in plan.layers if n == "conv_out" or "time_emb" in n}
     assert by_tensor == expected and len(plan.layers) > 2 * len(by_tensor) > 8
     assert {spec.activation.timed for spec in plan.layers.values() if spec.activation} == {True}
