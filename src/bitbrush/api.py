@@ -299,7 +299,7 @@ def _estimated_on(target: Any, opened: loading.Opened, device: str | None) -> st
     """The device that a run would take: for paths CUDA where there is one, for objects where they are."""
     if device is not None or not isinstance(target, str | Path):
         return device or str(_device(opened.model))
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return loading.default_device()
 
 
 def _prompts(opened: loading.Opened, recipe: Recipe, prompts: list[str] | None) -> list[str]:

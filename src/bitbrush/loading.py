@@ -48,7 +48,7 @@ def open_model(target: Any, device: str | None = None) -> Opened:
     """
     if isinstance(target, str | Path):
         opened = _open_path(str(target))
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = device or default_device()
     elif isinstance(target, nn.Module):
         opened = Opened(target, None, f"a {type(target).__name__} object")
     else:
@@ -63,6 +63,11 @@ def open_model(target: Any, device: str | None = None) -> Opened:
         (opened.pipeline or opened.model).to(device)
     opened.model.eval().requires_grad_(False)
     return opened
+
+
+def default_device() -> str:
+    """CUDA when torch sees it, else the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def open_any(name: str) -> Opened:
@@ -180,12 +185,15 @@ def _first_line(error: Exception) -> str:
     return text[0][:300] if text else type(error).__name__
 
 
+def config_text(config: Any) -> str:
+    """What a config says, as JSON, without what begins with an underscore, such as where it was loaded from."""
+    plain = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    return json.dumps({k: v for k, v in plain.items() if not str(k).startswith("_")}, sort_keys=True, default=str)
+
+
 def content(part: Any) -> str:
     """SHA-256 over the config and the tensors of a pipeline's component."""
-    config = getattr(part, "config", {})
-    config = config.to_dict() if hasattr(config, "to_dict") else config
-    facts = {k: v for k, v in dict(config).items() if not k.startswith("_")}  # not where it was loaded from
-    found = hashlib.sha256(f"{type(part).__name__} {json.dumps(facts, sort_keys=True, default=str)}".encode())
+    found = hashlib.sha256(f"{type(part).__name__} {config_text(getattr(part, 'config', {}))}".encode())
     for name, tensor in sorted(part.state_dict().items()) if isinstance(part, nn.Module) else []:
         found.update(name.encode())
         found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())

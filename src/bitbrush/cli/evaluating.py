@@ -171,19 +171,12 @@ def tables(found: Any, page: object) -> list[Any]:
 
 def _texts(prompts: list[str] | None, wanted: bool, emoji: Any, progress: Reporter) -> list[str] | None:
     """The prompts given; the bundled ones for models that speak of emoji; None for an unconditional pipeline."""
-    if not wanted:
-        if prompts is not None:
-            progress.say("The pipeline is unconditional: the prompts are not used.")
-        return None
-    if prompts is not None:
-        return prompts
-    if not emoji():
+    if wanted and prompts is None and not emoji():
         raise InputError("prompts are missing", where="bitbrush eval", why="the pipeline draws from text, and the "
                          "bundled prompts are names of emoji, which it was not trained on", try_="--prompts FILE")
-    from bitbrush import assets
+    from bitbrush.cli import pictures
 
-    progress.say("No --prompts given: using the bundled evaluation prompts (names of emoji).")
-    return assets.prompts("evaluation")
+    return pictures.prompts_or_bundled(prompts, wanted, progress)
 
 
 def _names(metrics: str) -> list[str]:

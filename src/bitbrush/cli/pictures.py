@@ -220,7 +220,12 @@ def choose_prompts(pipeline: Any, prompts: list[str] | None, progress: Reporter)
     """The prompts given, the bundled ones (which is said), or None for an unconditional pipeline."""
     from bitbrush.evaluation.sampling import takes_prompt
 
-    if not takes_prompt(pipeline):
+    return prompts_or_bundled(prompts, takes_prompt(pipeline), progress)
+
+
+def prompts_or_bundled(prompts: list[str] | None, wanted: bool, progress: Reporter) -> list[str] | None:
+    """The same for what is known to draw from text, or not."""
+    if not wanted:
         if prompts is not None:
             progress.say("The pipeline is unconditional: the prompts are not used.")
         return None
@@ -263,15 +268,11 @@ def read_history(output: str | Path) -> dict[str, Any] | None:
 
 def emoji_evaluator(pipeline: Any) -> EmojiClip | None:
     """The emoji CLIP for pipelines that speak the emoji models' vocabulary; its score says nothing about others."""
-    tokenizer = getattr(pipeline, "tokenizer", None)
-    if tokenizer is None:
-        return None
-    stored = json.loads(assets.path("emoji-sd-tiny/tokenizer/tokenizer.json").read_text(encoding="utf-8"))
-    vocabulary = stored["model"]["vocab"]
-    if not vocabulary.items() <= tokenizer.get_vocab().items():
-        return None
     from bitbrush.evaluation import EmojiClip
+    from bitbrush.evaluation.text import has_emoji_vocabulary
 
+    if not has_emoji_vocabulary(getattr(pipeline, "tokenizer", None)):
+        return None
     return EmojiClip.load(device=str(pipeline.device))
 
 

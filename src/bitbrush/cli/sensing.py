@@ -99,9 +99,11 @@ def _evaluator(model: str, metric: str) -> Any:
     """The emoji CLIP where that was asked for and knows the pipeline's words."""
     if metric != "clip":
         return None
-    from bitbrush.cli.pictures import emoji_evaluator, open_pipeline
+    from bitbrush.evaluation import EmojiClip
+    from bitbrush.evaluation.arms import Arm
+    from bitbrush.evaluation.evaluate import speaks_emoji
 
-    return emoji_evaluator(open_pipeline(model, "cpu"))
+    return EmojiClip.load() if speaks_emoji(Arm("FP", model, device="cpu")) else None  # the tokenizer tells
 
 
 def tables(found: Any, places: Mapping[str, str | None]) -> list[RenderableType]:

@@ -43,7 +43,7 @@ class Arm:
 
     def __init__(self, name: str, given: Given, *, device: str | None = None, sampler: str = "own") -> None:
         self.name, self.given, self.sampler = name, given, sampler
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = device or loading.default_device()
         self.opaque = ""  # why its pictures cannot be used again
         self._digest: str | None = None
         self._pipeline: Any = None
@@ -207,7 +207,7 @@ def open_pipeline(name: str, device: str | None = None, *, checked: bool = False
     if not hasattr(pipeline, "set_progress_bar_config"):
         raise bare(name)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return pipeline.to(device or loading.default_device())
 
 
 def check_folder(name: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from bitbrush.evaluation.fid import CLASSIFIER, STATISTICS, fid_with_interval
 from bitbrush.evaluation.result import REFERENCE, Evaluation
 from bitbrush.evaluation.sampling import Progress
 from bitbrush.evaluation.statistics import Estimate, paired_difference
+from bitbrush.loading import default_device
 
 PAIRED = ("psnr", "ssim")
 METRICS = (*PAIRED, "clip", "r1")
@@ -148,10 +149,9 @@ def compare(
         InputError: Names or numbers that do not fit, and as for ``draw``.
         NumericsError: A picture is not finite.
     """
-    asked = Asked(None if prompts is None else list(prompts), n, METRICS if evaluator is not None else PAIRED,
+    judged = evaluator is not None and prompts is not None
+    asked = Asked(None if prompts is None else list(prompts), n, METRICS if judged else PAIRED,
                   tuple(seeds), steps, guidance, batch, sampler, autocast, False, keep, tracked)
-    if prompts is None:
-        asked = replace(asked, metrics=PAIRED)
     asked.check(candidates, "bitbrush.evaluation.compare")
     if baseline is not None and baseline not in candidates:
         raise InputError("this comparison cannot be made", where="bitbrush.evaluation.compare",
@@ -159,7 +159,7 @@ def compare(
     arms = {name: Arm(name, given, sampler=sampler) for name, given in {REFERENCE: reference, **candidates}.items()}
     for arm in arms.values():
         arm.check(prompts=prompts is not None)
-    tools = Tools(evaluator=evaluator if prompts is not None else None)
+    tools = Tools(evaluator=evaluator if judged else None)
     if fid_evaluators is not None:
         tools.extractor = zoo_classifier(Path(fid_evaluators) / CLASSIFIER, device=_device(reference))
     with folder(None) as place:
@@ -190,4 +190,4 @@ def _comparison(found: Evaluation, run: Run, baseline: str | None) -> Comparison
 
 def _device(reference: Any) -> str:
     found = getattr(reference, "device", None)
-    return str(found) if isinstance(found, torch.device) else "cuda" if torch.cuda.is_available() else "cpu"
+    return str(found) if isinstance(found, torch.device) else default_device()

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitbrush import loading
 from bitbrush.errors import BitbrushError, InputError
 
 SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".jinja")  # what a folder's pictures can follow from
@@ -182,6 +183,4 @@ def _check_hooks(name: str, layer: nn.Module) -> None:
 def _words(config: Any) -> str:
     if not hasattr(config, "to_dict") and not isinstance(config, Mapping):
         return ""
-    plain = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-    public = {str(key): value for key, value in plain.items() if not str(key).startswith("_")}  # not where it came from
-    return json.dumps(public, sort_keys=True, default=str)
+    return loading.config_text(config)

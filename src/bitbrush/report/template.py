@@ -17,6 +17,7 @@ def source(name: str) -> str:
 def fill(name: str, context: Mapping[str, Any]) -> str:
     """The template ``name``, filled. A name that it uses and ``context`` lacks is an error of ours."""
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.from_string(source(name)).render(context)
+        loader=jinja2.FunctionLoader(source), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    return environment.get_template(name).render(context)

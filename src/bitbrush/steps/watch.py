@@ -62,7 +62,7 @@ class Watcher:
         low: dict[float, float] = {}
         high: dict[float, float] = {}
         if self.ends:
-            found = [torch.cat([end[i].cpu() for end in self.ends]).tolist() for i in range(3)]
+            found = [torch.cat([end[i] for end in self.ends]).tolist() for i in range(3)]
             for t, least, most in zip(*found, strict=True):
                 low[t], high[t] = min(low.get(t, least), least), max(high.get(t, most), most)
         times = sorted(low)
