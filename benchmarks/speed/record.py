@@ -1,0 +1,170 @@
+"""A part's JSON: written after every item, so that a killed run keeps what it had, and found again by the next call.
+
+    OUT/<part>.json   {"part", "command", "machine", "smoke", "items": {name: {.., "run"}}, "errors": {name: why},
+                       "doing": {name: tries}, "complete"}
+
+``run`` names the process that measured an item. Two numbers are put in proportion only when they were measured in one
+run of the script on one machine; what needs a baseline carries the one that was timed in turns with it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Item = dict[str, Any]
+TRIES = 2
+"""How often an item may end the process before it is left out."""
+
+
+class Budget:
+    """Seconds that are left, from the moment this is made."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+
+    def left(self) -> float:
+        """Seconds, never below 0."""
+        return max(0.0, self._end - time.monotonic())
+
+
+class Record:
+    """One part: its items, and whether there is time for another.
+
+    Args:
+        part: Name of the part, and of its file.
+        folder: Where results are kept.
+        budget: Of this process.
+        run: Name of this run of the script.
+        smoke: Whether this only shows that everything runs.
+        command: What gives these results again.
+
+    Raises:
+        SystemExit: The file is of another machine, or one is a smoke run and the other is not.
+    """
+
+    def __init__(self, part: str, folder: Path, budget: Budget, *, run: str, smoke: bool, command: str) -> None:
+        self.part, self.file, self.budget, self.run = part, folder / f"{part}.json", budget, run
+        self.data: dict[str, Any] = {
+            "part": part, "command": command, "machine": machine(), "smoke": smoke, "items": {}, "errors": {},
+            "doing": {}, "complete": False,
+        }
+        self.left_out: list[str] = []
+        found = load(self.file)
+        if found is None:
+            return
+        same = all(found["machine"].get(key) == self.data["machine"].get(key) for key in ("device", "torch"))
+        if found["smoke"] != smoke or not same:
+            raise SystemExit(f"{self.file} is of {'a smoke run' if found['smoke'] else found['machine']['device']}: "
+                             "give another --out")
+        self.data |= {key: found[key] for key in ("items", "errors", "doing")}
+
+    @property
+    def items(self) -> dict[str, Item]:
+        """What has been measured so far, also by earlier runs."""
+        return dict(self.data["items"])
+
+    def has(self, name: str) -> bool:
+        """Whether an item needs no measuring: it is there, failed, or ended the process too often."""
+        tries = self.data["doing"].get(name, 0)
+        if name not in self.data["items"] and name not in self.data["errors"] and tries >= TRIES:
+            self.data["errors"][name] = "the process ended while it was measured"
+            self.save()
+        return name in self.data["items"] or name in self.data["errors"]
+
+    def measure(self, name: str, seconds: float, work: Callable[[], Item]) -> Item | None:
+        """The item: found, or measured now where ``seconds`` are left for it. What it raises is written down.
+
+        Returns:
+            None where it failed, or there was no time.
+        """
+        if self.has(name):
+            return self.items.get(name)
+        if self.budget.left() < seconds:
+            self.left_out.append(name)
+            return None
+        self.data["doing"][name] = self.data["doing"].get(name, 0) + 1
+        self.save()
+        begin = time.perf_counter()
+        try:
+            found = work()
+        except Exception as error:  # noqa: BLE001 - whatever ends an item is what is to be told
+            self.fail(name, told(error))
+            return None
+        self.data["items"][name] = found | {"run": self.run, "took_s": round(time.perf_counter() - begin, 1)}
+        self.data["doing"].pop(name)
+        self.save()
+        print(f"{self.part}: {name} in {time.perf_counter() - begin:.1f} s", file=sys.stderr, flush=True)
+        return self.items[name]
+
+    def fail(self, name: str, why: str) -> None:
+        """Write down why there is no such item."""
+        self.data["errors"][name] = why
+        self.data["doing"].pop(name, None)
+        self.save()
+        print(f"{self.part}: {name}: {why}", file=sys.stderr, flush=True)
+
+    def finish(self) -> None:
+        """Say that nothing of the part is missing, unless something was left out for lack of time."""
+        self.data["complete"] = not self.left_out
+        self.save()
+        if self.left_out:
+            print(f"{self.part}: no time left for {', '.join(self.left_out)}", file=sys.stderr, flush=True)
+
+    def save(self) -> None:
+        """Write the file as a whole, or not at all."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        whole = self.file.with_suffix(f".{os.getpid()}.new")
+        whole.write_text(json.dumps(self.data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        whole.replace(self.file)
+
+
+def load(file: Path) -> dict[str, Any] | None:
+    """A part's data; None where there is none, or it is not whole."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and {"items", "errors", "machine", "smoke"} <= set(found) else None
+
+
+def told(error: BaseException) -> str:
+    """Kind and words of an error on one line of at most 400 characters, without places of this machine."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    for place, name in ((sys.prefix, "ENVIRONMENT"), (str(Path.cwd()), "."), (str(Path.home()), "~")):
+        text = text.replace(place.rstrip("/") + "/", name + "/") if len(place) > 1 else text
+    return text[:400]
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers depend on."""
+    found: dict[str, Any] = {
+        "device": "CPU", "torch": torch.__version__, "python": platform.python_version(), "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(), "triton": version("triton"), "diffusers": version("diffusers"),
+    }
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        found |= {
+            "device": properties.name, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
+            "memory_gib": round(properties.total_memory / 2**30, 1), "multiprocessors": properties.multi_processor_count,
+            "l2_bytes": getattr(properties, "L2_cache_size", None),
+        }
+    return found
+
+
+def version(distribution: str) -> str | None:
+    """Of an installed distribution."""
+    import importlib.metadata
+
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None

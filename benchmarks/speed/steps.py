@@ -1,0 +1,183 @@
+"""A whole step of a network: bf16 and every packed form, eager, compiled, and both in a CUDA graph.
+
+The strongest bf16 way, by time on the wall, is the baseline. Its graph stays while the packed forms are timed, and takes
+turns with each: an item holds its own baseline. GPU time is that of a replay between two events, which is the time of
+the kernels without the gaps between launches; wall time is that of many steps one after the other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from speed import networks, ours, timing
+from speed.models import Inputs, Model
+from speed.record import Item, Record, told
+
+WARM, WALL_STEPS, ROUNDS = 3, 10, 11
+SECONDS = {"sdxl": 110.0, "sd15": 70.0, "dit": 45.0, "flux": 45.0, "emoji": 40.0}
+"""What an item may take, mostly compiling; less is not started. See `run`."""
+
+
+@dataclasses.dataclass
+class Step:
+    """A network and the ways in which its step was run.
+
+    Attributes:
+        ways: Name to what was measured of it, or the error it ended in.
+        calls: Ways that work; replays of graphs where there is a GPU.
+    """
+
+    net: nn.Module | None
+    ways: dict[str, dict[str, Any]]
+    calls: dict[str, Callable[[], Any]]
+
+    def strongest(self) -> str:
+        """The way that takes the shortest time on the wall."""
+        known = {name: way["wall_ms"] for name, way in self.ways.items() if "wall_ms" in way}
+        return min(known, key=lambda name: known[name])
+
+
+def run(record: Record, model: Model, device: str, *, smoke: bool, wanted: list[str], compiling: bool = True) -> None:
+    """Every wanted form of one model; bf16 first, again where only other forms are missing."""
+    dtype = torch.float32 if smoke else torch.bfloat16
+    seconds = 0.0 if smoke else SECONDS.get(model.name, 60.0)
+    forms = [networks.FORMS[name] for name in wanted]
+    if all(record.has(form.name) for form in forms) and record.has("bf16"):
+        record.finish()
+        return
+    kept: dict[str, Step] = {}
+    arguments = model.arguments(device, dtype)
+    torch.backends.cudnn.benchmark = True
+
+    def measured(form: networks.Form | None) -> Item:
+        with torch.no_grad():
+            return _measure(model, form, arguments, kept, device, smoke=smoke, compiling=compiling)
+
+    record.data["items"].pop("bf16", None)  # a baseline of another process is none
+    if record.measure("bf16", seconds, lambda: measured(None)) is not None:
+        for form in forms:
+            if form.like and form.like not in kept and record.has(form.like) and not record.has(form.name):
+                record.data["items"].pop(form.like, None)  # timed again, beside what needs it
+                record.measure(form.like, seconds, lambda form=form: measured(networks.FORMS[form.like]))
+            record.measure(form.name, seconds, lambda form=form: measured(form))
+            _release()
+    else:
+        record.left_out += [name for name in wanted if not record.has(name)]
+    record.finish()
+
+
+def _measure(
+    model: Model, form: networks.Form | None, arguments: Inputs, kept: dict[str, Step], device: str, *, smoke: bool,
+    compiling: bool,
+) -> Item:
+    """One form: its network, its ways, and turns with what it is compared to."""
+    begin = time.perf_counter()
+    dtype = torch.float32 if smoke else torch.bfloat16
+    net = networks.build(model, form, device, dtype)
+    item: Item = {"weight_bytes": networks.weight_bytes(net), "batch": model.batch}
+    if form is not None:
+        item["kernels"] = ours.choose(net, device, smoke=smoke)
+    item["build_s"] = round(time.perf_counter() - begin, 1)
+    item["output"] = ours.layer_error(net, lambda: net(**arguments))
+    step = ways(net, arguments, device, smoke=smoke, compiling=compiling)
+    item |= {"ways": step.ways, "strongest": step.strongest()}
+    name = "bf16" if form is None else form.name
+    item["turns"] = beside(name, step, kept, device, also=form.like if form is not None else "", smoke=smoke)
+    if form is None or any(other.like == name for other in networks.FORMS.values()):
+        kept[name] = step
+    return item
+
+
+def ways(net: nn.Module, arguments: Inputs, device: str, *, smoke: bool, compiling: bool) -> Step:
+    """A network's step in every way that works."""
+    step = Step(net, {}, {})
+    choice: dict[str, Any] = {"backend": "eager"} if smoke else {}
+    forwards: dict[str, Callable[..., Any]] = {"eager": net}
+    if compiling:
+        forwards["compiled"] = torch.compile(net, dynamic=False, **choice)
+    for name, forward in forwards.items():
+        begin = time.perf_counter()
+        try:
+            with _counted() as counted:
+                _time(step, name, lambda forward=forward: forward(**arguments), device, smoke=smoke)
+            step.ways[name] |= {"first_s": round(time.perf_counter() - begin, 1), **counted}
+        except Exception as error:  # noqa: BLE001 - a way that does not work is a result
+            step.ways.setdefault(name, {})["error"] = told(error)
+    if not step.calls:
+        raise RuntimeError("; ".join(str(way.get("error")) for way in step.ways.values()))
+    return step
+
+
+def _time(step: Step, name: str, call: Callable[[], Any], device: str, *, smoke: bool) -> None:
+    """A way launched by the host, and where there is a GPU the same in a graph."""
+    for _ in range(1 if smoke else WARM):
+        call()
+    steps = 1 if smoke else WALL_STEPS
+    step.ways[name] = {"wall_ms": timing.wall(call, device, steps=steps) * 1e3}
+    step.calls[name] = call
+    if device != "cuda":
+        return
+    try:
+        graph, out = timing.captured(call, warm=1)
+    except Exception as error:  # noqa: BLE001 - see above
+        step.ways[f"{name}, graph"] = {"error": told(error)}
+        torch.cuda.synchronize()
+        return
+    graph.kept = out
+    gpu = timing.numbers([timing.seconds(graph.replay, device) * 1e3 for _ in range(5)])
+    step.ways[name]["gpu_ms"] = gpu["median"]
+    step.ways[f"{name}, graph"] = {"wall_ms": timing.wall(graph.replay, device, steps=steps) * 1e3,
+                                   "gpu_ms": gpu["median"]}  # fmt: skip
+    step.calls[f"{name}, graph"] = graph.replay
+
+
+@contextlib.contextmanager
+def _counted() -> Iterator[dict[str, Any]]:
+    """Graphs that Dynamo captures inside, and where it broke off."""
+    counters = torch._dynamo.utils.counters
+    before, found = int(counters["stats"]["unique_graphs"]), dict[str, Any]()
+    counters["graph_break"].clear()
+    yield found
+    found |= {"graphs": int(counters["stats"]["unique_graphs"]) - before,
+              "graph_breaks": sum(counters["graph_break"].values())}  # fmt: skip
+
+
+def beside(
+    name: str, step: Step, kept: dict[str, Step], device: str, *, also: str, smoke: bool
+) -> dict[str, dict[str, float | str]]:
+    """Milliseconds of the strongest way of each, in turns: GPU (median, quartiles) and wall.
+
+    Returns:
+        ``name``, ``bf16`` and ``also`` to ``way``, ``gpu_ms``, ``gpu_low``, ``gpu_high``, ``wall_ms``.
+    """
+    parties = {other: kept[other] for other in ("bf16", also) if other in kept} | {name: step}
+    chosen = {other: one.strongest() for other, one in parties.items()}
+    calls = {other: one.calls[chosen[other]] for other, one in parties.items()}
+    rounds, steps = (1, 1) if smoke else (ROUNDS, WALL_STEPS)
+    gpu = timing.turns(calls, device, rounds)
+    wall = {other: list[float]() for other in calls}
+    for _ in range(1 if smoke else 3):
+        for other, call in calls.items():
+            wall[other].append(timing.wall(call, device, steps=steps) * 1e3)
+    found: dict[str, dict[str, float | str]] = {}
+    for other in calls:
+        ms = {key: value * 1e3 for key, value in timing.numbers(gpu[other]).items()}
+        found[other] = {"way": chosen[other], "gpu_ms": ms["median"], "gpu_low": ms["low"], "gpu_high": ms["high"],
+                        "wall_ms": timing.numbers(wall[other])["median"]}  # fmt: skip
+    return found
+
+
+def _release() -> None:
+    """Free what nothing holds any more."""
+    gc.collect()
+    torch._dynamo.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
