@@ -180,7 +180,9 @@ MODELS: dict[str, Callable[[], Model]] = {
          "pooled_projection_dim": 32, "axes_dims_rope": (8, 12, 12)}, tokens=(FLUX_TOKENS, FLUX_TEXT),
     ),
     "emoji": lambda: Model(
-        "emoji", "emoji-sd-tiny UNet, batch 32", "UNet2DConditionModel", _emoji(), 32, _unet, {},
+        "emoji", "emoji-sd-tiny UNet, batch 32", "UNet2DConditionModel", _emoji(), 32, _unet,
+        _TINY_UNET | {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+                      "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "attention_head_dim": 4},
     ),
 }  # fmt: skip
 """Models by name, the most telling first."""

@@ -92,14 +92,20 @@ def build(model: Model, form: Form | None, device: str, dtype: torch.dtype) -> n
     net = model.on_meta().to(dtype)
     if form is not None:
         wrap.declare(net, plan(form, net))
+    draw(net, device)
+    net = net.to(device).eval().requires_grad_(False)
+    return net.to(memory_format=torch.channels_last) if model.pictures and form is None else net
+
+
+def draw(net: nn.Module, device: str) -> None:
+    """Random data on the device for every tensor that has none."""
     drawn = torch.Generator(device).manual_seed(0)
     for module in net.modules():
         if isinstance(module, QuantLayer):
             _fill(module, device, drawn)
     for module in net.modules():
         _draw(module, device, drawn)
-    net = net.to(device).eval().requires_grad_(False)
-    return net.to(memory_format=torch.channels_last) if model.pictures and form is None else net
+    net.to(device)
 
 
 def _draw(module: nn.Module, device: str, drawn: torch.Generator) -> None:

@@ -80,13 +80,19 @@ class Record:
             self.save()
         return name in self.data["items"] or name in self.data["errors"]
 
-    def measure(self, name: str, seconds: float, work: Callable[[], Item]) -> Item | None:
+    def measure(self, name: str, seconds: float, work: Callable[[], Item], *, again: bool = False) -> Item | None:
         """The item: found, or measured now where ``seconds`` are left for it. What it raises is written down.
+
+        Args:
+            name: Of the item.
+            seconds: What it may take.
+            work: Measures it.
+            again: Measure it also where it is known; what was known stays until it is there.
 
         Returns:
             None where it failed, or there was no time.
         """
-        if self.has(name):
+        if self.has(name) and not (again and name in self.data["items"]):
             return self.items.get(name)
         if self.budget.left() < seconds:
             self.left_out.append(name)
@@ -121,10 +127,15 @@ class Record:
 
     def save(self) -> None:
         """Write the file as a whole, or not at all."""
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        whole = self.file.with_suffix(f".{os.getpid()}.new")
-        whole.write_text(json.dumps(self.data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        whole.replace(self.file)
+        write(self.file, self.data)
+
+
+def write(file: Path, data: dict[str, Any]) -> None:
+    """A file as a whole, or none: what was there stays until the new one is complete."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    whole = file.with_suffix(f".{os.getpid()}.new")
+    whole.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    whole.replace(file)
 
 
 def load(file: Path) -> dict[str, Any] | None:

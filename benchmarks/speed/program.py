@@ -1,0 +1,205 @@
+"""Arguments, parts, the budget, and one process a part: a kernel that takes its process down costs one item."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from speed import ceilings, kernels, memory, models, networks, peers, record, steps, summary
+from speed.record import Budget, Record
+
+HERE = Path(__file__).resolve().parents[1]
+RESULTS = HERE / "results" / "speed"
+SMOKE = Path("work-speed") / "results"
+BUDGET, SMOKE_BUDGET = 540.0, 150.0
+SMOKE_COMPILES = ("sdxl", "flux")
+"""Models that a smoke run traces; tracing takes most of its time."""
+START = 20.0
+"""Seconds under which no process is started: it would end while it imports."""
+RETRIES = 3
+
+KERNEL_PARTS: dict[str, Callable[..., None]] = {
+    "ceilings": ceilings.run, "conv": kernels.convolutions, "gemm": kernels.products, "encode": kernels.encodes,
+    "layers": kernels.layers,
+}  # fmt: skip
+FORMS = {
+    "sdxl": ("w8a8", "w4a8", "vq3", "w8a8-times", "w8a8-segments8", "w4"), "sd15": ("w8a8", "w4a8"),
+    "dit": ("w8a8", "w4a8"), "flux": ("w8a8", "w4a8"), "emoji": ("w8a8", "w4a8"),
+}  # fmt: skip
+"""Forms of each model, the most telling first."""
+PARTS = (
+    "ceilings", "conv", "gemm", "steps-sdxl", "encode", "steps-sd15", "memory", "layers",
+    *(f"peer-{name}" for name in peers.PEERS), "steps-flux", "steps-dit", "steps-emoji",
+)  # fmt: skip
+"""All parts, the most telling first."""
+
+
+def arguments(words: list[str] | None = None, description: str | None = None) -> argparse.Namespace:
+    """Parsed, with what a smoke run makes different."""
+    parser = argparse.ArgumentParser("speed.py", description=description,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of: {', '.join(PARTS)}; groups: kernels, steps, "
+                        "peers; default: all, in this order")  # fmt: skip
+    parser.add_argument("--smoke", action="store_true", help="every part tiny on the CPU, to see that it runs")
+    parser.add_argument("--out", type=Path, help=f"results, found again by the next call (default: "
+                        f"benchmarks/results/speed; of a smoke run {SMOKE})")  # fmt: skip
+    parser.add_argument("--budget", type=float, help=f"seconds for the whole run ({BUDGET:g}; with --smoke "
+                        f"{SMOKE_BUDGET:g})")  # fmt: skip
+    parser.add_argument("--forms", nargs="+", choices=["bf16", *networks.FORMS],
+                        help="of a model's step and of memory (all)")
+    parser.add_argument("--no-compile", action="store_true", help="steps eager and in a CUDA graph only")
+    parser.add_argument("--site", type=Path, help="folder with a folder for each library that a peer needs (torchao, "
+                        "sdnq, ..), put first on the path of its process")  # fmt: skip
+    parser.add_argument("--run", help=argparse.SUPPRESS)
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args(words)
+    args.parts = chosen(args.parts, parser)
+    args.out = args.out or (SMOKE if args.smoke else RESULTS)
+    if args.budget is None:
+        args.budget = SMOKE_BUDGET if args.smoke else BUDGET
+    args.run = args.run or f"{datetime.datetime.now(datetime.UTC):%Y-%m-%dT%H:%M:%SZ}"
+    return args
+
+
+def chosen(words: list[str], parser: argparse.ArgumentParser) -> list[str]:
+    """Parts by name or by group, in the order given."""
+    groups = {"kernels": tuple(KERNEL_PARTS), "steps": tuple(p for p in PARTS if p.startswith("steps-")),
+              "peers": tuple(p for p in PARTS if p.startswith("peer-"))}  # fmt: skip
+    found: list[str] = []
+    for word in words or PARTS:
+        if word not in PARTS and word not in groups:
+            parser.error(f"no part {word!r}; there are {', '.join((*PARTS, *groups))}")
+        found += groups.get(word, (word,))
+    return list(dict.fromkeys(found))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Every part that is not complete, until the time is up; then the table."""
+    budget = Budget(args.budget)
+    if not args.smoke and not torch.cuda.is_available():
+        print("speed.py times a GPU, and there is none here: --smoke shows that everything runs", file=sys.stderr)
+        return 2
+    late = []
+    for part in args.parts:
+        if is_complete(part, args):
+            print(f"{part}: complete in {args.out}", file=sys.stderr, flush=True)
+        elif budget.left() < (1 if args.smoke else START):
+            late.append(part)
+        elif args.smoke:
+            work(part, args, budget)
+        else:
+            for some in [[form] for form in forms(part, args)] if part == "memory" else [args.forms]:
+                in_process(part, args, budget, some)
+    if late:
+        print(f"no time left for {', '.join(late)}: call again, what is there is kept", file=sys.stderr)
+    print("\n".join(summary.table(summary.load(args.out))))
+    return 0
+
+
+def is_complete(part: str, args: argparse.Namespace) -> bool:
+    """Whether a part's file says that nothing is missing (and is of the same kind of run)."""
+    found = record.load(args.out / f"{part}.json")
+    if found is None or not found.get("complete") or found["smoke"] != args.smoke:
+        return False
+    known = {*found["items"], *found["errors"]}
+    return "bf16" in found["errors"] or {*forms(part, args)} <= known
+
+
+def forms(part: str, args: argparse.Namespace) -> list[str]:
+    """Forms that are asked for of a model's step (which always has bf16 beside), or of memory; else none."""
+    kind, _, name = part.partition("-")
+    every = memory.FORMS if kind == "memory" else FORMS[name] if kind == "steps" else ()
+    return [form for form in every if args.forms is None or form in args.forms]
+
+
+def work(part: str, args: argparse.Namespace, budget: Budget) -> None:
+    """Measure a part here."""
+    device = "cpu" if args.smoke else "cuda"
+    made = Record(part, args.out, budget, run=args.run, smoke=args.smoke, command=command(part, args))
+    kind, _, name = part.partition("-")
+    if part in KERNEL_PARTS:
+        KERNEL_PARTS[part](made, device, smoke=args.smoke)
+        return
+    model = models.find(name if kind == "steps" else "sdxl")
+    model = model.shrunk() if args.smoke else model
+    options: dict[str, Any] = {"smoke": args.smoke}
+    compiling = not args.no_compile and (not args.smoke or model.name in SMOKE_COMPILES)
+    if kind == "steps":
+        steps.run(made, model, device, wanted=forms(part, args), compiling=compiling, **options)
+    elif kind == "memory":
+        memory.run(made, model, device, wanted=forms(part, args), **options)
+    else:
+        peers.run(made, peers.PEERS[name], model, device, compiling=compiling, **options)
+
+
+def command(part: str, args: argparse.Namespace) -> str:
+    """What gives a part's results again."""
+    return f"python benchmarks/speed.py {part}" + (" --smoke" if args.smoke else "") + (
+        " --no-compile" if args.no_compile else "")
+
+
+def in_process(part: str, args: argparse.Namespace, budget: Budget, some: list[str] | None) -> None:
+    """Measure a part (its forms, where only ``some`` are wanted) in a process of its own, again where that ended before
+    its time; stopped when the time is up."""
+    for _ in range(RETRIES):
+        if budget.left() < START:
+            return
+        words = [sys.executable, str(HERE / "speed.py"), part, "--child", "--run", args.run, "--out", str(args.out),
+                 "--budget", f"{budget.left() - 8:.0f}"]  # fmt: skip
+        words += ["--no-compile"] if args.no_compile else []
+        words += ["--forms", *some] if some else []
+        code = watched(words, budget.left() - 3, environment(part, args))
+        if code == 0:
+            return
+        if code is None:
+            forget(args.out / f"{part}.json")
+            print(f"{part}: stopped, the time is up", file=sys.stderr, flush=True)
+            return
+        print(f"{part}: its process ended with {code}", file=sys.stderr, flush=True)
+
+
+def watched(words: list[str], seconds: float, env: dict[str, str]) -> int | None:
+    """Exit code of a process, None where it was stopped because it ran past its time."""
+    with subprocess.Popen(words, env=env) as process:
+        try:
+            return process.wait(max(seconds, 0.1))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            return None
+
+
+def environment(part: str, args: argparse.Namespace) -> dict[str, str]:
+    """For a part's process: the libraries of a peer, and one cache of compiled kernels for all."""
+    env = dict(os.environ)
+    if part.startswith("peer-") and args.site is not None:
+        folder = args.site / part.removeprefix("peer-").partition("-")[0]
+        env["PYTHONPATH"] = os.pathsep.join([str(folder.resolve()), *filter(None, [env.get("PYTHONPATH")])])
+    return env
+
+
+def forget(file: Path) -> None:
+    """An item that was stopped for lack of time did not end the process: it may be tried as often as before."""
+    found = record.load(file)
+    if found is not None and found["doing"]:
+        name = list(found["doing"])[-1]
+        found["doing"][name] -= 1
+        record.write(file, found)
+
+
+def main(description: str | None) -> int:
+    """Parse and run; a child measures its part and prints nothing else."""
+    args = arguments(description=description)
+    if not args.child:
+        return run(args)
+    for part in args.parts:
+        work(part, args, Budget(args.budget))
+    return 0
