@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -25,6 +27,11 @@ SMOKE_COMPILES = ("sdxl", "flux")
 START = 20.0
 """Seconds under which no process is started: it would end while it imports."""
 RETRIES = 3
+FOREIGN = 4
+"""Exit code of a process that found a file of another machine."""
+SAME_RUN = datetime.timedelta(hours=2)
+SMOKE_CHILD = "ceilings"
+"""The part that a smoke run, too, measures in a process of its own."""
 
 KERNEL_PARTS: dict[str, Callable[..., None]] = {
     "ceilings": ceilings.run, "conv": kernels.convolutions, "gemm": kernels.products, "encode": kernels.encodes,
@@ -65,8 +72,32 @@ def arguments(words: list[str] | None = None, description: str | None = None) ->
     args.out = args.out or (SMOKE if args.smoke else RESULTS)
     if args.budget is None:
         args.budget = SMOKE_BUDGET if args.smoke else BUDGET
-    args.run = args.run or f"{datetime.datetime.now(datetime.UTC):%Y-%m-%dT%H:%M:%SZ}"
     return args
+
+
+def run_name(folder: Path) -> str:
+    """Of this run: a new one, or the one that the folder holds, where that is hours old at most and of the same card.
+    A machine that allows calls of minutes gives one run in several calls."""
+    file, now, card = folder / "run.json", datetime.datetime.now(datetime.UTC).replace(microsecond=0), card_name()
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        begun = datetime.datetime.fromisoformat(found["run"])
+        if found["card"] == card and datetime.timedelta() <= now - begun <= SAME_RUN:
+            return str(found["run"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    record.write(file, {"run": now.isoformat(), "card": card})
+    return now.isoformat()
+
+
+def card_name() -> str:
+    """A digest of what tells this card from others of its kind; empty without one."""
+    try:
+        words = ["nvidia-smi", "--query-gpu=uuid,driver_version", "--format=csv,noheader"]
+        text = subprocess.run(words, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def chosen(words: list[str], parser: argparse.ArgumentParser) -> list[str]:
@@ -87,13 +118,14 @@ def run(args: argparse.Namespace) -> int:
     if not args.smoke and not torch.cuda.is_available():
         print("speed.py times a GPU, and there is none here: --smoke shows that everything runs", file=sys.stderr)
         return 2
+    args.run = args.run or run_name(args.out)
     late = []
     for part in args.parts:
         if is_complete(part, args):
             print(f"{part}: complete in {args.out}", file=sys.stderr, flush=True)
         elif budget.left() < (1 if args.smoke else START):
             late.append(part)
-        elif args.smoke:
+        elif args.smoke and part != SMOKE_CHILD:
             work(part, args, budget)
         else:
             for some in [[form] for form in forms(part, args)] if part == "memory" else [args.forms]:
@@ -155,9 +187,10 @@ def in_process(part: str, args: argparse.Namespace, budget: Budget, some: list[s
         words = [sys.executable, str(HERE / "speed.py"), part, "--child", "--run", args.run, "--out", str(args.out),
                  "--budget", f"{budget.left() - 8:.0f}"]  # fmt: skip
         words += ["--no-compile"] if args.no_compile else []
+        words += ["--smoke"] if args.smoke else []
         words += ["--forms", *some] if some else []
         code = watched(words, budget.left() - 3, environment(part, args))
-        if code == 0:
+        if code in (0, FOREIGN):
             return
         if code is None:
             forget(args.out / f"{part}.json")
@@ -200,6 +233,10 @@ def main(description: str | None) -> int:
     args = arguments(description=description)
     if not args.child:
         return run(args)
-    for part in args.parts:
-        work(part, args, Budget(args.budget))
+    try:
+        for part in args.parts:
+            work(part, args, Budget(args.budget))
+    except record.Foreign as error:
+        print(error, file=sys.stderr, flush=True)
+        return FOREIGN
     return 0

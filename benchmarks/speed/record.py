@@ -25,6 +25,10 @@ TRIES = 2
 """How often an item may end the process before it is left out."""
 
 
+class Foreign(Exception):
+    """A file of another machine, or of a smoke run where this is none."""
+
+
 class Budget:
     """Seconds that are left, from the moment this is made."""
 
@@ -48,7 +52,7 @@ class Record:
         command: What gives these results again.
 
     Raises:
-        SystemExit: The file is of another machine, or one is a smoke run and the other is not.
+        Foreign: The file is of another machine, or one is a smoke run and the other is not.
     """
 
     def __init__(self, part: str, folder: Path, budget: Budget, *, run: str, smoke: bool, command: str) -> None:
@@ -63,8 +67,8 @@ class Record:
             return
         same = all(found["machine"].get(key) == self.data["machine"].get(key) for key in ("device", "torch"))
         if found["smoke"] != smoke or not same:
-            raise SystemExit(f"{self.file} is of {'a smoke run' if found['smoke'] else found['machine']['device']}: "
-                             "give another --out")
+            raise Foreign(f"{self.file} is of {'a smoke run' if found['smoke'] else found['machine']['device']}: "
+                          "give another --out")
         self.data |= {key: found[key] for key in ("items", "errors", "doing")}
 
     @property
@@ -165,7 +169,8 @@ def machine() -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(0)
         found |= {
             "device": properties.name, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
-            "memory_gib": round(properties.total_memory / 2**30, 1), "multiprocessors": properties.multi_processor_count,
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+            "multiprocessors": properties.multi_processor_count,
             "l2_bytes": getattr(properties, "L2_cache_size", None),
         }
     return found

@@ -1,8 +1,8 @@
 """A whole step of a network: bf16 and every packed form, eager, compiled, and both in a CUDA graph.
 
-The strongest bf16 way, by time on the wall, is the baseline. Its graph stays while the packed forms are timed, and takes
-turns with each: an item holds its own baseline. GPU time is that of a replay between two events, which is the time of
-the kernels without the gaps between launches; wall time is that of many steps one after the other.
+The strongest bf16 way, by time on the wall, is the baseline. Its graph stays while the packed forms are timed, and
+takes turns with each: an item holds its own baseline. GPU time is that of a replay between two events, which is the
+time of the kernels without the gaps between launches; wall time is that of many steps one after the other.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 CPU (smoke runs): the clock on the wall.
 
 What is timed is given as a list of calls over different data, so that one replay goes through more bytes than the
-second-level cache holds, and no call finds its inputs there (`sets`); where the data is larger than that, one is enough.
+second-level cache holds, and no call finds its inputs there (`sets`); where the data is larger, one is enough.
 """
 
 from __future__ import annotations
@@ -42,8 +42,10 @@ def kernels(contestants: Mapping[str, Sequence[Call]], device: str, *, rounds: i
         works = {name: _graph_of_many(calls) for name, calls in contestants.items()}
     once = {name: work for name, (work, _) in works.items()}
     found = turns(once, device, rounds if device == "cuda" else 2)
-    return {name: {key: value * 1e6 / works[name][1] for key, value in numbers(values).items()} | {"rounds": len(values)}
-            for name, values in found.items()}
+    return {
+        name: {key: value * 1e6 / works[name][1] for key, value in numbers(values).items()} | {"rounds": len(values)}
+        for name, values in found.items()
+    }
 
 
 def turns(works: Mapping[str, Call], device: str, rounds: int) -> dict[str, list[float]]:
