@@ -25,11 +25,13 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from torch import Tensor, nn
 
 import bitbrush
 from bitbrush import assets
 from bitbrush.engine.progress import Silent
 from bitbrush.evaluation import draw
+from bitbrush.evaluation.features import cifar_classifier
 from bitbrush.evaluation.references import load_statistics
 from bitbrush.evaluation.result import Evaluation
 
@@ -82,6 +84,20 @@ class Bench:
         return time.perf_counter()
 
 
+class Shrinking(nn.Module):
+    """The CIFAR-10 classifier's features of larger pictures, shrunk to its 32x32."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.classifier = cifar_classifier(file)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Pictures [n, 3, H, W] in [-1, 1] to features [n, 384]."""
+        small = nn.functional.interpolate(pictures, size=(32, 32), mode="area")
+        found: Tensor = self.classifier.body(self.classifier.stem(small)).mean(dim=(2, 3))
+        return found
+
+
 def overhead(bench: Bench) -> dict[str, Any]:
     """Wall time of an evaluation over that of drawing its pictures; both after a warm-up of every batch size."""
     n, steps = (4, 2) if bench.smoke else (512, 25)
@@ -93,7 +109,7 @@ def overhead(bench: Bench) -> dict[str, Any]:
         for arm in (bench.model(name), folder):
             draw(bench.open(arm), prompts=prompts, n=n, steps=steps, batch=batch, autocast=bench.autocast)
 
-    classifier = None if bench.zoo is None else bench.zoo / "evaluators" / "cifar10-classifier.safetensors"
+    classifier = None if bench.zoo is None else Shrinking(bench.zoo / "evaluators" / "cifar10-classifier.safetensors")
     metrics = ["psnr", "ssim", "clip"] + (["fid"] if classifier is not None else [])
 
     def whole() -> None:

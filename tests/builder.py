@@ -70,6 +70,12 @@ def pairwise(seed: int = 0) -> list[dict[str, Any]]:
     return out
 
 
+def square(case: dict[str, Any]) -> dict[str, Any]:
+    """A case whose stride and padding are the same on all sides, without dilation: what most networks have."""
+    stride, padding = case["stride"][1], min(case["padding"][0], 1 if min(case["kernel"]) > 1 else 0)
+    return {**case, "stride": (stride, stride), "padding": (padding, padding), "dilation": (1, 1)}
+
+
 def spec_of(case: dict[str, Any]) -> LayerSpec:
     """The layer spec of a case; 64 channels."""
     mixed, sign = "mixed" in str(case["weight_bits"]), "sign" in str(case["weight_bits"])

@@ -10,6 +10,7 @@ The format (docs/format.md), for a layer with N rows, S segments of C_s channels
 * b bits are planes of 8, 4, 2, 1 bits, the widest first, the low-order bits of a code in the first plane; each plane
   starts at a multiple of 16 bytes; within a plane code k has its bits at bit k * width, counted from the low end of
   byte 0;
+* a code of 8 bits has its highest bit flipped in the file;
 * the value of a code is (code - weight_zero_point[n, s]) * weight_scale[n, s] in float32.
 """
 
@@ -34,7 +35,7 @@ def _row(data: np.ndarray, bits: int, length: int) -> list[int]:
             out[k] |= ((plane >> (k * width)) & ((1 << width) - 1)) << shift
         start, shift = start + size, shift + width
     assert start == len(data)
-    return out
+    return [code ^ 128 for code in out] if bits == 8 else out
 
 
 def read_weight(

@@ -66,7 +66,9 @@ def test_bytes_by_hand() -> None:
     assert data[:2] == [0b00_11_10_01, 0b00] and data[2:16] == [0] * 14
     assert data[16] == 0b10101 and data[17:] == [0] * 15
     assert packing.pack(torch.tensor([[0xA, 0x3, 0xF]]), 4)[0, :2].tolist() == [0x3A, 0x0F]
-    assert packing.pack(torch.tensor([[200, 7]]), 8)[0, :2].tolist() == [200, 7]
+    whole = packing.pack(torch.tensor([[200, 7]]), 8)
+    assert whole[0, :2].tolist() == [72, 135]
+    assert packing.int8_rows(whole)[0].tolist() == [72, -121] + [0] * 14  # code - 128, past the row's codes 0
 
 
 @pytest.mark.parametrize("bits", [0, 9, -1])

@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from bitbrush.errors import InputError
-from bitbrush.kernels import cpu, cpu_lookup, reference
+from bitbrush.kernels import cpu, cpu_lookup, gpu, reference
 
 if TYPE_CHECKING:
     from bitbrush.network.layers import QuantLayer
 
 Kernel = Callable[["QuantLayer", Tensor], Tensor]
 
-KERNELS: dict[str, Kernel] = {"reference": reference.run, "cpu-int8": cpu.run, "cpu-lookup": cpu_lookup.run}
+KERNELS: dict[str, Kernel] = {
+    "reference": reference.run, "cpu-int8": cpu.run, "cpu-lookup": cpu_lookup.run, "cuda-int8": gpu.run,
+}
 """Kernels by name; each takes (packed layer, input) and returns the layer's output."""
 
 
@@ -32,7 +34,9 @@ def run(layer: QuantLayer, x: Tensor) -> Tensor:
     return KERNELS[layer.kernel](layer, x)
 
 
-LEAVES: dict[str, Callable[[QuantLayer, Tensor], bool]] = {"cpu-int8": cpu.leaves, "cpu-lookup": cpu_lookup.leaves}
+LEAVES: dict[str, Callable[[QuantLayer, Tensor], bool]] = {
+    "cpu-int8": cpu.leaves, "cpu-lookup": cpu_lookup.leaves, "cuda-int8": gpu.leaves,
+}
 """Kernels that leave some inputs to the reference, with what says which."""
 
 
@@ -47,7 +51,7 @@ def why_not(name: str, layer: QuantLayer, device_type: str) -> str | None:
     """Why kernel ``name`` cannot run this layer on a device, or None when it can."""
     if name not in KERNELS:
         raise InputError(f"no kernel named {name!r}", why=f"known: {', '.join(KERNELS)}", try_="bitbrush doctor")
-    refusals = {"cpu-int8": cpu.why_not, "cpu-lookup": cpu_lookup.why_not}
+    refusals = {"cpu-int8": cpu.why_not, "cpu-lookup": cpu_lookup.why_not, "cuda-int8": gpu.why_not}
     return refusals[name](layer, device_type) if name in refusals else None
 
 

@@ -2,6 +2,8 @@
 
 A code of ``b`` bits is stored as planes of 8, 4, 2 or 1 bits, the widest first (3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2,
 7 = 4 + 2 + 1), low-order bits in the first plane. Within a plane, consecutive elements fill a byte from its low end.
+A code of 8 bits is stored as ``code - 128`` in two's complement: the bytes of a symmetric 8-bit weight are the int8
+values that a product takes (`int8_rows`), as they lie.
 
 A weight is stored by rows of K = segments x kh x kw x channels (see `weight_rows`); each plane of a row is padded to a
 multiple of 16 bytes, so that every row of every plane starts aligned for a vector load.
@@ -16,6 +18,8 @@ from bitbrush.numbers.grid import WeightSpec
 
 SEGMENT_ALIGN = 32
 ROW_ALIGN = 16
+SIGN = 128
+"""The bit that turns a code of 8 bits into ``code - 128`` in two's complement, and back."""
 
 
 def planes(bits: int) -> tuple[int, ...]:
@@ -60,7 +64,7 @@ def row_bytes(length: int, bits: int) -> int:
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack rows of codes ``[N, K]`` (integers below ``2**bits``) into ``[N, row_bytes(K, bits)]`` uint8."""
-    codes = codes.to(torch.uint8)
+    codes = codes.to(torch.uint8) ^ SIGN if bits == 8 else codes.to(torch.uint8)
     parts, shift = [], 0
     for width in planes(bits):
         plane = pack_plane((codes >> shift) & ((1 << width) - 1), width)
@@ -81,7 +85,12 @@ def unpack(data: Tensor, bits: int, length: int) -> Tensor:
         shift += width
     if out is None:
         raise ValueError("bits must be 1 to 8")
-    return out
+    return out ^ SIGN if bits == 8 else out
+
+
+def int8_rows(data: Tensor) -> Tensor:
+    """``code - 128`` of packed 8-bit rows: int8 ``[N, row_bytes]``, the same memory; past the row's codes it is 0."""
+    return data.view(torch.int8)
 
 
 def pack_class(codes: Tensor, bits: int, spec: WeightSpec) -> Tensor:

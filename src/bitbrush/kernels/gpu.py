@@ -1,0 +1,200 @@
+"""Packed linear and convolution layers on CUDA: encode, int8 product, one rounding (`triton_int8`, `int8_ops`).
+
+A weight of 8 bits is multiplied as it lies in memory. Lower bits are unpacked to int8 right before the product, into
+memory that the next layer uses again: at the batch sizes of a denoiser this costs a few percent of a step, and a
+product that unpacks within itself costs more (each tile of the output would unpack the weight again).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._triton import has_triton_package
+
+from bitbrush.kernels import cpu, int8_ops, reference
+from bitbrush.kernels.triton_int8 import BY_ROW, BY_SAMPLE, ONE_ROW, Frame
+from bitbrush.numbers import packing
+from bitbrush.numbers.codec import encode, reciprocal
+
+if TYPE_CHECKING:
+    from bitbrush.network.layers import QuantLayer
+
+MOST_SEGMENTS = 16
+"""Each segment is unrolled in the kernel."""
+_OPS = torch.ops.bitbrush
+
+
+def why_not(layer: QuantLayer, device_type: str) -> str | None:
+    """Why this kernel cannot run a packed layer on a device, or None when it can."""
+    if device_type != "cuda":
+        return f"the kernel runs on CUDA, not on {device_type}"
+    if not has_triton_package():
+        return "Triton is not installed"
+    return unable(layer)
+
+
+def unable(layer: QuantLayer) -> str | None:
+    """Why a layer cannot be computed so on any device, or None when it can."""
+    reason = cpu.why_not(layer, "cpu")  # what an int8 product can compute at all
+    if reason is not None:
+        return reason
+    if len(layer.segments) > MOST_SEGMENTS:
+        return f"{len(layer.segments)} segments; the kernel takes {MOST_SEGMENTS}"
+    return _conv_reason(layer) if isinstance(layer, nn.Conv2d) else None
+
+
+def _conv_reason(layer: Any) -> str | None:
+    left, right, top, bottom = layer._reversed_padding_repeated_twice
+    if len({left, right, top, bottom}) > 1 or max(layer.dilation) > 1 or len(set(layer.stride)) > 1:
+        return "a convolution with dilation, or with padding or stride that differ by side"
+    if left and left >= min(layer.kernel_hw):
+        return "a convolution with more padding than kernel"
+    if layer.spec.activation.granularity in ("token", "token_group") and layer.stride[0] > 1:
+        return "scales a pixel in a convolution with a stride"
+    return None
+
+
+def leaves(layer: QuantLayer, x: Tensor) -> bool:
+    """Whether an input is left to the reference; see `cpu.leaves`."""
+    return cpu.leaves(layer, x) or (isinstance(layer, nn.Conv2d) and x.ndim != 4)
+
+
+@dataclass(frozen=True)
+class _Input:
+    """An input as rows, and what encodes it: tables ``[T, S]`` and which row of them serves what (`triton_int8`)."""
+
+    rows: Tensor
+    frame: Frame | None
+    per_sample: int
+    scale: Tensor
+    inverse: Tensor
+    zero_point: Tensor
+    times: Tensor
+    kind: int
+
+
+def run(layer: QuantLayer, x: Tensor) -> Tensor:
+    """Output of a packed layer from exact integer products, in the dtype of ``x``."""
+    if layer.input is None or leaves(layer, x):
+        return reference.run(layer, x)
+    given = _input(layer, x)
+    y: Tensor = _OPS.int8_product(
+        _codes(layer, x, given), int8_weight(layer), given.scale, given.zero_point, given.times, given.kind,
+        layer.weight_scale, weight_sum(layer), list(packing.padded(layer.segments)), int8_ops.numbers_of(given.frame),
+        given.per_sample, layer.bias, None, None, x.dtype,
+    )
+    if not isinstance(layer, nn.Conv2d):
+        return layer.with_branch(y.reshape(*x.shape[:-1], -1), x)
+    if given.frame is None:
+        y = y.reshape(x.shape[0], *x.shape[2:], -1)
+    return layer.with_branch(y.permute(0, 3, 1, 2), x)
+
+
+def _input(layer: QuantLayer, x: Tensor) -> _Input:
+    pointwise = isinstance(layer, nn.Conv2d) and _pointwise(layer)
+    scale, inverse, zero, times, kind = _tables(layer, x)
+    if isinstance(layer, nn.Conv2d) and not pointwise:
+        pad, stride = int(layer._reversed_padding_repeated_twice[0]), int(layer.stride[0])
+        frame = Frame(x.shape[0], x.shape[2], x.shape[3], layer.kernel_hw, pad, stride, kind == ONE_ROW)
+        return _Input(x, frame, 1, scale, inverse, zero, times, kind)
+    rows = (x.permute(0, 2, 3, 1) if pointwise else x).reshape(-1, layer.in_channels_)
+    samples = x.shape[0] if x.ndim > 1 else 1
+    return _Input(rows, None, max(1, rows.shape[0] // max(1, samples)), scale, inverse, zero, times, kind)
+
+
+def _pointwise(layer: Any) -> bool:
+    """Whether a convolution is a linear layer of pixels."""
+    borders = layer._reversed_padding_repeated_twice
+    return layer.kernel_hw == (1, 1) and int(layer.stride[0]) == 1 and not any(borders)
+
+
+def _tables(layer: QuantLayer, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    """(scale, inverse, zero_point) ``[T, S]``, the rows that count, and for what each counts."""
+    quantizer = layer.input
+    if quantizer is None:
+        raise ValueError("the input of this layer is not quantized")
+    if quantizer.spec.mode == "static":
+        times = quantizer.times() if not quantizer.spec.time_groups else quantizer.rows()
+        times = _first(x.device) if times is None else times
+        kind = ONE_ROW if len(times) == 1 else BY_SAMPLE
+        return quantizer.scale, quantizer.inverse_scale, quantizer.zero_point, times, kind
+    scale, _, zero = quantizer.parameters_for(layer.prepare(x), layer.channel_dim % x.ndim)
+    found = [
+        torch.cat([part.reshape(-1, 1) for part in cpu._by_segment(layer, cpu._rows_last(layer, table))], 1)
+        for table in (scale, zero)
+    ]
+    scale, zero = found[0].contiguous(), found[1].contiguous()
+    count = len(scale)
+    if count == 1:
+        return scale, reciprocal(scale), zero, _first(x.device), ONE_ROW
+    kind = BY_SAMPLE if quantizer.spec.granularity == "sample" else BY_ROW
+    return scale, reciprocal(scale), zero, torch.arange(count, device=x.device), kind
+
+
+def _first(device: torch.device) -> Tensor:
+    return torch.zeros(1, dtype=torch.int64, device=device)
+
+
+def _codes(layer: QuantLayer, x: Tensor, given: _Input) -> Tensor:
+    """The codes less 128: by one kernel, or written out where a compiler can join it with what stands before."""
+    if layer.input is None:
+        raise ValueError("the input of this layer is not quantized")
+    if torch.compiler.is_compiling():
+        return codes_in_graph(layer, x, given.frame)
+    rows, factor = given.rows, layer.input_scale
+    if layer.spec.rotation != "none":
+        rows, factor = layer.prepare(x).reshape(rows.shape), None
+    tops = layer.input.row_tops()
+    codes: Tensor = _OPS.int8_encode(
+        rows, given.inverse, given.zero_point, given.times, given.kind, list(layer.segments), layer.input.top,
+        tops.flatten() if isinstance(tops, Tensor) else None, int8_ops.numbers_of(given.frame), given.per_sample,
+        factor,
+    )
+    return codes
+
+
+def codes_in_graph(layer: QuantLayer, x: Tensor, frame: Frame | None) -> Tensor:
+    """What ``int8_encode`` gives, in operations of torch."""
+    if layer.input is None:
+        raise ValueError("the input of this layer is not quantized")
+    prepared, dim = layer.prepare(x), layer.channel_dim % x.ndim
+    _, inverse, zero = layer.input.parameters_for(prepared, dim)
+    codes = encode(prepared, inverse, zero, layer.input.top_for(x.ndim, dim))
+    codes, zero = (cpu._rows_last(layer, t) for t in (codes, zero))
+    if frame is None:
+        zero = zero.expand(*codes.shape[:-1], zero.shape[-1]).reshape(-1, zero.shape[-1]) if zero.ndim > 1 else zero
+        codes = codes.reshape(-1, codes.shape[-1])
+    return int8_ops.laid_out(codes, zero, list(layer.segments), frame)
+
+
+def int8_weight(layer: QuantLayer) -> Tensor:
+    """``code - zero_point`` int8 ``[N, K]``: the packed bytes themselves where they are 8 bits wide."""
+    spec = layer.spec.weight
+    if spec is None:
+        raise ValueError("the weight of this layer is not quantized")
+    classes = spec.bit_classes()
+    if classes == (8,):
+        return packing.int8_rows(layer.codes8)  # type: ignore[arg-type]
+    kh, kw = layer.kernel_hw
+    found: Tensor = _OPS.int8_weight(
+        [getattr(layer, f"codes{bits}") for bits in classes], list(classes), layer.weight_zero_point,
+        layer.row_order if spec.row_bits else None, list(layer.segments), kh * kw, spec.halved(1),
+    )
+    return found
+
+
+def weight_sum(layer: QuantLayer) -> Tensor:
+    """int32 ``[S, N]``: each row's sum over each segment. Kept, for graphs that are captured later."""
+    key = f"weight_sum {layer.weight_scale.device}"
+    if key in layer._row_tables:
+        return layer._row_tables[key]
+    taps = layer.kernel_hw[0] * layer.kernel_hw[1]
+    with torch.inference_mode(False), torch.no_grad():
+        parts = int8_weight(layer)[:, : layer.row_length].split([taps * k for k in packing.padded(layer.segments)], 1)
+        found = torch.stack([part.sum(1, dtype=torch.int32) for part in parts])
+    if not torch.compiler.is_compiling():
+        layer._row_tables[key] = found
+    return found

@@ -1,0 +1,248 @@
+"""The int8 operations as torch ops: Triton on CUDA, the definition in plain torch elsewhere, shapes for tracing.
+
+    bitbrush::int8_encode    an input to codes less 128, rows of channels, or a frame (`triton_int8`) of them
+    bitbrush::int8_weight    packed rows below 8 bits to ``code - zero_point``
+    bitbrush::int8_product   the integer product of both, scaled, with what is added to it: one rounding
+
+A compiled graph sees each as one operation, so none breaks it; in one, the encode is written out instead
+(`gpu.codes_in_graph`), for the compiler to join with what stands before it. Lists of integers stand for a `Frame`:
+batch, high, wide, kh, kw, pad, stride, shared; empty for linear layers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bitbrush.kernels import triton_int8, tuning
+from bitbrush.kernels.triton_int8 import BY_ROW, BY_SAMPLE, Extra, Frame, Tables
+from bitbrush.numbers import packing
+from bitbrush.numbers.codec import encode as encode_codes
+
+_LIBRARY = torch.library.Library("bitbrush", "FRAGMENT")
+_LIBRARY.define(
+    "int8_encode(Tensor x, Tensor inverse, Tensor zero_point, Tensor times, int kind, int[] counts, int top, "
+    "Tensor? tops, int[] frame, int per_sample, Tensor? factor) -> Tensor"
+)
+_LIBRARY.define(
+    "int8_weight(Tensor[] codes, int[] bits, Tensor zero_point, Tensor? order, int[] counts, int taps, bool halved) "
+    "-> Tensor"
+)
+_LIBRARY.define(
+    "int8_product(Tensor a, Tensor w, Tensor scale, Tensor zero_point, Tensor times, int kind, Tensor weight_scale, "
+    "Tensor weight_sum, int[] widths, int[] frame, int per_sample, Tensor? bias, Tensor? shared, Tensor? residual, "
+    "ScalarType dtype) -> Tensor"
+)
+
+
+def frame_of(numbers: list[int]) -> Frame | None:
+    """The frame that a list of integers stands for."""
+    if not numbers:
+        return None
+    batch, high, wide, kh, kw, pad, stride, shared = numbers
+    return Frame(batch, high, wide, (kh, kw), pad, stride, bool(shared))
+
+
+def numbers_of(frame: Frame | None) -> list[int]:
+    """Inverse of `frame_of`."""
+    if frame is None:
+        return []
+    return [frame.batch, frame.high, frame.wide, *frame.kernel, frame.pad, frame.stride, int(frame.shared)]
+
+
+# ---- encode ----------------------------------------------------------------------------------------------------------
+def _encode_cuda(
+    x: Tensor, inverse: Tensor, zero_point: Tensor, times: Tensor, kind: int, counts: list[int], top: int,
+    tops: Tensor | None, frame: list[int], per_sample: int, factor: Tensor | None,
+) -> Tensor:
+    segments, place = tuple(counts), frame_of(frame)
+    x = x.contiguous(memory_format=torch.channels_last) if place is not None else x.contiguous()
+    return triton_int8.encode(x, inverse, zero_point, times, kind, segments, packing.padded(segments),
+                              top if tops is None else tops, frame=place, per_sample=per_sample, factor=factor)
+
+
+def _encode_plain(
+    x: Tensor, inverse: Tensor, zero_point: Tensor, times: Tensor, kind: int, counts: list[int], top: int,
+    tops: Tensor | None, frame: list[int], per_sample: int, factor: Tensor | None,
+) -> Tensor:
+    place = frame_of(frame)
+    rows = x if place is None else x.permute(0, 2, 3, 1)
+    rows = rows.float() if factor is None else rows.float() * factor
+
+    def wide(table: Tensor) -> Tensor:
+        found = table if kind == BY_ROW else table.index_select(0, times)
+        if kind == BY_SAMPLE and place is None:
+            found = found.repeat_interleave(per_sample, 0)
+        found = _by_channel(found, counts) if found.shape[1] > 1 else found
+        return found if place is None else found[:, None, None, :]
+
+    limit = top if tops is None else wide(tops.reshape(-1, 1))
+    zero = wide(zero_point.float())
+    return laid_out(encode_codes(rows, wide(inverse), zero, limit), zero, counts, place)
+
+
+def _by_channel(table: Tensor, counts: list[int]) -> Tensor:
+    return torch.cat([table[:, s : s + 1].expand(-1, count) for s, count in enumerate(counts)], 1)
+
+
+def laid_out(codes: Tensor, zero: Tensor, counts: list[int], frame: Frame | None) -> Tensor:
+    """Float codes ``[R, C]`` or ``[B, H, W, C]`` as int8 rows less 128: segments padded, a border with a frame.
+
+    Args:
+        zero: Zero-points, shaped to broadcast against the codes.
+
+    What is padded holds the zero-point's code. Written so that a compiler makes one pass over memory of it.
+    """
+    pad = torch.nn.functional.pad
+    centred = codes - zero
+    if packing.padded(tuple(counts)) != tuple(counts):
+        parts = centred.split(list(counts), -1)
+        centred = torch.cat([pad(p, (0, -p.shape[-1] % packing.SEGMENT_ALIGN)) for p in parts], -1)
+        if zero.shape[-1] > 1:
+            zeros = zero.split(list(counts), -1)
+            zero = torch.cat([pad(z, (0, -z.shape[-1] % packing.SEGMENT_ALIGN), value=0.0) for z in zeros], -1)
+    if frame is None:
+        return (centred + (zero - 128)).to(torch.int8)
+    after = 0 if frame.shared else frame.pad
+    framed = pad(centred, (0, 0, frame.pad, after, frame.pad, after)) + (zero - 128)
+    rows = framed.to(torch.int8).flatten(0, 2)
+    return pad(rows, (0, 0, 0, frame.rows - rows.shape[0])) if not frame.shared else _closed(rows, zero, frame)
+
+
+def _closed(rows: Tensor, zero: Tensor, frame: Frame) -> Tensor:
+    """The frame's last rows, which are the last picture's border below."""
+    missing = frame.rows - rows.shape[0]
+    if not missing:
+        return rows
+    last = (zero.reshape(-1, zero.shape[-1])[-1:] - 128).to(torch.int8).expand(missing, rows.shape[1])
+    return torch.cat([rows, last])
+
+
+# ---- weight ----------------------------------------------------------------------------------------------------------
+def _weight_cuda(
+    codes: list[Tensor], bits: list[int], zero_point: Tensor, order: Tensor | None, counts: list[int], taps: int,
+    halved: bool,
+) -> Tensor:
+    segments = tuple(counts)
+    widths = packing.padded(segments)
+    out = torch.empty((zero_point.shape[0], taps * sum(widths)), dtype=torch.int8, device=zero_point.device)
+    start = 0
+    for data, width in zip(codes, bits, strict=True):
+        mine = None if order is None else order[start : start + data.shape[0]]
+        if width == 8:
+            values = packing.int8_rows(data)[:, : out.shape[1]]
+            out = values if mine is None else out.index_copy_(0, mine.long(), values)
+        else:
+            triton_int8.unpack(out, data, width, zero_point, mine, segments, widths, taps, halved and width == 1)
+        start += data.shape[0]
+    return out
+
+
+def _weight_plain(
+    codes: list[Tensor], bits: list[int], zero_point: Tensor, order: Tensor | None, counts: list[int], taps: int,
+    halved: bool,
+) -> Tensor:
+    widths = packing.padded(tuple(counts))
+    parts = [packing.unpack(data, b, taps * sum(widths)) << int(halved and b == 1)
+             for data, b in zip(codes, bits, strict=True)]
+    rows = torch.cat(parts)
+    if order is not None:
+        rows = torch.empty_like(rows).index_copy_(0, order.long(), rows)
+    out = []
+    for s, part in enumerate(rows.split([taps * width for width in widths], 1)):
+        values = (part.to(torch.int16) - zero_point[:, s : s + 1]).to(torch.int8).unflatten(1, (taps, -1))
+        values[:, :, counts[s] :] = 0  # padding of symmetric 1-bit rows reads as -1
+        out.append(values.flatten(1))
+    return torch.cat(out, 1)
+
+
+# ---- product ---------------------------------------------------------------------------------------------------------
+def _product_cuda(
+    a: Tensor, w: Tensor, scale: Tensor, zero_point: Tensor, times: Tensor, kind: int, weight_scale: Tensor,
+    weight_sum: Tensor, widths: list[int], frame: list[int], per_sample: int, bias: Tensor | None,
+    shared: Tensor | None, residual: Tensor | None, dtype: torch.dtype,
+) -> Tensor:
+    tables = Tables(scale, zero_point, times, kind, weight_scale, weight_sum)
+    place, extra = frame_of(frame), Extra(bias, shared, residual)
+
+    def run(config: triton_int8.Config) -> Tensor:
+        return triton_int8.product(a, w, tables, tuple(widths), dtype, frame=place, per_sample=per_sample, extra=extra,
+                                   config=config)
+
+    rows = a.shape[0] if place is None else place.batch * place.out[0] * place.out[1]
+    return run(tuning.config(tuning.Problem.of(rows, w.shape[0], tuple(widths), place), a.device, run))
+
+
+def _product_plain(
+    a: Tensor, w: Tensor, scale: Tensor, zero_point: Tensor, times: Tensor, kind: int, weight_scale: Tensor,
+    weight_sum: Tensor, widths: list[int], frame: list[int], per_sample: int, bias: Tensor | None,
+    shared: Tensor | None, residual: Tensor | None, dtype: torch.dtype,
+) -> Tensor:
+    place, taps = frame_of(frame), 1 if not frame else frame[3] * frame[4]
+    total: Tensor | None = None
+    sample = _samples(a.shape[0] if place is None else place.batch * place.out[0] * place.out[1], per_sample, place)
+    row = torch.arange(len(sample)) if kind == BY_ROW else times[sample] if kind == BY_SAMPLE else times
+    parts = zip(a.split(widths, 1), w[:, : taps * sum(widths)].split([taps * k for k in widths], 1), strict=True)
+    for s, (left, right) in enumerate(parts):
+        gathered = left if place is None else _gathered(left, place)
+        acc = (gathered.double() @ right.double().T).to(torch.int32)  # integers below 2**53: exact
+        acc += (128 - zero_point[row, s : s + 1].to(torch.int32)) * weight_sum[s]
+        part = (acc.float() * scale[row, s : s + 1]) * weight_scale[:, s]
+        total = part if total is None else total + part
+    if total is None:
+        raise ValueError("a product without segments")
+    total = total if bias is None else total + bias.float()
+    total = total if shared is None else total + shared.float()[sample]
+    total = total if residual is None else total + residual.float().reshape(total.shape)
+    out = total.to(dtype)
+    return out if place is None else out.reshape(place.batch, *place.out, -1)
+
+
+def _samples(rows: int, per_sample: int, frame: Frame | None) -> Tensor:
+    return torch.arange(rows) // (per_sample if frame is None else frame.out[0] * frame.out[1])
+
+
+def _gathered(frame_rows: Tensor, frame: Frame) -> Tensor:
+    """The rows ``[M, kh * kw * C]`` of a convolution's product, by the frame's arithmetic."""
+    b, y, x = (torch.arange(n) for n in (frame.batch, *frame.out))
+    first = ((b[:, None, None] * frame.height + y[:, None] * frame.stride) * frame.pitch + x * frame.stride).flatten()
+    i, j = (torch.arange(n) for n in frame.kernel)
+    taps = (i[:, None] * frame.pitch + j).flatten()
+    return frame_rows[first[:, None] + taps].flatten(1)
+
+
+# ---- shapes ----------------------------------------------------------------------------------------------------------
+def _encode_shape(
+    x: Tensor, inverse: Tensor, zero_point: Tensor, times: Tensor, kind: int, counts: list[int], top: int,
+    tops: Tensor | None, frame: list[int], per_sample: int, factor: Tensor | None,
+) -> Tensor:
+    place = frame_of(frame)
+    rows = x.shape[0] if place is None else place.rows
+    return x.new_empty((rows, sum(packing.padded(tuple(counts)))), dtype=torch.int8)
+
+
+def _weight_shape(
+    codes: list[Tensor], bits: list[int], zero_point: Tensor, order: Tensor | None, counts: list[int], taps: int,
+    halved: bool,
+) -> Tensor:
+    return zero_point.new_empty((zero_point.shape[0], taps * sum(packing.padded(tuple(counts)))), dtype=torch.int8)
+
+
+def _product_shape(
+    a: Tensor, w: Tensor, scale: Tensor, zero_point: Tensor, times: Tensor, kind: int, weight_scale: Tensor,
+    weight_sum: Tensor, widths: list[int], frame: list[int], per_sample: int, bias: Tensor | None,
+    shared: Tensor | None, residual: Tensor | None, dtype: torch.dtype,
+) -> Tensor:
+    place = frame_of(frame)
+    shape = (a.shape[0],) if place is None else (place.batch, *place.out)
+    return a.new_empty((*shape, w.shape[0]), dtype=dtype)
+
+
+for _name, _cuda, _plain, _shape in (
+    ("int8_encode", _encode_cuda, _encode_plain, _encode_shape),
+    ("int8_weight", _weight_cuda, _weight_plain, _weight_shape),
+    ("int8_product", _product_cuda, _product_plain, _product_shape),
+):
+    _LIBRARY.impl(_name, _cuda, "CUDA")
+    _LIBRARY.impl(_name, _plain, "CPU")
+    torch.library.register_fake(f"bitbrush::{_name}", _shape, lib=_LIBRARY)

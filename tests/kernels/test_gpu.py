@@ -1,0 +1,129 @@
+"""Packed layers as the CUDA kernel computes them: its operations in plain torch on the CPU over the grid of cases; the
+same layers through Triton's interpreter; compiled graphs; what is refused."""
+
+from __future__ import annotations
+
+import collections
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+
+from bitbrush import kernels
+from bitbrush.kernels import cpu, gpu, int8_ops
+from bitbrush.network.clock import Clock
+from bitbrush.network.layers import QuantConv2d, QuantLayer
+from bitbrush.numbers.grid import ActivationSpec, LayerSpec, WeightSpec
+
+SOURCE = Path(__file__).resolve().parents[2] / "src"
+TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+
+def test_outputs_equal_the_integer_kernel_of_the_cpu(builder: ModuleType) -> None:
+    cases = builder.pairwise(3) + [builder.square(case) for case in builder.pairwise(4)]
+    ran, skipped = collections.Counter(), collections.Counter()
+    for i, case in enumerate(cases):
+        _, packed, _ = builder.build(case, i)
+        reason = gpu.unable(packed)
+        if reason is not None:
+            skipped[reason] += 1
+            continue
+        x = builder.make_input(case, i)
+        with packed.input._clock[0].at(builder.timestep(case)), torch.no_grad():
+            want, got = cpu.run(packed, x), gpu.run(packed, x)
+        assert got.dtype == want.dtype and torch.equal(got, want), case
+        ran[case["kind"]] += 1
+    assert ran.total() + skipped.total() == len(cases) and ran["linear"] >= 30 and ran["conv"] >= 20
+    assert "a convolution with dilation, or with padding or stride that differ by side" in skipped
+
+
+def test_codes_written_out_in_a_graph_are_those_of_the_operation(builder: ModuleType) -> None:
+    ran = values = 0
+    for i, case in enumerate(map(builder.square, builder.pairwise(5))):
+        _, packed, _ = builder.build(case, i)
+        x = builder.make_input(case, i)
+        if gpu.unable(packed) is not None or gpu.leaves(packed, x):
+            continue
+        with packed.input._clock[0].at(builder.timestep(case)), torch.no_grad():
+            given = gpu._input(packed, x)
+            want, got = gpu._codes(packed, x, given), gpu.codes_in_graph(packed, x, given.frame)
+        if given.frame is not None and not given.frame.shared:  # below the last picture nothing is ever read
+            count = given.frame.batch * given.frame.height * given.frame.pitch
+            want, got = want[:count], got[:count]
+        assert torch.equal(got, want), case
+        ran, values = ran + 1, values + want.numel()
+    assert ran >= 40 and values > 100_000
+
+
+@TRITON
+def test_layers_in_the_interpreter_equal_the_integer_kernel_of_the_cpu() -> None:
+    env = {**os.environ, "PYTHONPATH": f"{SOURCE}{os.pathsep}{SOURCE.parent / 'tests'}", "OMP_NUM_THREADS": "1"}
+    file = str(Path(__file__).with_name("interpreted_layers.py"))
+    done = subprocess.run([sys.executable, file], capture_output=True, text=True, env=env, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    assert found["unequal"] == [] and found["linear"] >= 12 and found["conv"] >= 6
+
+
+def _layer(**options: object) -> QuantLayer:
+    spec = LayerSpec(weight=WeightSpec(), activation=ActivationSpec())
+    return QuantConv2d.wrap(nn.Conv2d(32, 32, **{"kernel_size": 3, **options}), spec, Clock((1.0,)), 1)
+
+
+def test_reasons_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gpu.why_not(_layer(), "cpu") == "the kernel runs on CUDA, not on cpu"
+    monkeypatch.setattr(gpu, "has_triton_package", lambda: False)
+    assert gpu.why_not(_layer(), "cuda") == "Triton is not installed"
+    monkeypatch.setattr(gpu, "has_triton_package", lambda: True)
+    assert gpu.why_not(_layer(padding=1), "cuda") is None and gpu.why_not(_layer(stride=2, padding=1), "cuda") is None
+    other = "a convolution with dilation, or with padding or stride that differ by side"
+    for options in ({"dilation": 2}, {"padding": (1, 0)}, {"stride": (2, 1)}):
+        assert gpu.why_not(_layer(**options), "cuda") == other
+    assert gpu.why_not(_layer(padding=3), "cuda") == "a convolution with more padding than kernel"
+    assert gpu.why_not(_layer(groups=4), "cuda") == "a convolution with groups = 4"
+    chosen = kernels.use(nn.Sequential(_layer(padding=1)), "cuda-int8", "cuda")
+    assert chosen == {"0": "cuda-int8"}
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_a_compiled_graph_has_no_break_and_is_compiled_once(builder: ModuleType, kind: str) -> None:
+    case = {"kind": kind, "mode": "timed", "padding": (1, 1), "segments": (40, 24)}
+    _, packed, _ = builder.build(case)
+    packed.kernel, clock, x = "cuda-int8", packed.input._clock[0], builder.make_input(case)
+    gpu.weight_sum(packed)
+    counter = CompileCounter()
+    graph = torch.compile(packed, backend=counter, fullgraph=True)
+    for time in (1.0, 250.0, 999.0):
+        with clock.at(torch.tensor(time)), torch.no_grad():
+            got, want = graph(x), packed(x)
+        assert torch.equal(got, want)
+    assert counter.frame_count == 1
+
+
+def test_shapes_for_tracing_are_those_that_come_out(builder: ModuleType) -> None:
+    ran = 0
+    for i, case in enumerate(builder.pairwise(6)[:24]):
+        _, packed, _ = builder.build(case, i)
+        x = builder.make_input(case, i)
+        if gpu.unable(packed) is not None or gpu.leaves(packed, x):
+            continue
+        with packed.input._clock[0].at(builder.timestep(case)), torch.no_grad():
+            given = gpu._input(packed, x)
+            a, w = gpu._codes(packed, x, given), gpu.int8_weight(packed)
+            tables = (given.scale, given.zero_point, given.times, given.kind, packed.weight_scale,
+                      gpu.weight_sum(packed))
+            rest = (list(int8_ops.packing.padded(packed.segments)), int8_ops.numbers_of(given.frame), given.per_sample,
+                    packed.bias, None, None, x.dtype)
+            real = torch.ops.bitbrush.int8_product(a, w, *tables, *rest)
+            traced: Tensor = int8_ops._product_shape(a.to("meta"), w.to("meta"), *tables, *rest)
+        assert traced.shape == real.shape and traced.dtype == real.dtype
+        ran += 1
+    assert ran >= 8

@@ -1,0 +1,82 @@
+"""The int8 product, encode and unpack kernels: Triton's interpreter against the definition, and planted faults."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bitbrush.kernels.triton_int8 import Config, Frame, fitting
+
+SOURCE = Path(__file__).resolve().parents[2] / "src"
+TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+
+def _interpreted(*args: str) -> dict[str, Any]:
+    env = {**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}
+    file = str(Path(__file__).with_name("interpreted_int8.py"))
+    done = subprocess.run([sys.executable, file, *args], capture_output=True, text=True, env=env, timeout=300,
+                          check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+@TRITON
+def test_sums_are_equal_and_outputs_within_their_rounding() -> None:
+    found = _interpreted()
+    assert found["cases"] == 27 and found["sums"] > 10_000
+    assert found["unequal"] == 0 and found["codes"] and found["mixed_rows"]
+    assert 0 < found["ratio"] <= 1
+
+
+@TRITON
+@pytest.mark.parametrize("fault", ["zero-point", "half-up", "border", "segment-order", "nibbles", "stale-time",
+                                   "tap-order", "sum-of-weights"])
+def test_a_planted_fault_shows(fault: str) -> None:
+    found = _interpreted(fault)
+    assert found["unequal"] >= 3 or not found["codes"]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("kernel, pad, stride", [((3, 3), 1, 1), ((3, 3), 1, 2), ((1, 1), 0, 1), ((5, 5), 2, 1)])
+def test_a_frame_has_every_neighbour_at_the_same_distance(
+    kernel: tuple[int, int], pad: int, stride: int, shared: bool
+) -> None:
+    """By hand: which row of the frame a kernel position reads is the pixel there, or border, and never outside."""
+    frame = Frame(2, 4, 5, kernel, pad, stride, shared)
+    where = {}
+    for b in range(2):
+        for y in range(4):
+            for x in range(5):
+                where[(b * frame.height + pad + y) * frame.pitch + pad + x] = (b, y, x)
+    assert len(where) == 40
+    read = 0
+    for b in range(2):
+        for y in range(frame.out[0]):
+            for x in range(frame.out[1]):
+                first = (b * frame.height + y * stride) * frame.pitch + x * stride
+                for i in range(kernel[0]):
+                    for j in range(kernel[1]):
+                        row = first + i * frame.pitch + j
+                        iy, ix = y * stride + i - pad, x * stride + j - pad
+                        inside = 0 <= iy < 4 and 0 <= ix < 5
+                        assert 0 <= row < frame.rows
+                        assert where.get(row) == ((b, iy, ix) if inside else None)
+                        read += 1
+    assert read == 2 * frame.out[0] * frame.out[1] * kernel[0] * kernel[1]
+
+
+def test_blocks_of_columns_fit_the_segments() -> None:
+    taps = Frame(1, 8, 8, (3, 3), 1, 1)
+    assert fitting(Config(bk=128), (320,), None).bk == 128  # the end of a row is cut off by bounds
+    assert fitting(Config(bk=128), (320,), taps).bk == 64
+    assert fitting(Config(bk=128), (640, 320), None).bk == 64
+    assert fitting(Config(bk=128), (96,), taps).bk == 32
+    assert not fitting(Config(), (64,), Frame(1, 8, 8, (3, 3), 1, 2)).tma  # strides are gathered
