@@ -133,7 +133,8 @@ def _contest(
 
 # ---- encodes -----------------------------------------------------------------------------------------------------
 def encodes(record: Record, device: str, *, smoke: bool) -> None:
-    """Encodes alone, fused with a norm by a kernel, and fused by the compiler, at tensors of SDXL."""
+    """Encodes alone, and after a norm as a compiled model has them, at tensors of SDXL."""
+    torch._dynamo.config.recompile_limit = 64
     pictures = (2, 8, 8, 32) if smoke else (2, 128, 128, 320)
     tokens = (2, 16, 64) if smoke else (2, 4096, 640)
     sizes = {"plain": (tokens, pictures), "norm": (tokens, pictures)}
@@ -160,37 +161,37 @@ def _inputs(size: Sequence[int], device: str, dtype: torch.dtype) -> list[Tensor
     return [x.permute(0, 3, 1, 2) for x in made] if len(size) == 4 else made
 
 
-def _tables(device: str) -> tuple[Tensor, Tensor]:
-    return torch.full((1,), 1 / ours.SCALE, device=device), torch.full((1,), 128, device=device, dtype=torch.uint8)
+def _frame(size: Sequence[int]) -> list[int]:
+    """Of the 3x3 convolution that takes a picture ``[B, H, W, C]``; tokens have none."""
+    if len(size) != 4:
+        return []
+    batch, high, wide, channels = size
+    return ours.frame(Shape(batch * high * wide, 9 * channels, channels, 3, 1, high, wide, batch))
 
 
 def encode(size: Sequence[int], device: str, *, smoke: bool) -> Item:
-    """The encode alone."""
+    """The encode alone, by our kernel."""
     dtype = torch.float32 if smoke else torch.bfloat16
-    tables = _tables(device)
-    return _encoded({"ours": lambda x: ours.encode(x, *tables)}, size, device, dtype)
+    inverse = torch.full((1, 1), 1 / ours.SCALE, device=device)
+    zero = torch.full((1, 1), ours.ZERO, device=device, dtype=torch.uint8)
+    times, where = torch.zeros(1, dtype=torch.int64, device=device), _frame(size)
+    return _encoded({"kernel": lambda x: ours.encode(x, inverse, zero, times, where)}, size, device, dtype)
 
 
 def norm_encode(size: Sequence[int], device: str, *, smoke: bool) -> Item:
-    """GroupNorm + SiLU (pictures) or LayerNorm (tokens), then encode: by our kernel, and written in torch and compiled."""
+    """GroupNorm + SiLU (pictures) or LayerNorm (tokens), then the encode: as a compiled model has them."""
     dtype = torch.float32 if smoke else torch.bfloat16
-    inverse, zero = _tables(device)
-    channels = size[-1]
+    inverse, zero = torch.full((1,), 1 / ours.SCALE, device=device), torch.full((1,), float(ours.ZERO), device=device)
+    channels, where = size[-1], _frame(size)
     w, b = (torch.randn(channels, device=device).to(dtype) for _ in range(2))
 
     def written(x: Tensor) -> Tensor:
         if x.ndim == 4:
-            return ours.encode_in_torch(F.silu(F.group_norm(x, NORM_GROUPS, w, b)), inverse, zero)
-        return ours.encode_in_torch(F.layer_norm(x, (channels,), w, b), inverse, zero)
+            return ours.encode_in_graph(F.silu(F.group_norm(x, NORM_GROUPS, w, b)), inverse, zero, where)
+        return ours.encode_in_graph(F.layer_norm(x, (channels,), w, b), inverse, zero, where)
 
-    works: dict[str, Callable[[Tensor], Any]] = {
-        "compiled": torch.compile(written, dynamic=False, backend="eager" if smoke else "inductor"),
-    }
-    for name, op in ours.fused().items():
-        if name.startswith("group" if len(size) == 4 else "layer"):
-            extra = (NORM_GROUPS,) if len(size) == 4 else ()
-            works["ours"] = lambda x, op=op, extra=extra: op(x, *extra, w, b, 1e-5, inverse, zero)
-    return _encoded(works, size, device, dtype)
+    compiled = torch.compile(written, dynamic=False, backend="eager" if smoke else "inductor")
+    return _encoded({"compiled": compiled}, size, device, dtype)
 
 
 def _encoded(works: dict[str, Callable[[Tensor], Any]], size: Sequence[int], device: str, dtype: torch.dtype) -> Item:

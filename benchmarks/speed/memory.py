@@ -1,4 +1,4 @@
-"""Peak memory of putting an SDXL UNet on the GPU and one eager step; a process for each form, so that nothing is shared.
+"""Peak memory of putting an SDXL UNet on the GPU and one eager step; a process for each form, which shares nothing.
 
 Loading is drawing every tensor where it is to stay, as an artifact is loaded tensor by tensor from its file. On a CPU
 (smoke runs) the bytes of all tensors stand in for the peak.

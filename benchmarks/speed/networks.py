@@ -145,7 +145,7 @@ def _fill(layer: QuantLayer, device: str, drawn: torch.Generator) -> None:
         buffers["weight_scale"] = rows.expand(-1, wide).contiguous() / (0.58 * middle * fan_in**0.5)
         padded = any(channels % packing.SEGMENT_ALIGN for channels in layer.segments)
         buffers[f"codes{bits}"] = (
-            _packed(layer, bits, zero, device, drawn) if padded else _bytes(held, device, drawn)
+            _packed(layer, weight, zero, device, drawn) if padded else _bytes(held, device, drawn)
         )
     if layer.input is not None:
         _fill_input(layer.input, device, drawn)
@@ -155,10 +155,11 @@ def _bytes(like: Tensor, device: str, drawn: torch.Generator) -> Tensor:
     return torch.randint(0, 256, tuple(like.shape), dtype=torch.uint8, device=device, generator=drawn)
 
 
-def _packed(layer: QuantLayer, bits: int, zero: Tensor, device: str, drawn: torch.Generator) -> Tensor:
+def _packed(layer: QuantLayer, weight: WeightSpec, zero: Tensor, device: str, drawn: torch.Generator) -> Tensor:
+    bits = weight.grid.bits
     size = (layer.out_channels_, layer.in_channels_, *layer.kernel_hw)
     codes = torch.randint(0, 1 << bits, size, dtype=torch.uint8, device=device, generator=drawn)
-    return packing.pack(packing.weight_rows(codes, layer.segments, zero), bits)
+    return packing.pack_class(packing.weight_rows(codes, layer.segments, zero), bits, weight)
 
 
 def _fill_input(quantizer: nn.Module, device: str, drawn: torch.Generator) -> None:

@@ -1,7 +1,7 @@
 """Every call of bitbrush's kernels, and of nothing else: when their interface moves, this file does.
 
-The kernels are torch ops that importing ``bitbrush.kernels.ops`` registers. A smoke run without them takes plain torch
-in their place, which shows that the benchmark runs and times nothing of bitbrush.
+The kernels are torch ops that importing ``bitbrush.kernels.int8_ops`` registers, with a plain form on the CPU, which is
+what a smoke run sees.
 """
 
 from __future__ import annotations
@@ -17,78 +17,91 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitbrush import kernels
-from bitbrush.numbers import packing
+from bitbrush.errors import InputError
+from bitbrush.numbers import codec, packing
 from speed.shapes import Shape
 
 OFFSET = 128
-SCALE = 8 / 255
-FUSED = ("group_norm_silu_encode", "layer_norm_encode")
-"""Ops that encode what a norm gives, where the package has them."""
+SCALE, ZERO = 8 / 255, 131
+TOP = 255
+ONE_ROW = 0
+"""What ``kind`` of the ops says where one row of scales serves all samples."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Operands:
-    """What an int8 layer takes: codes, and tables of S segments.
+    """What an int8 layer of one segment takes.
 
     Attributes:
         shape: Of the layer.
-        a: int8 ``[M, K]``, of a convolution ``[B, H, W, C]``.
-        weight: int8 ``[N, K]`` with 8 bits, else packed rows uint8; K in the order (kh, kw, channel).
+        codes: int8 activation codes less 128, ``[M, K]``, of a convolution ``[B, H, W, C]``: for the reference.
+        laid: The same as the product wants them.
+        integers: int8 ``[N, K]``, K in the order (kh, kw, channel).
+        packed: Rows of codes below 8 bits, else None.
         bits: Of a weight.
-        a_scale: float32 ``[S]``.
-        a_zero: int32 ``[S]``.
-        w_scale: float32 ``[N, S]``.
-        w_zero: uint8 ``[N, S]``.
-        w_sum: int32 ``[S, N]``, sums of the rows' integers.
+        scale: float32 ``[1, 1]`` of the activation.
+        zero: uint8 ``[1, 1]`` of the activation.
+        times: int64 ``[1]``, the row of the tables that is in force.
+        w_scale: float32 ``[N, 1]``.
+        w_zero: uint8 ``[N, 1]``.
+        w_sum: int32 ``[1, N]``, sums of the rows' integers.
         bias: ``[N]``.
         residual: ``[M, N]`` or None.
-        segments: Channels of each; empty is one.
     """
 
     shape: Shape
-    a: Tensor
-    weight: Tensor
+    codes: Tensor
+    laid: Tensor
+    integers: Tensor
+    packed: Tensor | None
     bits: int
-    a_scale: Tensor
-    a_zero: Tensor
+    scale: Tensor
+    zero: Tensor
+    times: Tensor
     w_scale: Tensor
     w_zero: Tensor
     w_sum: Tensor
     bias: Tensor
     residual: Tensor | None
-    segments: tuple[int, ...] = ()
 
 
 def available() -> str | None:
     """Why there are no kernels here, or None."""
     try:
-        importlib.import_module("bitbrush.kernels.ops")
+        importlib.import_module("bitbrush.kernels.int8_ops")
     except ImportError as error:
-        return f"no bitbrush.kernels.ops ({error})"
-    return None if hasattr(torch.ops.bitbrush, "int8_linear") else "bitbrush.kernels.ops registers no int8_linear"
+        return f"no bitbrush.kernels.int8_ops ({error})"
+    there = all(hasattr(torch.ops.bitbrush, name) for name in ("int8_encode", "int8_weight", "int8_product"))
+    return None if there else "bitbrush.kernels.int8_ops does not register what is called here"
 
 
+def frame(shape: Shape) -> list[int]:
+    """The convolution's frame as the ops take it: batch, high, wide, kh, kw, pad, stride, shared border."""
+    if not shape.kernel:
+        return []
+    size = shape.kernel
+    return [shape.batch, shape.height, shape.width, size, size, size // 2, shape.stride, 1]
+
+
+# ---- product -----------------------------------------------------------------------------------------------------
 def operands(shape: Shape, bits: int, device: str, dtype: torch.dtype, *, residual: bool, seed: int = 0) -> Operands:
     """Random codes for a shape, on the device."""
     drawn = torch.Generator(device).manual_seed(seed)
 
-    def whole(low: int, high: int, size: tuple[int, ...], kind: torch.dtype) -> Tensor:
-        return torch.randint(low, high, size, dtype=kind, device=device, generator=drawn)
-
     def noise(*size: int) -> Tensor:
         return torch.randn(size, device=device, generator=drawn).to(dtype)
 
-    places = (shape.batch, shape.height, shape.width, shape.channels) if shape.kernel else (shape.rows, shape.inner)
-    n, k = shape.outer, shape.inner
-    if bits == 8:
-        weight, integers = (w := whole(-127, 128, (n, k), torch.int8)), w
-    else:
-        codes = whole(0, 1 << bits, (n, k), torch.uint8)
-        weight, integers = packing.pack(codes, bits), codes.to(torch.int8) - (1 << bits - 1)
-    middle = 1 << bits - 1
+    n, k, middle = shape.outer, shape.inner, 1 << bits - 1
+    codes = torch.randint(int(bits == 8), 1 << bits, (n, k), dtype=torch.uint8, device=device, generator=drawn)
+    integers = (codes.to(torch.int16) - middle).to(torch.int8)
+    places = (shape.batch, shape.height, shape.width, shape.channels) if shape.kernel else (shape.rows, k)
+    x = noise(*places)
+    scale, zero = torch.full((1, 1), SCALE, device=device), torch.full((1, 1), ZERO, dtype=torch.uint8, device=device)
+    times = torch.zeros(1, dtype=torch.int64, device=device)
+    laid = encode(x.permute(0, 3, 1, 2) if shape.kernel else x, codec.reciprocal(scale), zero, times, frame(shape))
     return Operands(
-        shape, whole(-128, 128, places, torch.int8), weight, bits,
-        a_scale=torch.full((1,), SCALE, device=device), a_zero=torch.full((1,), 131, device=device, dtype=torch.int32),
+        shape, encode_in_torch(x, codec.reciprocal(scale)[0], zero[0]), laid, integers,
+        packing.pack(codes, bits) if bits < 8 else None, bits, scale, zero, times,
         w_scale=torch.full((n, 1), 1.0 / (0.58 * middle * k**0.5), device=device),
         w_zero=torch.full((n, 1), middle, device=device, dtype=torch.uint8),
         w_sum=integers.sum(1, dtype=torch.int32).reshape(1, n), bias=noise(n),
@@ -97,91 +110,97 @@ def operands(shape: Shape, bits: int, device: str, dtype: torch.dtype, *, residu
 
 
 def call(x: Operands, dtype: torch.dtype) -> Callable[[], Tensor]:
-    """The layer as a call without arguments."""
-    if available() is not None:
-        return lambda: stand_in(x, dtype)
-    return (lambda: _conv(x, dtype)) if x.shape.kernel else (lambda: _linear(x, dtype))
+    """The layer as a call without arguments: below 8 bits the weight is unpacked in every call, as a model does."""
+    ops, where, taps = torch.ops.bitbrush, frame(x.shape), max(1, x.shape.kernel**2)
+    channels = x.shape.channels if x.shape.kernel else x.shape.inner
 
-
-def _linear(x: Operands, dtype: torch.dtype) -> Tensor:
-    out: Tensor = torch.ops.bitbrush.int8_linear(
-        x.a, x.weight, x.bits, list(x.segments) or [x.shape.inner], x.a_scale, x.a_zero, x.w_scale, x.w_zero, x.w_sum,
-        x.bias, x.residual, dtype,
-    )
-    return out
-
-
-def _conv(x: Operands, dtype: torch.dtype) -> Tensor:
-    size, stride = x.shape.kernel, x.shape.stride
-    out: Tensor = torch.ops.bitbrush.int8_conv2d(
-        x.a, x.weight, x.bits, list(x.segments) or [x.shape.channels], x.a_scale, x.a_zero, x.w_scale, x.w_zero,
-        x.w_sum, x.bias, x.residual, dtype, [size, size], [stride, stride], [size // 2, size // 2],
-    )
-    return out
-
-
-def encode(x: Tensor, inverse: Tensor, zero: Tensor) -> Tensor:
-    """int8 codes of ``x``, by the kernel or in its place."""
-    if available() is None:
-        out: Tensor = torch.ops.bitbrush.encode(x, inverse, zero)
+    def work() -> Tensor:
+        weight = x.integers
+        if x.packed is not None:
+            weight = ops.int8_weight([x.packed], [x.bits], x.w_zero, None, [channels], taps, False)
+        out: Tensor = ops.int8_product(
+            x.laid, weight, x.scale, x.zero, x.times, ONE_ROW, x.w_scale, x.w_sum, [channels], where,
+            1 if where else x.shape.rows, x.bias, None, x.residual, dtype,
+        )
         return out
-    return encode_in_torch(x, inverse, zero)
 
-
-def encode_in_torch(x: Tensor, inverse: Tensor, zero: Tensor) -> Tensor:
-    """The same in torch's own operations, which a compiler may fuse into what stands before."""
-    codes = torch.round(x.float() * inverse) + zero
-    return (codes.clamp(0, 255) - OFFSET).to(torch.int8)
-
-
-def fused() -> dict[str, Callable[..., Tensor]]:
-    """Encodes fused with a norm that the package has, by name."""
-    if available() is not None:
-        return {}
-    return {name: getattr(torch.ops.bitbrush, name) for name in FUSED if hasattr(torch.ops.bitbrush, name)}
+    return work
 
 
 def reference(x: Operands, rows: int) -> Tensor:
-    """The first rows of the layer's output, float32: of a linear layer rows of the input, of a convolution those of
-    the first picture."""
-    zero, scale = int(x.a_zero[0]) - OFFSET, x.a_scale[0] * x.w_scale[:, 0]
-    codes = x.weight if x.bits == 8 else packing.unpack(x.weight, x.bits, x.shape.inner)
-    w = codes.double() - (0 if x.bits == 8 else float(x.w_zero[0, 0]))
+    """The first rows of the layer's output, float32, from exact sums: of a linear layer those of the input, of a
+    convolution those of the first picture (at most 8 rows of it)."""
+    zero, w = ZERO - OFFSET, x.integers.double()
     if not x.shape.kernel:
-        sums = (x.a[:rows].double() - zero) @ w.T
+        sums = (x.codes[:rows].double() - zero) @ w.T
     else:
         size, s = x.shape.kernel, x.shape
-        picture = F.pad((x.a[:1].double() - zero).permute(0, 3, 1, 2), [size // 2] * 4)
+        picture = F.pad((x.codes[:1].double() - zero).permute(0, 3, 1, 2), [size // 2] * 4)
         columns = F.unfold(picture[:, :, : size + 7 * s.stride], size, stride=s.stride)[0]  # (C, kh, kw) by places
         columns = columns.reshape(s.channels, size * size, -1).transpose(0, 1).flatten(0, 1)
         sums = columns.T[:rows] @ w.T
-    out = sums * scale.double() + x.bias.double()
+    out = sums * (x.scale[0] * x.w_scale[:, 0]).double() + x.bias.double()
     return (out if x.residual is None else out + x.residual[: len(out)].double()).float()
-
-
-def stand_in(x: Operands, dtype: torch.dtype) -> Tensor:
-    """What stands for a kernel in a smoke run: the right numbers, slowly."""
-    outputs = reference(x, x.shape.rows)
-    return outputs.to(dtype)
 
 
 def error(x: Operands, dtype: torch.dtype, rows: int = 64) -> float:
     """Largest difference of a call to the reference over its first rows, by the largest output."""
     made = call(x, dtype)().reshape(-1, x.shape.outer)[:rows].float()
-    wanted = reference(x, rows)[: len(made)]
+    wanted = reference(x, rows)
     return float((made[: len(wanted)] - wanted).abs().max() / wanted.abs().max())
 
 
+# ---- encode ------------------------------------------------------------------------------------------------------
+def encode(x: Tensor, inverse: Tensor, zero: Tensor, times: Tensor, where: list[int]) -> Tensor:
+    """int8 codes of rows ``[M, C]``, or of a picture ``[B, C, H, W]`` laid out in its frame, by the kernel.
+
+    Args:
+        x: What is encoded.
+        inverse, zero: ``[1, 1]``.
+        times: int64 ``[1]``, the row of the tables.
+        where: See `frame`.
+    """
+    channels = x.shape[1] if where else x.shape[-1]
+    rows = x if where else x.reshape(-1, channels)
+    out: Tensor = torch.ops.bitbrush.int8_encode(
+        rows, inverse, zero, times, ONE_ROW, [channels], TOP, None, where, 1 if where else rows.shape[0], None
+    )
+    return out
+
+
+def encode_in_torch(x: Tensor, inverse: Tensor, zero: Tensor) -> Tensor:
+    """Codes less 128 in plain torch, channels last, tables ``[1]``."""
+    return (codec.encode(x, inverse, zero.float(), TOP) - OFFSET).to(torch.int8)
+
+
+def encode_in_graph(x: Tensor, inverse: Tensor, zero: Tensor, where: list[int]) -> Tensor:
+    """What a compiled model has in the encode's place, for the compiler to join with what stands before it.
+
+    Args:
+        x: Rows ``[.., C]``, or a picture ``[B, C, H, W]``.
+        inverse, zero: ``[1]``, float32.
+        where: See `frame`.
+    """
+    from bitbrush.kernels import int8_ops
+
+    codes = codec.encode(x, inverse, zero, TOP)
+    codes = codes.permute(0, 2, 3, 1) if where else codes.reshape(-1, codes.shape[-1])
+    return int8_ops.laid_out(codes, zero, [codes.shape[-1]], int8_ops.frame_of(where))
+
+
+# ---- whole models ------------------------------------------------------------------------------------------------
 def choose(net: nn.Module, device: str, *, smoke: bool) -> dict[str, int]:
     """Choose the kernel of every packed layer as a user does; layers of each kernel, or reason."""
-    if smoke and "auto" not in kernels.KERNELS and available() is not None:
-        chosen = kernels.use(net, "reference", device)
-    else:
+    try:
         chosen = kernels.use(net, "auto", device)
+    except InputError:
+        if not smoke:
+            raise
+        chosen = kernels.use(net, "reference", device)
     return dict(Counter(chosen.values()))
 
 
-def layer_error(net: nn.Module, work: Callable[[], Any]) -> dict[str, Any]:
+def output(work: Callable[[], Any]) -> dict[str, Any]:
     """Whether what a step gives is finite, and how large it is."""
     out = work()
     out = out[0] if isinstance(out, tuple | list) else out

@@ -140,7 +140,7 @@ def measure(peer: Peer, model: Model, device: str, *, smoke: bool, compiling: bo
     item: Item = {
         "call": peer.call, "version": version(peer.distribution), "layers": dict(taken), "batch": model.batch,
         "bf16_weight_bytes": whole, "weight_bytes": held.total(held.tensors(net)),
-        "output": ours.layer_error(net, lambda: net(**arguments)),
+        "output": ours.output(lambda: net(**arguments)),
     }  # fmt: skip
     step = steps.ways(net, arguments, device, smoke=smoke, compiling=compiling)
     item |= {"ways": step.ways, "strongest": step.strongest(), "bf16_ways": base.ways}

@@ -1,4 +1,4 @@
-"""Two plots as SVG files: speed-ups of steps and of kernels over their own bf16. The same numbers give the same bytes."""
+"""Plots as SVG files: speed-ups of steps and of kernels over their own bf16. Equal numbers give equal bytes."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parents[1]
 RESULTS = HERE / "results" / "speed"
 SMOKE = Path("work-speed") / "results"
 BUDGET, SMOKE_BUDGET = 540.0, 150.0
-SMOKE_COMPILES = ("sdxl", "flux")
+SMOKE_COMPILES = ("flux",)
 """Models that a smoke run traces; tracing takes most of its time."""
 START = 20.0
 """Seconds under which no process is started: it would end while it imports."""
@@ -65,6 +65,7 @@ def arguments(words: list[str] | None = None, description: str | None = None) ->
     parser.add_argument("--no-compile", action="store_true", help="steps eager and in a CUDA graph only")
     parser.add_argument("--site", type=Path, help="folder with a folder for each library that a peer needs (torchao, "
                         "sdnq, ..), put first on the path of its process")  # fmt: skip
+    parser.add_argument("--fresh", action="store_true", help="forget what --out has of these parts")
     parser.add_argument("--run", help=argparse.SUPPRESS)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(words)
@@ -119,6 +120,8 @@ def run(args: argparse.Namespace) -> int:
         print("speed.py times a GPU, and there is none here: --smoke shows that everything runs", file=sys.stderr)
         return 2
     args.run = args.run or run_name(args.out)
+    for part in args.parts if args.fresh else ():
+        (args.out / f"{part}.json").unlink(missing_ok=True)
     late = []
     for part in args.parts:
         if is_complete(part, args):

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from speed.models import Model
 
@@ -119,8 +118,7 @@ def trace(model: Model) -> Trace:
     for name, module in net.named_modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             handles.append(module.register_forward_hook(record(name)))
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), _Attention(heads), counter:
+    with torch.no_grad(), _Attention(heads):
         net.float()(**model.arguments("meta", torch.float32))
     for handle in handles:
         handle.remove()

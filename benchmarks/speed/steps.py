@@ -87,7 +87,7 @@ def _measure(
     if form is not None:
         item["kernels"] = ours.choose(net, device, smoke=smoke)
     item["build_s"] = round(time.perf_counter() - begin, 1)
-    item["output"] = ours.layer_error(net, lambda: net(**arguments))
+    item["output"] = ours.output(lambda: net(**arguments))
     step = ways(net, arguments, device, smoke=smoke, compiling=compiling)
     item |= {"ways": step.ways, "strongest": step.strongest()}
     name = "bf16" if form is None else form.name
