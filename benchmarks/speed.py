@@ -15,8 +15,9 @@ Parts, each with a JSON of its own in --out that is written after every item:
 
 The run ends within its budget whatever happens: every part has a process of its own, which is stopped when the time is
 up, and called again where it ended early. A further call goes on where this one stopped, but measures its baselines
-again: a number stands beside what was measured in the same process. What failed stays failed until --fresh. Weights and codes are random; shapes alone decide
-how long a step takes. ``python benchmarks/speed_page.py`` writes docs/performance.md and summary.json from the files.
+again: a number stands beside what was measured in the same process. What failed stays failed until --fresh. Weights and
+codes are random; shapes alone decide how long a step takes. ``python benchmarks/speed_page.py`` writes
+docs/performance.md and summary.json from the files.
 
 A peer needs its library: in this environment, or below --site in a folder of the library's name (``pip install --target
 SITE/torchao torchao``, ...; bitsandbytes, quanto, sdnq). One that cannot be imported is left out by name.

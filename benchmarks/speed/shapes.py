@@ -79,7 +79,7 @@ class Trace:
     """What a step consists of.
 
     Attributes:
-        counts: Layers of each shape.
+        counts: Calls of each shape.
         names: Layer to shape, in order of execution.
         encoded: Numbers of the distinct tensors that layers take.
         attention: Operations of attention, ``q k^T`` and the product with v.
@@ -104,6 +104,7 @@ def trace(model: Model) -> Trace:
     """Run a model's network without data. The batch is the model's."""
     net = model.on_meta()
     names: dict[str, Shape] = {}
+    counts: dict[Shape, int] = {}
     seen: dict[int, Tensor] = {}  # kept, so that no two tensors have the same id
     heads: list[tuple[int, ...]] = []
     handles = []
@@ -111,7 +112,8 @@ def trace(model: Model) -> Trace:
     def record(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
             seen[id(args[0])] = args[0]
-            names[name] = _shape(module, args[0], out)
+            names[name] = shape = _shape(module, args[0], out)
+            counts[shape] = counts.get(shape, 0) + 1  # a layer may be called twice
 
         return hook
 
@@ -122,9 +124,6 @@ def trace(model: Model) -> Trace:
         net.float()(**model.arguments("meta", torch.float32))
     for handle in handles:
         handle.remove()
-    counts: dict[Shape, int] = {}
-    for shape in names.values():
-        counts[shape] = counts.get(shape, 0) + 1
     return Trace(
         counts, names, sum(x.numel() for x in seen.values()),
         sum(4 * b * h * q * k * d for b, h, q, k, d in heads),
