@@ -32,9 +32,9 @@ How to read it:
 
 - *Step*: one call of the denoiser. *GPU*: a replay of its CUDA graph between two events, that is its kernels without
   the gaps between launches. *Wall*: many steps one after the other, by the clock, the GPU waited for at their end.
-- *bf16* runs in every way: eager (channels_last, cuDNN's benchmark on), `torch.compile`, and both in a CUDA graph. The
-  fastest on the wall is the baseline. A packed form takes turns with that baseline in one process, and is compared to
-  no other number.
+- *bf16* runs in every way: eager (channels_last, cuDNN's benchmark on), `torch.compile` of the whole and by blocks, and
+  each of that in a CUDA graph. The fastest on the wall is the baseline. A packed form takes turns with that baseline in
+  one process, and is compared to no other number.
 - *Floor*: operations over the machine's rate, or the fewest bytes over the copy's, whichever takes longer, added up
   over the layers; what stands between them reads and writes every tensor once; attention stays in bf16. int8's rate is
   taken as twice the measured bf16 product, the ratio of the instructions.

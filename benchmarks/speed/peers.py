@@ -115,7 +115,7 @@ def absent(peer: Peer) -> str | None:
     return None if found is not None else f"{peer.distribution} is not installed here"
 
 
-def run(record: Record, peer: Peer, model: Model, device: str, *, smoke: bool, compiling: bool = True) -> None:
+def run(record: Record, peer: Peer, model: Model, device: str, *, smoke: bool, compiling: str = "auto") -> None:
     """One peer on one model."""
     reason = absent(peer)
     if reason is not None:
@@ -127,12 +127,12 @@ def run(record: Record, peer: Peer, model: Model, device: str, *, smoke: bool, c
 
 
 @torch.no_grad()
-def measure(peer: Peer, model: Model, device: str, *, smoke: bool, compiling: bool) -> Item:
+def measure(peer: Peer, model: Model, device: str, *, smoke: bool, compiling: str) -> Item:
     """The peer's step in every way, and turns with eager bf16."""
     dtype = torch.float32 if smoke else torch.bfloat16
     torch.backends.cudnn.benchmark = True
     arguments = model.arguments(device, dtype)
-    base = steps.ways(networks.build(model, None, device, dtype), arguments, device, smoke=smoke, compiling=False)
+    base = steps.ways(networks.build(model, None, device, dtype), arguments, device, smoke=smoke, compiling=())
     net = networks.build(model, None, device, dtype)
     whole = networks.weight_bytes(net)
     net = peer.apply(net) or net
@@ -142,7 +142,8 @@ def measure(peer: Peer, model: Model, device: str, *, smoke: bool, compiling: bo
         "bf16_weight_bytes": whole, "weight_bytes": held.total(held.tensors(net)),
         "output": ours.output(lambda: net(**arguments)),
     }  # fmt: skip
-    step = steps.ways(net, arguments, device, smoke=smoke, compiling=compiling)
+    how = (steps.WHOLE,) if compiling == "auto" else steps.WAYS[compiling][1]
+    step = steps.ways(net, arguments, device, smoke=smoke, compiling=how)
     item |= {"ways": step.ways, "strongest": step.strongest(), "bf16_ways": base.ways}
     item["turns"] = steps.beside(peer.name, step, {"bf16": base}, device, also="", smoke=smoke)
     return item

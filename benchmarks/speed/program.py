@@ -62,7 +62,8 @@ def arguments(words: list[str] | None = None, description: str | None = None) ->
                         f"{SMOKE_BUDGET:g})")  # fmt: skip
     parser.add_argument("--forms", nargs="+", choices=["bf16", *networks.FORMS],
                         help="of a model's step and of memory (all)")
-    parser.add_argument("--no-compile", action="store_true", help="steps eager and in a CUDA graph only")
+    parser.add_argument("--compile", choices=steps.WAYS, default="auto", help="how steps are compiled; auto: bf16 "
+                        "whole and by blocks, packed forms by blocks, peers whole")  # fmt: skip
     parser.add_argument("--site", type=Path, help="folder with a folder for each library that a peer needs (torchao, "
                         "sdnq, ..), put first on the path of its process")  # fmt: skip
     parser.add_argument("--fresh", action="store_true", help="forget what --out has of these parts")
@@ -166,7 +167,7 @@ def work(part: str, args: argparse.Namespace, budget: Budget) -> None:
     model = models.find(name if kind == "steps" else "sdxl")
     model = model.shrunk() if args.smoke else model
     options: dict[str, Any] = {"smoke": args.smoke}
-    compiling = not args.no_compile and (not args.smoke or model.name in SMOKE_COMPILES)
+    compiling = args.compile if not args.smoke or model.name in SMOKE_COMPILES else "none"
     if kind == "steps":
         steps.run(made, model, device, wanted=forms(part, args), compiling=compiling, **options)
     elif kind == "memory":
@@ -178,7 +179,7 @@ def work(part: str, args: argparse.Namespace, budget: Budget) -> None:
 def command(part: str, args: argparse.Namespace) -> str:
     """What gives a part's results again."""
     return f"python benchmarks/speed.py {part}" + (" --smoke" if args.smoke else "") + (
-        " --no-compile" if args.no_compile else "")
+        f" --compile {args.compile}" if args.compile != "auto" else "")
 
 
 def in_process(part: str, args: argparse.Namespace, budget: Budget, some: list[str] | None) -> None:
@@ -189,7 +190,7 @@ def in_process(part: str, args: argparse.Namespace, budget: Budget, some: list[s
             return
         words = [sys.executable, str(HERE / "speed.py"), part, "--child", "--run", args.run, "--out", str(args.out),
                  "--budget", f"{budget.left() - 8:.0f}"]  # fmt: skip
-        words += ["--no-compile"] if args.no_compile else []
+        words += ["--compile", args.compile]
         words += ["--smoke"] if args.smoke else []
         words += ["--forms", *some] if some else []
         code = watched(words, budget.left() - 3, environment(part, args))

@@ -145,11 +145,11 @@ def test_a_graph_is_the_strongest_way_of_a_step_bound_by_launches(
 ) -> None:
     steps = script("speed.steps")
     monkeypatch.setattr(steps.timing, "wall", wall(gpu))
-    step = steps.ways(Net([gpu.kernel(1e-4)] * 20), {}, "cuda", smoke=False, compiling=False)
+    step = steps.ways(Net([gpu.kernel(1e-4)] * 20), {}, "cuda", smoke=False, compiling=())
     assert step.ways["eager"] == pytest.approx(step.ways["eager"] | {"wall_ms": 20.0, "gpu_ms": 2.0})
     assert step.ways["eager, graph"]["wall_ms"] == pytest.approx(2.0) and step.strongest() == "eager, graph"
-    kept = {"bf16": step, "w8a8": steps.ways(Net([gpu.kernel(1e-4)] * 10), {}, "cuda", smoke=False, compiling=False)}
-    own = steps.ways(Net([gpu.kernel(5e-5)] * 30), {}, "cuda", smoke=False, compiling=False)
+    kept = {"bf16": step, "w8a8": steps.ways(Net([gpu.kernel(1e-4)] * 10), {}, "cuda", smoke=False, compiling=())}
+    own = steps.ways(Net([gpu.kernel(5e-5)] * 30), {}, "cuda", smoke=False, compiling=())
     found = steps.beside("w4a8", own, kept, "cuda", also="w8a8", smoke=False)
     assert {name: round(one["gpu_ms"], 6) for name, one in found.items()} == {"bf16": 2.0, "w8a8": 1.0, "w4a8": 1.5}
     assert {one["way"] for one in found.values()} == {"eager, graph"}
@@ -162,7 +162,7 @@ def test_a_step_that_cannot_be_captured_is_timed_without(
     steps = script("speed.steps")
     monkeypatch.setattr(steps.timing, "wall", wall(gpu))
     gpu.refuses = True
-    step = steps.ways(Net([gpu.kernel(1e-4)] * 3), {}, "cuda", smoke=False, compiling=False)
+    step = steps.ways(Net([gpu.kernel(1e-4)] * 3), {}, "cuda", smoke=False, compiling=())
     assert step.strongest() == "eager" and "gpu_ms" not in step.ways["eager"]
     assert "not permitted" in step.ways["eager, graph"]["error"]
 
@@ -174,7 +174,7 @@ def test_a_network_that_does_not_run_is_an_error(script: Script, gpu: Gpu) -> No
         raise ValueError("no kernel for this")
 
     with pytest.raises(RuntimeError, match="no kernel for this"):
-        steps.ways(Net([broken]), {}, "cuda", smoke=False, compiling=False)
+        steps.ways(Net([broken]), {}, "cuda", smoke=False, compiling=())
 
 
 def test_forms_are_timed_beside_what_they_are_compared_to(
@@ -210,3 +210,47 @@ def test_forms_are_timed_beside_what_they_are_compared_to(
     steps.run(made, model, "cpu", smoke=False, wanted=["w8a8", "vq3"])
     assert measured == [] and made.left_out == ["bf16", "vq3"]
     assert {name: item["run"] for name, item in made.items.items()} == dict.fromkeys(["bf16", "w8a8", "w4a8"], "r2")
+
+
+class ResnetBlock2D(nn.Module):
+    """Of the name of a block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """One layer."""
+        return self.inner(x)
+
+
+class Blocks(nn.Module):
+    """Three of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(ResnetBlock2D() for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """One after the other."""
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_blocks_share_their_code_and_are_left_as_they_were(script: Script) -> None:
+    steps, net, x = script("speed.steps"), Blocks(), torch.randn(2, 4)
+    seen: list[int] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        seen.append(len(graph.graph.nodes))
+        return graph.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        forward = steps.by_blocks(net, {"backend": backend, "dynamic": False})
+        assert torch.equal(forward(x=x), net(x)) and len(seen) == 1
+        assert all(block._compiled_call_impl is None for block in net.blocks)
+        forward(x=x)
+        assert torch.equal(torch.compile(net, backend=backend, dynamic=False)(x), net(x)) and len(seen) == 2
+        assert seen[1] > seen[0]
