@@ -72,7 +72,8 @@ def run(record: Record, model: Model, device: str, *, smoke: bool, wanted: list[
         with torch.no_grad():
             return _measure(model, form, arguments, kept, device, smoke=smoke, compiling=compiling)
 
-    torch._dynamo.config.recompile_limit = 64  # networks of one class share their code
+    torch._dynamo.config.recompile_limit = 1024  # networks of one class share their code
+    torch._dynamo.config.accumulated_recompile_limit = 4096
     # a baseline of another process is none, so it is measured again
     if record.measure("bf16", seconds, lambda: measured(None), again=True) is not None:
         for form in forms:
