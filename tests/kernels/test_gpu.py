@@ -39,6 +39,10 @@ def test_outputs_equal_the_integer_kernel_of_the_cpu(builder: ModuleType) -> Non
         x = builder.make_input(case, i)
         with packed.input._clock[0].at(builder.timestep(case)), torch.no_grad():
             want, got = cpu.run(packed, x), gpu.run(packed, x)
+            if not gpu.leaves(packed, x):
+                sums = zip(gpu.accumulators(packed, x), cpu.accumulators(packed, x), strict=True)
+                assert all(torch.equal(a, b) for a, b in sums), case
+                assert torch.equal(gpu.input_codes(packed, x), cpu.input_codes(packed, x)), case
         assert got.dtype == want.dtype and torch.equal(got, want), case
         ran[case["kind"]] += 1
     assert ran.total() + skipped.total() == len(cases) and ran["linear"] >= 30 and ran["conv"] >= 20
@@ -91,6 +95,24 @@ def test_reasons_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpu.why_not(_layer(groups=4), "cuda") == "a convolution with groups = 4"
     chosen = kernels.use(nn.Sequential(_layer(padding=1)), "cuda-int8", "cuda")
     assert chosen == {"0": "cuda-int8"}
+
+
+def test_auto_chooses_by_device_and_says_why_not(builder: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "has_triton_package", lambda: True)
+    _, able, _ = builder.build({"kind": "conv", "padding": (1, 1)})
+    _, unable, _ = builder.build({"kind": "linear", "mode": "channel"})
+    model = nn.Sequential(able, unable)
+    assert kernels.use(model, "auto", "cuda") == {
+        "0": "cuda-int8", "1": "reference: a scale a channel cannot leave the integer sum: simulated only",
+    }
+    chosen = [[kernels.chosen(layer, kind) for kind in ("cpu", "cuda", "mps")] for layer in model]
+    assert chosen == [["cpu-int8", "cuda-int8", "reference"], ["reference"] * 3]
+    x = builder.make_input({"kind": "conv"})
+    with able.input._clock[0].at(1.0), torch.no_grad():
+        assert torch.equal(able(x), cpu.run(able, x)) and kernels.taken(able, x) == "cpu-int8"
+        assert kernels.taken(able, x.requires_grad_()) == "cpu-int8"  # no gradient is wanted here
+    kernels.use(model, "reference")
+    assert kernels.chosen(able, "cuda") == "reference"
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])

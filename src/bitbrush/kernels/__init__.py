@@ -29,9 +29,19 @@ PROVEN: dict[str, Kernel] = {**KERNELS, "cpu-lookup": cpu_lookup.looked_up}
 """What a proof runs: the arithmetic of each kernel, also where a kernel would leave an input to the reference."""
 
 
+BEST: dict[str, tuple[str, ...]] = {"cpu": ("cpu-int8",), "cuda": ("cuda-int8",)}
+"""What ``auto`` takes on a kind of device: the first that can run a layer."""
+AUTO = "auto"
+
+
 def run(layer: QuantLayer, x: Tensor) -> Tensor:
     """The output of a packed layer by the kernel chosen for it."""
-    return KERNELS[layer.kernel](layer, x)
+    return KERNELS[chosen(layer, x.device.type)](layer, x)
+
+
+def chosen(layer: QuantLayer, device_type: str) -> str:
+    """Name of the kernel that runs a layer on a kind of device."""
+    return layer.kernel if layer.kernel != AUTO else layer.kernel_of.get(device_type, "reference")
 
 
 LEAVES: dict[str, Callable[[QuantLayer, Tensor], bool]] = {
@@ -43,8 +53,9 @@ LEAVES: dict[str, Callable[[QuantLayer, Tensor], bool]] = {
 def taken(layer: QuantLayer, x: Tensor) -> str:
     """Name of the kernel whose arithmetic `run` gives for this input: the one chosen, or the reference where that
     leaves the input to it."""
-    leaves = LEAVES.get(layer.kernel)
-    return "reference" if leaves is not None and leaves(layer, x) else layer.kernel
+    name = chosen(layer, x.device.type)
+    leaves = LEAVES.get(name)
+    return "reference" if leaves is not None and leaves(layer, x) else name
 
 
 def why_not(name: str, layer: QuantLayer, device_type: str) -> str | None:
@@ -58,13 +69,31 @@ def why_not(name: str, layer: QuantLayer, device_type: str) -> str | None:
 def use(model: nn.Module, name: str, device_type: str = "cpu") -> dict[str, str]:
     """Choose kernel ``name`` for every packed layer that it can run; the others keep the reference.
 
+    Args:
+        name: Of a kernel; ``auto``: on every kind of device the best that can run the layer.
+        device_type: What the answer is about, and where kernel ``name`` must run.
+
     Returns:
         Layer name to ``name``, or to the reason why the reference runs instead.
     """
-    chosen: dict[str, str] = {}
+    answer: dict[str, str] = {}
     for layer_name, module in model.named_modules():
-        if hasattr(module, "declare_packed"):
-            reason = why_not(name, module, device_type)
-            module.kernel = name if reason is None else "reference"
-            chosen[layer_name] = name if reason is None else f"reference: {reason}"
-    return chosen
+        if not hasattr(module, "declare_packed"):
+            continue
+        names = {kind: best for kind, names in BEST.items() for best in names[:1]} if name == AUTO else {}
+        refusals = {kind: why_not(best, module, kind) for kind, best in names.items()}
+        module.kernel_of = {kind: best for kind, best in names.items() if refusals[kind] is None}
+        wanted = names.get(device_type, "reference") if name == AUTO else name
+        reason = why_not(wanted, module, device_type)
+        module.kernel = name if name == AUTO or reason is None else "reference"
+        answer[layer_name] = wanted if reason is None else f"reference: {reason}"
+        prepare(module)
+    return answer
+
+
+def prepare(layer: QuantLayer) -> None:
+    """Make what the chosen kernel keeps of a layer where its weight is now, so that no graph has to."""
+    if layer.face != "packed" or layer.spec.weight is None:
+        return
+    if chosen(layer, layer.weight_scale.device.type) == "cuda-int8":
+        gpu.weight_sum(layer)

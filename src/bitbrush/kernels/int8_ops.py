@@ -178,19 +178,12 @@ def _product_plain(
     weight_sum: Tensor, widths: list[int], frame: list[int], per_sample: int, bias: Tensor | None,
     shared: Tensor | None, residual: Tensor | None, dtype: torch.dtype,
 ) -> Tensor:
-    place, taps = frame_of(frame), 1 if not frame else frame[3] * frame[4]
-    total: Tensor | None = None
-    sample = _samples(a.shape[0] if place is None else place.batch * place.out[0] * place.out[1], per_sample, place)
-    row = torch.arange(len(sample)) if kind == BY_ROW else times[sample] if kind == BY_SAMPLE else times
-    parts = zip(a.split(widths, 1), w[:, : taps * sum(widths)].split([taps * k for k in widths], 1), strict=True)
-    for s, (left, right) in enumerate(parts):
-        gathered = left if place is None else _gathered(left, place)
-        acc = (gathered.double() @ right.double().T).to(torch.int32)  # integers below 2**53: exact
-        acc += (128 - zero_point[row, s : s + 1].to(torch.int32)) * weight_sum[s]
-        part = (acc.float() * scale[row, s : s + 1]) * weight_scale[:, s]
-        total = part if total is None else total + part
-    if total is None:
-        raise ValueError("a product without segments")
+    place = frame_of(frame)
+    tables = Tables(scale, zero_point, times, kind, weight_scale, weight_sum)
+    sums, (sample, row) = plain_sums(a, w, tables, widths, place, per_sample), _served(a, tables, place, per_sample)
+    total = (sums[0].float() * scale[row, :1]) * weight_scale[:, 0]
+    for s in range(1, len(sums)):
+        total = total + (sums[s].float() * scale[row, s : s + 1]) * weight_scale[:, s]
     total = total if bias is None else total + bias.float()
     total = total if shared is None else total + shared.float()[sample]
     total = total if residual is None else total + residual.float().reshape(total.shape)
@@ -198,8 +191,28 @@ def _product_plain(
     return out if place is None else out.reshape(place.batch, *place.out, -1)
 
 
-def _samples(rows: int, per_sample: int, frame: Frame | None) -> Tensor:
-    return torch.arange(rows) // (per_sample if frame is None else frame.out[0] * frame.out[1])
+def plain_sums(
+    a: Tensor, w: Tensor, tables: Tables, widths: list[int], frame: Frame | None, per_sample: int
+) -> list[Tensor]:
+    """``sum (code_a - zero_a) w`` of each segment, int32 ``[M, N]``, in plain torch."""
+    taps, row = 1 if frame is None else frame.kernel[0] * frame.kernel[1], _served(a, tables, frame, per_sample)[1]
+    parts = zip(a.split(widths, 1), w[:, : taps * sum(widths)].split([taps * k for k in widths], 1), strict=True)
+    out = []
+    for s, (left, right) in enumerate(parts):
+        gathered = left if frame is None else _gathered(left, frame)
+        acc = (gathered.double() @ right.double().T).to(torch.int32)  # integers below 2**53: exact
+        out.append(acc + (128 - tables.zero_point[row, s : s + 1].to(torch.int32)) * tables.weight_sum[s])
+    return out
+
+
+def _served(a: Tensor, tables: Tables, frame: Frame | None, per_sample: int) -> tuple[Tensor, Tensor]:
+    """(sample, row of the activation's tables) of each output."""
+    count = a.shape[0] if frame is None else frame.batch * frame.out[0] * frame.out[1]
+    every = torch.arange(count, device=a.device)
+    sample = every // (per_sample if frame is None else frame.out[0] * frame.out[1])
+    if tables.kind == BY_ROW:
+        return sample, every
+    return sample, tables.times[sample] if tables.kind == BY_SAMPLE else tables.times
 
 
 def _gathered(frame_rows: Tensor, frame: Frame) -> Tensor:
