@@ -103,19 +103,13 @@ def laid_out(codes: Tensor, zero: Tensor, counts: list[int], frame: Frame | None
             zero = torch.cat([pad(z, (0, -z.shape[-1] % packing.SEGMENT_ALIGN), value=0.0) for z in zeros], -1)
     if frame is None:
         return (centred + (zero - 128)).to(torch.int8)
-    after = 0 if frame.shared else frame.pad
-    framed = pad(centred, (0, 0, frame.pad, after, frame.pad, after)) + (zero - 128)
-    rows = framed.to(torch.int8).flatten(0, 2)
-    return pad(rows, (0, 0, 0, frame.rows - rows.shape[0])) if not frame.shared else _closed(rows, zero, frame)
-
-
-def _closed(rows: Tensor, zero: Tensor, frame: Frame) -> Tensor:
-    """The frame's last rows, which are the last picture's border below."""
-    missing = frame.rows - rows.shape[0]
-    if not missing:
-        return rows
-    last = (zero.reshape(-1, zero.shape[-1])[-1:] - 128).to(torch.int8).expand(missing, rows.shape[1])
-    return torch.cat([rows, last])
+    missing = frame.rows - frame.batch * frame.height * frame.pitch  # below the last picture
+    if frame.shared:  # one zero-point for all: it is added last, to the border as well
+        rows = pad(centred, (0, 0, frame.pad, 0, frame.pad, 0)).flatten(0, 2)
+        return (pad(rows, (0, 0, 0, missing)) + (zero.reshape(-1, zero.shape[-1])[:1] - 128)).to(torch.int8)
+    around = (0, 0, frame.pad, frame.pad, frame.pad, frame.pad)
+    rows = (pad(centred, around) + (zero - 128)).to(torch.int8).flatten(0, 2)
+    return pad(rows, (0, 0, 0, missing))  # nothing reads what is there
 
 
 # ---- weight ----------------------------------------------------------------------------------------------------------
