@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 from bitbrush import kernels
-from bitbrush.kernels import cpu, gpu, int8_ops
+from bitbrush.kernels import cpu, gpu, gpu_decode, int8_ops
 from bitbrush.network.clock import Clock
 from bitbrush.network.layers import QuantConv2d, QuantLayer
 from bitbrush.numbers.grid import ActivationSpec, LayerSpec, WeightSpec
@@ -75,6 +75,19 @@ def test_layers_in_the_interpreter_equal_the_integer_kernel_of_the_cpu() -> None
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.strip().splitlines()[-1])
     assert found["unequal"] == [] and found["linear"] >= 12 and found["conv"] >= 6
+    assert found["decoded"] >= 60
+
+
+def test_decoded_weights_are_those_of_the_reference(builder: ModuleType) -> None:
+    ran = 0
+    for i, case in enumerate(builder.pairwise(9)):
+        _, packed, _ = builder.build(case, i)
+        weight, want = gpu_decode.weight(packed, case["dtype"]), packed.decoded_weight().to(case["dtype"])
+        assert torch.equal(weight, want), case
+        if weight.ndim == 4:
+            assert weight.permute(0, 2, 3, 1).is_contiguous()
+        ran += 1
+    assert ran >= 60
 
 
 def _layer(**options: object) -> QuantLayer:
@@ -98,15 +111,19 @@ def test_reasons_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_auto_chooses_by_device_and_says_why_not(builder: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "has_triton_package", lambda: True)
+    for module in (gpu, gpu_decode):
+        monkeypatch.setattr(module, "has_triton_package", lambda: True)
     _, able, _ = builder.build({"kind": "conv", "padding": (1, 1)})
     _, unable, _ = builder.build({"kind": "linear", "mode": "channel"})
     model = nn.Sequential(able, unable)
     assert kernels.use(model, "auto", "cuda") == {
-        "0": "cuda-int8", "1": "reference: a scale a channel cannot leave the integer sum: simulated only",
+        "0": "cuda-int8", "1": "cuda-decode",
+    }
+    assert kernels.use(model, "auto", "cpu") == {
+        "0": "cpu-int8", "1": "reference: a scale a channel cannot leave the integer sum: simulated only",
     }
     chosen = [[kernels.chosen(layer, kind) for kind in ("cpu", "cuda", "mps")] for layer in model]
-    assert chosen == [["cpu-int8", "cuda-int8", "reference"], ["reference"] * 3]
+    assert chosen == [["cpu-int8", "cuda-int8", "reference"], ["reference", "cuda-decode", "reference"]]
     x = builder.make_input({"kind": "conv"})
     with able.input._clock[0].at(1.0), torch.no_grad():
         assert torch.equal(able(x), cpu.run(able, x)) and kernels.taken(able, x) == "cpu-int8"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from bitbrush.errors import InputError
-from bitbrush.kernels import cpu, cpu_lookup, gpu, reference
+from bitbrush.kernels import cpu, cpu_lookup, gpu, gpu_decode, reference
 
 if TYPE_CHECKING:
     from bitbrush.network.layers import QuantLayer
@@ -21,6 +21,7 @@ Kernel = Callable[["QuantLayer", Tensor], Tensor]
 
 KERNELS: dict[str, Kernel] = {
     "reference": reference.run, "cpu-int8": cpu.run, "cpu-lookup": cpu_lookup.run, "cuda-int8": gpu.run,
+    "cuda-decode": gpu_decode.run,
 }
 """Kernels by name; each takes (packed layer, input) and returns the layer's output."""
 
@@ -29,7 +30,7 @@ PROVEN: dict[str, Kernel] = {**KERNELS, "cpu-lookup": cpu_lookup.looked_up}
 """What a proof runs: the arithmetic of each kernel, also where a kernel would leave an input to the reference."""
 
 
-BEST: dict[str, tuple[str, ...]] = {"cpu": ("cpu-int8",), "cuda": ("cuda-int8",)}
+BEST: dict[str, tuple[str, ...]] = {"cpu": ("cpu-int8",), "cuda": ("cuda-int8", "cuda-decode")}
 """What ``auto`` takes on a kind of device: the first that can run a layer."""
 AUTO = "auto"
 
@@ -62,7 +63,8 @@ def why_not(name: str, layer: QuantLayer, device_type: str) -> str | None:
     """Why kernel ``name`` cannot run this layer on a device, or None when it can."""
     if name not in KERNELS:
         raise InputError(f"no kernel named {name!r}", why=f"known: {', '.join(KERNELS)}", try_="bitbrush doctor")
-    refusals = {"cpu-int8": cpu.why_not, "cpu-lookup": cpu_lookup.why_not, "cuda-int8": gpu.why_not}
+    refusals = {"cpu-int8": cpu.why_not, "cpu-lookup": cpu_lookup.why_not, "cuda-int8": gpu.why_not,
+                "cuda-decode": gpu_decode.why_not}
     return refusals[name](layer, device_type) if name in refusals else None
 
 
@@ -80,15 +82,19 @@ def use(model: nn.Module, name: str, device_type: str = "cpu") -> dict[str, str]
     for layer_name, module in model.named_modules():
         if not hasattr(module, "declare_packed"):
             continue
-        names = {kind: best for kind, names in BEST.items() for best in names[:1]} if name == AUTO else {}
-        refusals = {kind: why_not(best, module, kind) for kind, best in names.items()}
-        module.kernel_of = {kind: best for kind, best in names.items() if refusals[kind] is None}
-        wanted = names.get(device_type, "reference") if name == AUTO else name
+        module.kernel_of = best(module) if name == AUTO else {}
+        wanted = name if name != AUTO else module.kernel_of.get(device_type, BEST.get(device_type, ("reference",))[0])
         reason = why_not(wanted, module, device_type)
         module.kernel = name if name == AUTO or reason is None else "reference"
         answer[layer_name] = wanted if reason is None else f"reference: {reason}"
         prepare(module)
     return answer
+
+
+def best(layer: QuantLayer) -> dict[str, str]:
+    """The best kernel that can run a layer, for every kind of device that has one."""
+    able = {kind: [name for name in names if why_not(name, layer, kind) is None] for kind, names in BEST.items()}
+    return {kind: names[0] for kind, names in able.items() if names}
 
 
 def prepare(layer: QuantLayer) -> None:
