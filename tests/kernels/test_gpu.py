@@ -106,8 +106,10 @@ def test_reasons_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         assert gpu.why_not(_layer(**options), "cuda") == other
     assert gpu.why_not(_layer(padding=3), "cuda") == "a convolution with more padding than kernel"
     assert gpu.why_not(_layer(groups=4), "cuda") == "a convolution with groups = 4"
-    chosen = kernels.use(nn.Sequential(_layer(padding=1)), "cuda-int8", "cuda")
-    assert chosen == {"0": "cuda-int8"}
+    assert kernels.use(nn.Sequential(_layer(padding=1)), "cuda-int8") == {"0": "cuda-int8"}
+    assert kernels.use(nn.Sequential(_layer(padding=1)), "cuda-int8", "cpu") == {
+        "0": "reference: the kernel runs on CUDA, not on cpu",
+    }
 
 
 def test_auto_chooses_by_device_and_says_why_not(builder: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,26 +59,36 @@ def taken(layer: QuantLayer, x: Tensor) -> str:
     return "reference" if leaves is not None and leaves(layer, x) else name
 
 
+def known(name: str) -> None:
+    """Raises InputError where there is no kernel of this name."""
+    if name not in KERNELS and name != AUTO:
+        raise InputError(f"no kernel named {name!r}", why=f"known: {', '.join([AUTO, *KERNELS])}",
+                         try_="bitbrush doctor")
+
+
 def why_not(name: str, layer: QuantLayer, device_type: str) -> str | None:
     """Why kernel ``name`` cannot run this layer on a device, or None when it can."""
-    if name not in KERNELS:
-        raise InputError(f"no kernel named {name!r}", why=f"known: {', '.join(KERNELS)}", try_="bitbrush doctor")
+    known(name)
     refusals = {"cpu-int8": cpu.why_not, "cpu-lookup": cpu_lookup.why_not, "cuda-int8": gpu.why_not,
                 "cuda-decode": gpu_decode.why_not}
     return refusals[name](layer, device_type) if name in refusals else None
 
 
-def use(model: nn.Module, name: str, device_type: str = "cpu") -> dict[str, str]:
+def use(model: nn.Module, name: str, device_type: str | None = None) -> dict[str, str]:
     """Choose kernel ``name`` for every packed layer that it can run; the others keep the reference.
 
     Args:
         name: Of a kernel; ``auto``: on every kind of device the best that can run the layer.
-        device_type: What the answer is about, and where kernel ``name`` must run.
+        device_type: What the answer is about, and where kernel ``name`` must run. Left out: the kind of device that
+            the kernel is for, or with ``auto`` that on which the model is.
 
     Returns:
         Layer name to ``name``, or to the reason why the reference runs instead.
     """
     answer: dict[str, str] = {}
+    if device_type is None:
+        kind = name.partition("-")[0]
+        device_type = kind if kind in BEST else next((t.device.type for t in model.buffers()), "cpu")
     for layer_name, module in model.named_modules():
         if not hasattr(module, "declare_packed"):
             continue
