@@ -11,6 +11,7 @@ import torch
 
 import bitbrush
 import tiny
+from bitbrush import kernels
 from bitbrush.artifact import manifest
 from bitbrush.engine.disk import Disk
 from bitbrush.engine.progress import Silent
@@ -139,6 +140,19 @@ def test_every_weight_width(bits: int, tmp_path: Path) -> None:
     x = torch.randn(1, 1, 8, 8)
     with torch.no_grad():
         assert torch.equal(bitbrush.load(tmp_path / "out").unet(x, 5).sample, pipe.unet(x, 5).sample)
+
+
+def test_a_kernel_may_be_chosen_on_loading(tmp_path: Path) -> None:
+    quantize(least_pipeline(), "rtn", 8, 8, output=tmp_path / "out")
+    plain, auto = (bitbrush.load(tmp_path / "out", kernel=name).unet for name in ("reference", "auto"))
+    chosen = {kernels.chosen(m, "cpu") for m in auto.modules() if hasattr(m, "declare_packed")}
+    assert chosen == {"cpu-int8"}
+    x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        want, got = plain(x, 5).sample, auto(x, 5).sample
+    assert want.shape == got.shape and float((want - got).abs().max()) <= 1e-2 * float(want.abs().max())
+    with pytest.raises(InputError, match="no kernel named 'fastest'"):
+        bitbrush.load(tmp_path / "out", kernel="fastest")
 
 
 def test_sixteen_bits_are_float(tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
 """Runs packed layers of the grid of cases through the CUDA kernels in Triton's interpreter; prints JSON.
 
+Decoded weights must be the reference's bit for bit, in every bit width, mixed and symmetric rows and codebooks.
+
 A process of its own, because the interpreter is chosen when Triton is imported. Float32 layers must equal the integer
 kernel of the CPU bit for bit: the same integers, the same float32 epilogue.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -16,8 +19,32 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 
 import builder
-from bitbrush.kernels import cpu, gpu, int8_ops, tuning
+from bitbrush.kernels import cpu, gpu, gpu_decode, int8_ops, tuning
 from bitbrush.kernels.triton_int8 import Config
+from bitbrush.numbers.codebook import decode, pack_codes
+
+
+def decoded_weights() -> tuple[int, list[str]]:
+    """(weights compared, those that differ) of `gpu_decode`."""
+    gpu_decode._OPS = SimpleNamespace(
+        decode_affine=gpu_decode._affine_cuda, decode_codebook=gpu_decode._codebook_cuda
+    )
+    count, unequal = 0, []
+    for i, case in enumerate(builder.pairwise(8)):
+        _, packed, _ = builder.build(case, i)
+        if not torch.equal(gpu_decode.weight(packed, torch.float32), packed.decoded_weight()):
+            unequal.append(str(case))
+        count += 1
+    for bits, books, size in itertools.product((8, 6, 3), (1, 3), (8, 4)):
+        g = torch.Generator().manual_seed(bits)
+        codes = torch.randint(0, 2**bits, (9, 10, books), generator=g)
+        values, scale = torch.randn((books, 2**bits, size), generator=g).half(), torch.rand(9, generator=g).half()
+        want = decode(codes, values, scale)
+        if not torch.equal(gpu_decode._codebook_cuda(pack_codes(codes, bits), bits, values, scale, 10, torch.float32),
+                           want):
+            unequal.append(f"codebooks {bits} {books} {size}")
+        count += 1
+    return count, unequal
 
 
 def main() -> None:
@@ -38,7 +65,8 @@ def main() -> None:
             if not torch.equal(gpu.run(packed, x), cpu.run(packed, x)):
                 unequal.append(str(case))
         ran[case["kind"]] += 1
-    sys.stdout.write(json.dumps({**ran, "unequal": unequal}) + "\n")
+    decoded, other = decoded_weights()
+    sys.stdout.write(json.dumps({**ran, "unequal": unequal + other, "decoded": decoded}) + "\n")
 
 
 if __name__ == "__main__":

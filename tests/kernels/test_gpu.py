@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 from bitbrush import kernels
-from bitbrush.kernels import cpu, gpu, int8_ops
+from bitbrush.kernels import cpu, gpu, gpu_decode, int8_ops
 from bitbrush.network.clock import Clock
 from bitbrush.network.layers import QuantConv2d, QuantLayer
 from bitbrush.numbers.grid import ActivationSpec, LayerSpec, WeightSpec
@@ -39,6 +39,10 @@ def test_outputs_equal_the_integer_kernel_of_the_cpu(builder: ModuleType) -> Non
         x = builder.make_input(case, i)
         with packed.input._clock[0].at(builder.timestep(case)), torch.no_grad():
             want, got = cpu.run(packed, x), gpu.run(packed, x)
+            if not gpu.leaves(packed, x):
+                sums = zip(gpu.accumulators(packed, x), cpu.accumulators(packed, x), strict=True)
+                assert all(torch.equal(a, b) for a, b in sums), case
+                assert torch.equal(gpu.input_codes(packed, x), cpu.input_codes(packed, x)), case
         assert got.dtype == want.dtype and torch.equal(got, want), case
         ran[case["kind"]] += 1
     assert ran.total() + skipped.total() == len(cases) and ran["linear"] >= 30 and ran["conv"] >= 20
@@ -71,6 +75,19 @@ def test_layers_in_the_interpreter_equal_the_integer_kernel_of_the_cpu() -> None
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.strip().splitlines()[-1])
     assert found["unequal"] == [] and found["linear"] >= 12 and found["conv"] >= 6
+    assert found["decoded"] >= 60
+
+
+def test_decoded_weights_are_those_of_the_reference(builder: ModuleType) -> None:
+    ran = 0
+    for i, case in enumerate(builder.pairwise(9)):
+        _, packed, _ = builder.build(case, i)
+        weight, want = gpu_decode.weight(packed, case["dtype"]), packed.decoded_weight().to(case["dtype"])
+        assert torch.equal(weight, want), case
+        if weight.ndim == 4:
+            assert weight.permute(0, 2, 3, 1).is_contiguous()
+        ran += 1
+    assert ran >= 60
 
 
 def _layer(**options: object) -> QuantLayer:
@@ -89,8 +106,32 @@ def test_reasons_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         assert gpu.why_not(_layer(**options), "cuda") == other
     assert gpu.why_not(_layer(padding=3), "cuda") == "a convolution with more padding than kernel"
     assert gpu.why_not(_layer(groups=4), "cuda") == "a convolution with groups = 4"
-    chosen = kernels.use(nn.Sequential(_layer(padding=1)), "cuda-int8", "cuda")
-    assert chosen == {"0": "cuda-int8"}
+    assert kernels.use(nn.Sequential(_layer(padding=1)), "cuda-int8") == {"0": "cuda-int8"}
+    assert kernels.use(nn.Sequential(_layer(padding=1)), "cuda-int8", "cpu") == {
+        "0": "reference: the kernel runs on CUDA, not on cpu",
+    }
+
+
+def test_auto_chooses_by_device_and_says_why_not(builder: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (gpu, gpu_decode):
+        monkeypatch.setattr(module, "has_triton_package", lambda: True)
+    _, able, _ = builder.build({"kind": "conv", "padding": (1, 1)})
+    _, unable, _ = builder.build({"kind": "linear", "mode": "channel"})
+    model = nn.Sequential(able, unable)
+    assert kernels.use(model, "auto", "cuda") == {
+        "0": "cuda-int8", "1": "cuda-decode",
+    }
+    assert kernels.use(model, "auto", "cpu") == {
+        "0": "cpu-int8", "1": "reference: a scale a channel cannot leave the integer sum: simulated only",
+    }
+    chosen = [[kernels.chosen(layer, kind) for kind in ("cpu", "cuda", "mps")] for layer in model]
+    assert chosen == [["cpu-int8", "cuda-int8", "reference"], ["reference", "cuda-decode", "reference"]]
+    x = builder.make_input({"kind": "conv"})
+    with able.input._clock[0].at(1.0), torch.no_grad():
+        assert torch.equal(able(x), cpu.run(able, x)) and kernels.taken(able, x) == "cpu-int8"
+        assert kernels.taken(able, x.requires_grad_()) == "cpu-int8"  # no gradient is wanted here
+    kernels.use(model, "reference")
+    assert kernels.chosen(able, "cuda") == "reference"
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])

@@ -8,6 +8,7 @@ from typing import Any
 import diffusers
 from diffusers import DiffusionPipeline, ModelMixin
 
+from bitbrush import kernels
 from bitbrush.artifact import manifest
 from bitbrush.artifact.diffusers_plugin import drop_path, register
 from bitbrush.errors import ArtifactError, InputError
@@ -17,12 +18,15 @@ from bitbrush.network.pipelines import DENOISERS
 _LIBRARIES = ("diffusers", "transformers")
 
 
-def load(folder: Path | str, *, fast: bool = False, **kwargs: Any) -> Any:
+def load(folder: Path | str, *, fast: bool = False, kernel: str = "reference", **kwargs: Any) -> Any:
     """Load a pipeline or a bare denoiser, packed as it was saved.
 
     Args:
         folder: The artifact.
         fast: Compare file sizes with the manifest, not hashes.
+        kernel: What computes the packed layers: ``reference``, on any device what was simulated, bit for bit;
+            ``auto``, the best kernel of the device that a call runs on; or the name of one (`bitbrush doctor` lists
+            them). Layers that it cannot run keep the reference.
         kwargs: For ``from_pretrained``: ``torch_dtype``, ``device_map``, ...
 
     Raises:
@@ -31,6 +35,7 @@ def load(folder: Path | str, *, fast: bool = False, **kwargs: Any) -> Any:
     """
     folder = Path(folder)
     _check_options(kwargs)
+    kernels.known(kernel)
     listed = manifest.check(folder, fast=fast)
     _check_configs(folder, listed)
     register()
@@ -42,7 +47,10 @@ def load(folder: Path | str, *, fast: bool = False, **kwargs: Any) -> Any:
         loaded = DiffusionPipeline.from_pretrained(str(folder), use_safetensors=True, local_files_only=True, **kwargs)
     for part in [loaded, *getattr(loaded, "components", {}).values()]:
         drop_path(part)
-    found = [correction.find(part) for name in DENOISERS if (part := getattr(loaded, name, None)) is not None]
+    denoisers = [part for name in DENOISERS if (part := getattr(loaded, name, None)) is not None]
+    for denoiser in denoisers or [loaded]:
+        kernels.use(denoiser, kernel)
+    found = [correction.find(denoiser) for denoiser in denoisers]
     for each in (each for each in found if each is not None):
         each.watch(loaded)
     return loaded

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from bitbrush.errors import InputError
-from bitbrush.kernels import cpu, cpu_lookup, gpu, reference
+from bitbrush.kernels import cpu, cpu_lookup, gpu, gpu_decode, reference
 
 if TYPE_CHECKING:
     from bitbrush.network.layers import QuantLayer
@@ -21,6 +21,7 @@ Kernel = Callable[["QuantLayer", Tensor], Tensor]
 
 KERNELS: dict[str, Kernel] = {
     "reference": reference.run, "cpu-int8": cpu.run, "cpu-lookup": cpu_lookup.run, "cuda-int8": gpu.run,
+    "cuda-decode": gpu_decode.run,
 }
 """Kernels by name; each takes (packed layer, input) and returns the layer's output."""
 
@@ -29,9 +30,19 @@ PROVEN: dict[str, Kernel] = {**KERNELS, "cpu-lookup": cpu_lookup.looked_up}
 """What a proof runs: the arithmetic of each kernel, also where a kernel would leave an input to the reference."""
 
 
+BEST: dict[str, tuple[str, ...]] = {"cpu": ("cpu-int8",), "cuda": ("cuda-int8", "cuda-decode")}
+"""What ``auto`` takes on a kind of device: the first that can run a layer."""
+AUTO = "auto"
+
+
 def run(layer: QuantLayer, x: Tensor) -> Tensor:
     """The output of a packed layer by the kernel chosen for it."""
-    return KERNELS[layer.kernel](layer, x)
+    return KERNELS[chosen(layer, x.device.type)](layer, x)
+
+
+def chosen(layer: QuantLayer, device_type: str) -> str:
+    """Name of the kernel that runs a layer on a kind of device."""
+    return layer.kernel if layer.kernel != AUTO else layer.kernel_of.get(device_type, "reference")
 
 
 LEAVES: dict[str, Callable[[QuantLayer, Tensor], bool]] = {
@@ -43,28 +54,62 @@ LEAVES: dict[str, Callable[[QuantLayer, Tensor], bool]] = {
 def taken(layer: QuantLayer, x: Tensor) -> str:
     """Name of the kernel whose arithmetic `run` gives for this input: the one chosen, or the reference where that
     leaves the input to it."""
-    leaves = LEAVES.get(layer.kernel)
-    return "reference" if leaves is not None and leaves(layer, x) else layer.kernel
+    name = chosen(layer, x.device.type)
+    leaves = LEAVES.get(name)
+    return "reference" if leaves is not None and leaves(layer, x) else name
+
+
+def known(name: str) -> None:
+    """Raises InputError where there is no kernel of this name."""
+    if name not in KERNELS and name != AUTO:
+        raise InputError(f"no kernel named {name!r}", why=f"known: {', '.join([AUTO, *KERNELS])}",
+                         try_="bitbrush doctor")
 
 
 def why_not(name: str, layer: QuantLayer, device_type: str) -> str | None:
     """Why kernel ``name`` cannot run this layer on a device, or None when it can."""
-    if name not in KERNELS:
-        raise InputError(f"no kernel named {name!r}", why=f"known: {', '.join(KERNELS)}", try_="bitbrush doctor")
-    refusals = {"cpu-int8": cpu.why_not, "cpu-lookup": cpu_lookup.why_not, "cuda-int8": gpu.why_not}
+    known(name)
+    refusals = {"cpu-int8": cpu.why_not, "cpu-lookup": cpu_lookup.why_not, "cuda-int8": gpu.why_not,
+                "cuda-decode": gpu_decode.why_not}
     return refusals[name](layer, device_type) if name in refusals else None
 
 
-def use(model: nn.Module, name: str, device_type: str = "cpu") -> dict[str, str]:
+def use(model: nn.Module, name: str, device_type: str | None = None) -> dict[str, str]:
     """Choose kernel ``name`` for every packed layer that it can run; the others keep the reference.
+
+    Args:
+        name: Of a kernel; ``auto``: on every kind of device the best that can run the layer.
+        device_type: What the answer is about, and where kernel ``name`` must run. Left out: the kind of device that
+            the kernel is for, or with ``auto`` that on which the model is.
 
     Returns:
         Layer name to ``name``, or to the reason why the reference runs instead.
     """
-    chosen: dict[str, str] = {}
+    answer: dict[str, str] = {}
+    if device_type is None:
+        kind = name.partition("-")[0]
+        device_type = kind if kind in BEST else next((t.device.type for t in model.buffers()), "cpu")
     for layer_name, module in model.named_modules():
-        if hasattr(module, "declare_packed"):
-            reason = why_not(name, module, device_type)
-            module.kernel = name if reason is None else "reference"
-            chosen[layer_name] = name if reason is None else f"reference: {reason}"
-    return chosen
+        if not hasattr(module, "declare_packed"):
+            continue
+        module.kernel_of = best(module) if name == AUTO else {}
+        wanted = name if name != AUTO else module.kernel_of.get(device_type, BEST.get(device_type, ("reference",))[0])
+        reason = why_not(wanted, module, device_type)
+        module.kernel = name if name == AUTO or reason is None else "reference"
+        answer[layer_name] = wanted if reason is None else f"reference: {reason}"
+        prepare(module)
+    return answer
+
+
+def best(layer: QuantLayer) -> dict[str, str]:
+    """The best kernel that can run a layer, for every kind of device that has one."""
+    able = {kind: [name for name in names if why_not(name, layer, kind) is None] for kind, names in BEST.items()}
+    return {kind: names[0] for kind, names in able.items() if names}
+
+
+def prepare(layer: QuantLayer) -> None:
+    """Make what the chosen kernel keeps of a layer where its weight is now, so that no graph has to."""
+    if layer.face != "packed" or layer.spec.weight is None:
+        return
+    if chosen(layer, layer.weight_scale.device.type) == "cuda-int8":
+        gpu.weight_sum(layer)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._triton import has_triton_package
 
-from bitbrush.kernels import cpu, int8_ops, reference
-from bitbrush.kernels.triton_int8 import BY_ROW, BY_SAMPLE, ONE_ROW, Frame
+from bitbrush.kernels import cpu, int8_ops, reference, triton_int8
+from bitbrush.kernels.triton_int8 import BY_ROW, BY_SAMPLE, ONE_ROW, Frame, Tables
 from bitbrush.numbers import packing
 from bitbrush.numbers.codec import encode, reciprocal
 
@@ -168,6 +168,43 @@ def codes_in_graph(layer: QuantLayer, x: Tensor, frame: Frame | None) -> Tensor:
         zero = zero.expand(*codes.shape[:-1], zero.shape[-1]).reshape(-1, zero.shape[-1]) if zero.ndim > 1 else zero
         codes = codes.reshape(-1, codes.shape[-1])
     return int8_ops.laid_out(codes, zero, list(layer.segments), frame)
+
+
+def input_codes(layer: QuantLayer, x: Tensor) -> Tensor:
+    """The activation codes that the products are made from, uint8, shape of ``x``."""
+    given = _input(layer, x)
+    a, parts, start = _codes(layer, x, given), [], 0
+    for count, width in zip(layer.segments, packing.padded(layer.segments), strict=True):
+        parts.append(a[:, start : start + count])
+        start += width
+    codes = (torch.cat(parts, 1).to(torch.int16) + cpu.OFFSET).to(torch.uint8)
+    frame = given.frame
+    if frame is not None:
+        lines = codes[: frame.batch * frame.height * frame.pitch]
+        framed = lines.reshape(frame.batch, frame.height, frame.pitch, -1)
+        codes = framed[:, frame.pad : frame.pad + frame.high, frame.pad : frame.pad + frame.wide]
+    elif isinstance(layer, nn.Conv2d):
+        codes = codes.reshape(x.shape[0], *x.shape[2:], -1)
+    return codes.permute(0, 3, 1, 2) if isinstance(layer, nn.Conv2d) else codes.reshape(x.shape)
+
+
+def accumulators(layer: QuantLayer, x: Tensor) -> list[Tensor]:
+    """int32 sums of ``(code_a - zero_a) * (code_w - zero_w)`` of each segment, shapes as `cpu.accumulators`."""
+    given, widths = _input(layer, x), packing.padded(layer.segments)
+    a, w = _codes(layer, x, given), int8_weight(layer)
+    tables = Tables(given.scale, given.zero_point, given.times, given.kind, layer.weight_scale, weight_sum(layer))
+    if x.is_cuda:
+        count = len(a) if given.frame is None else given.frame.batch * given.frame.out[0] * given.frame.out[1]
+        sums = torch.empty((len(widths), count, len(w)), dtype=torch.int32, device=x.device)
+        triton_int8.product(a, w, tables, widths, torch.float32, frame=given.frame, per_sample=given.per_sample,
+                            sums=sums)
+        found = list(sums)
+    else:
+        found = int8_ops.plain_sums(a, w, tables, list(widths), given.frame, given.per_sample)
+    shape = (*x.shape[:-1], -1)
+    if isinstance(layer, nn.Conv2d):
+        shape = (x.shape[0], *(x.shape[2:] if given.frame is None else given.frame.out), -1)
+    return [each.reshape(shape) for each in found]
 
 
 def int8_weight(layer: QuantLayer) -> Tensor:

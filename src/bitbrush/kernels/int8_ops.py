@@ -103,19 +103,13 @@ def laid_out(codes: Tensor, zero: Tensor, counts: list[int], frame: Frame | None
             zero = torch.cat([pad(z, (0, -z.shape[-1] % packing.SEGMENT_ALIGN), value=0.0) for z in zeros], -1)
     if frame is None:
         return (centred + (zero - 128)).to(torch.int8)
-    after = 0 if frame.shared else frame.pad
-    framed = pad(centred, (0, 0, frame.pad, after, frame.pad, after)) + (zero - 128)
-    rows = framed.to(torch.int8).flatten(0, 2)
-    return pad(rows, (0, 0, 0, frame.rows - rows.shape[0])) if not frame.shared else _closed(rows, zero, frame)
-
-
-def _closed(rows: Tensor, zero: Tensor, frame: Frame) -> Tensor:
-    """The frame's last rows, which are the last picture's border below."""
-    missing = frame.rows - rows.shape[0]
-    if not missing:
-        return rows
-    last = (zero.reshape(-1, zero.shape[-1])[-1:] - 128).to(torch.int8).expand(missing, rows.shape[1])
-    return torch.cat([rows, last])
+    missing = frame.rows - frame.batch * frame.height * frame.pitch  # below the last picture
+    if frame.shared:  # one zero-point for all: it is added last, to the border as well
+        rows = pad(centred, (0, 0, frame.pad, 0, frame.pad, 0)).flatten(0, 2)
+        return (pad(rows, (0, 0, 0, missing)) + (zero.reshape(-1, zero.shape[-1])[:1] - 128)).to(torch.int8)
+    around = (0, 0, frame.pad, frame.pad, frame.pad, frame.pad)
+    rows = (pad(centred, around) + (zero - 128)).to(torch.int8).flatten(0, 2)
+    return pad(rows, (0, 0, 0, missing))  # nothing reads what is there
 
 
 # ---- weight ----------------------------------------------------------------------------------------------------------
@@ -178,19 +172,12 @@ def _product_plain(
     weight_sum: Tensor, widths: list[int], frame: list[int], per_sample: int, bias: Tensor | None,
     shared: Tensor | None, residual: Tensor | None, dtype: torch.dtype,
 ) -> Tensor:
-    place, taps = frame_of(frame), 1 if not frame else frame[3] * frame[4]
-    total: Tensor | None = None
-    sample = _samples(a.shape[0] if place is None else place.batch * place.out[0] * place.out[1], per_sample, place)
-    row = torch.arange(len(sample)) if kind == BY_ROW else times[sample] if kind == BY_SAMPLE else times
-    parts = zip(a.split(widths, 1), w[:, : taps * sum(widths)].split([taps * k for k in widths], 1), strict=True)
-    for s, (left, right) in enumerate(parts):
-        gathered = left if place is None else _gathered(left, place)
-        acc = (gathered.double() @ right.double().T).to(torch.int32)  # integers below 2**53: exact
-        acc += (128 - zero_point[row, s : s + 1].to(torch.int32)) * weight_sum[s]
-        part = (acc.float() * scale[row, s : s + 1]) * weight_scale[:, s]
-        total = part if total is None else total + part
-    if total is None:
-        raise ValueError("a product without segments")
+    place = frame_of(frame)
+    tables = Tables(scale, zero_point, times, kind, weight_scale, weight_sum)
+    sums, (sample, row) = plain_sums(a, w, tables, widths, place, per_sample), _served(a, tables, place, per_sample)
+    total = (sums[0].float() * scale[row, :1]) * weight_scale[:, 0]
+    for s in range(1, len(sums)):
+        total = total + (sums[s].float() * scale[row, s : s + 1]) * weight_scale[:, s]
     total = total if bias is None else total + bias.float()
     total = total if shared is None else total + shared.float()[sample]
     total = total if residual is None else total + residual.float().reshape(total.shape)
@@ -198,8 +185,28 @@ def _product_plain(
     return out if place is None else out.reshape(place.batch, *place.out, -1)
 
 
-def _samples(rows: int, per_sample: int, frame: Frame | None) -> Tensor:
-    return torch.arange(rows) // (per_sample if frame is None else frame.out[0] * frame.out[1])
+def plain_sums(
+    a: Tensor, w: Tensor, tables: Tables, widths: list[int], frame: Frame | None, per_sample: int
+) -> list[Tensor]:
+    """``sum (code_a - zero_a) w`` of each segment, int32 ``[M, N]``, in plain torch."""
+    taps, row = 1 if frame is None else frame.kernel[0] * frame.kernel[1], _served(a, tables, frame, per_sample)[1]
+    parts = zip(a.split(widths, 1), w[:, : taps * sum(widths)].split([taps * k for k in widths], 1), strict=True)
+    out = []
+    for s, (left, right) in enumerate(parts):
+        gathered = left if frame is None else _gathered(left, frame)
+        acc = (gathered.double() @ right.double().T).to(torch.int32)  # integers below 2**53: exact
+        out.append(acc + (128 - tables.zero_point[row, s : s + 1].to(torch.int32)) * tables.weight_sum[s])
+    return out
+
+
+def _served(a: Tensor, tables: Tables, frame: Frame | None, per_sample: int) -> tuple[Tensor, Tensor]:
+    """(sample, row of the activation's tables) of each output."""
+    count = a.shape[0] if frame is None else frame.batch * frame.out[0] * frame.out[1]
+    every = torch.arange(count, device=a.device)
+    sample = every // (per_sample if frame is None else frame.out[0] * frame.out[1])
+    if tables.kind == BY_ROW:
+        return sample, every
+    return sample, tables.times[sample] if tables.kind == BY_SAMPLE else tables.times
 
 
 def _gathered(frame_rows: Tensor, frame: Frame) -> Tensor:

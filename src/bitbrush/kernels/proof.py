@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from bitbrush import kernels
 from bitbrush.errors import InternalError
-from bitbrush.kernels import bounds, cpu, proof_codebook
+from bitbrush.kernels import bounds, cpu, gpu, proof_codebook
 from bitbrush.kernels.bounds import half_ulp
 from bitbrush.numbers import packing
 from bitbrush.numbers.codec import decode, encode, expand_activation_scale, expand_weight_scale, reciprocal
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from bitbrush.network.activation import ActivationQuantizer
     from bitbrush.network.layers import QuantLayer
 
-INTEGER_KERNELS = {"cpu-int8": cpu}
+INTEGER_KERNELS = {"cpu-int8": cpu, "cuda-int8": gpu}
 IDENTITY_BUDGET = 2**29
 """Multiply-adds above which the identity probe of a layer is skipped, and said so."""
 PROBE = 4.0

@@ -8,6 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from bitbrush.kernels.triton_decode_kernels import codes
+
 
 @triton.jit
 def _half_even(v):
@@ -224,13 +226,6 @@ def encode(
 
 # ---- unpack ----------------------------------------------------------------------------------------------------------
 @triton.jit
-def _plane(data, row, k, ok, stride, WIDTH: tl.constexpr):
-    """Values below ``2**WIDTH`` at the places k of rows of one plane."""
-    byte = tl.load(data + row.to(tl.int64)[:, None] * stride + (k * WIDTH // 8)[None, :], mask=ok, other=0)
-    return (byte.to(tl.int32) >> ((k % (8 // WIDTH)) * WIDTH)[None, :]) & ((1 << WIDTH) - 1)
-
-
-@triton.jit
 def unpack(
     data, zero_ptr, order_ptr, out_ptr, rows, length, stride, four, two, one, segments,
     ENDS: tl.constexpr, REAL: tl.constexpr, BITS: tl.constexpr, ORDER: tl.constexpr, HALVED: tl.constexpr,
@@ -243,29 +238,24 @@ def unpack(
     row = tl.program_id(0) * BR + tl.arange(0, BR)
     k = tl.program_id(1) * BK + tl.arange(0, BK)
     ok = (row < rows)[:, None] & (k < length)[None, :]
-    code = tl.zeros((BR, BK), dtype=tl.int32)
-    shift = 0
-    if BITS & 4:
-        code += _plane(data + four, row, k, ok, stride, 4)
-        shift += 4
-    if BITS & 2:
-        code += _plane(data + two, row, k, ok, stride, 2) << shift
-        shift += 2
-    if BITS & 1:
-        code += _plane(data + one, row, k, ok, stride, 1) << shift
+    code = codes(data, row, rows, tl.program_id(1) * BK, length, stride, four, two, one, BITS, BR, BK).to(tl.int8)
     if HALVED:
         code = code * 2
     place = row
     if ORDER:
         place = tl.load(order_ptr + row, mask=row < rows, other=0).to(tl.int32)
-    segment = tl.zeros((BK,), dtype=tl.int32)
-    padding = tl.zeros((BK,), dtype=tl.int32)
-    begin = 0
-    for s in tl.static_range(len(ENDS)):
-        here = (k >= begin) & (k < ENDS[s])
-        segment = tl.where(here, s, segment)
-        padding = tl.where(here & ((k - begin) % REAL[s][1] >= REAL[s][0]), 1, padding)
-        begin = ENDS[s]
-    zero = tl.load(zero_ptr + place.to(tl.int64)[:, None] * segments + segment[None, :], mask=ok, other=0).to(tl.int32)
-    value = tl.where((padding > 0)[None, :], 0, code - zero)
-    tl.store(out_ptr + place.to(tl.int64)[:, None] * length + k[None, :], value.to(tl.int8), mask=ok)
+    if len(ENDS) == 1:
+        padding = k % REAL[0][1] >= REAL[0][0]
+        zero = tl.load(zero_ptr + (place * segments)[:, None], mask=(row < rows)[:, None], other=0)
+    else:
+        segment = tl.zeros((BK,), dtype=tl.int32)
+        padding = k < 0
+        begin = 0
+        for s in tl.static_range(len(ENDS)):
+            here = (k >= begin) & (k < ENDS[s])
+            segment = tl.where(here, s, segment)
+            padding = padding | (here & ((k - begin) % REAL[s][1] >= REAL[s][0]))
+            begin = ENDS[s]
+        zero = tl.load(zero_ptr + (place * segments)[:, None] + segment[None, :], mask=ok, other=0)
+    value = tl.where(padding[None, :], 0, code - zero.to(tl.int8)).to(tl.int8)
+    tl.store(out_ptr + place.to(tl.int64)[:, None] * length + k[None, :], value, mask=ok)

@@ -35,7 +35,8 @@ Tensors of a packed layer (these names are the file format, see docs/format.md),
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -78,6 +79,7 @@ class QuantLayer(nn.Module):
         self.out_channels_, self.in_channels_ = rows, channels
         self.rotated = spec.rotation != "none"  # off while a proof looks at the weight alone
         self.kernel = "reference"  # which kernel runs the packed face; set by kernels.use
+        self.kernel_of: dict[str, str] = {}  # where that is "auto": by kind of device
         self.trial_weight: Tensor | None = None
         self.trial_bias: Tensor | None = None
         self._row_tables: dict[str, Tensor] = {}  # of mixed bits, by what and where: `top` and `binary_rows`
@@ -127,8 +129,8 @@ class QuantLayer(nn.Module):
         """Codes in a packed row, padding included."""
         return packing.row_length(self.segments, self.kernel_hw)
 
-    def _weight_shape(self, tensor: Tensor) -> Tensor:
-        return tensor if isinstance(self, nn.Conv2d) else tensor.reshape(tensor.shape[0], -1)
+    def _weight_shape(self, rows: Tensor) -> Tensor:
+        return rows if isinstance(self, nn.Conv2d) else rows.reshape(rows.shape[0], -1)
 
     # ---- weight ------------------------------------------------------------------------------------------------
     def scale_tables(self) -> tuple[Tensor, Tensor]:
@@ -206,7 +208,7 @@ class QuantLayer(nn.Module):
     def set_weight(self, codes: Tensor, scale: Tensor, zero_point: Tensor) -> None:
         """Store the codes (weight's shape, uint8) and their tables ``[N, S]``."""
         device = self.weight_scale.device
-        codes = codes.detach().to(device=device, dtype=torch.uint8)
+        codes = codes.detach().to(device, torch.uint8)
         self.codes = codes.clone(memory_format=torch.contiguous_format)  # 1x1 weights have ambiguous strides
         self.weight_scale = scale.detach().float().to(device).contiguous()
         self.weight_zero_point = zero_point.detach().to(device=device, dtype=torch.uint8).contiguous()
@@ -282,6 +284,15 @@ class QuantLayer(nn.Module):
             return kernels.run(self, x)
         return self.computed(x, self.weight_in_use().to(x.dtype))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move, and have what the kernel keeps where the weight is now."""
+        from bitbrush import kernels
+
+        super()._apply(fn, recurse)
+        self._row_tables.clear()
+        kernels.prepare(self)
+        return self
+
     def computed(self, x: Tensor, weight: Tensor) -> Tensor:
         """The output that the sim face and the reference kernel give for a decoded weight."""
         return self.finish(self.with_branch(self.operation(self.quantize_input(x), weight), x))
@@ -297,9 +308,7 @@ class QuantLayer(nn.Module):
     def prepare(self, x: Tensor) -> Tensor:
         """What is encoded: ``x * input_scale``, rotated where the spec says so, in float32; or ``x`` itself."""
         if self.input_scale is not None:
-            shape = [1] * x.ndim
-            shape[self.channel_dim % x.ndim] = -1
-            x = x.float() * self.input_scale.reshape(shape)
+            x = x.float() * self.input_scale.reshape([-1, 1, 1] if isinstance(self, nn.Conv2d) else [-1])
         return rotate(x) if self.rotated else x
 
     def quantize_input(self, x: Tensor) -> Tensor:
@@ -317,11 +326,9 @@ class QuantLayer(nn.Module):
         return self.input(y, self.channel_dim % y.ndim)
 
     def bias_in_use(self, x: Tensor) -> Tensor | None:
-        """The bias of the face shown; one that is trained or was trained comes in the dtype of ``x``."""
-        if self.face != "sim":
-            return self.bias
+        """The bias of the face shown; a trained one comes in the dtype of ``x``."""
         trained = self.trial_bias if self.trial_bias is not None else self.trained_bias
-        return self.bias if trained is None else trained.to(x.dtype)
+        return self.bias if trained is None or self.face != "sim" else trained.to(x.dtype)
 
     def operation(self, x: Tensor, weight: Tensor) -> Tensor:
         """The float operation with a given weight and `bias_in_use`."""
@@ -377,8 +384,7 @@ class QuantLayer(nn.Module):
 
     def packed_bytes(self) -> int:
         """Bytes that this layer takes in memory and on disk."""
-        tensors = [*self.buffers(), *self.parameters()]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        return sum(t.numel() * t.element_size() for t in (*self.buffers(), *self.parameters()))
 
 
 class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[misc, override]

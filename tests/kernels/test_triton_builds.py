@@ -1,0 +1,92 @@
+"""The Triton kernels are compiled for compute capability 9.0, without a GPU: they build, spill nothing, and use the
+instructions they are written for."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+POINTERS = {
+    "y_ptr": "*bf16", "acc_ptr": "*bf16", "bias_ptr": "*fp32", "residual_ptr": "*bf16", "shared_ptr": "*bf16",
+    "scale_a_ptr": "*fp32", "zero_a_ptr": "*u8", "times_ptr": "*i64", "scale_w_ptr": "*fp32", "sum_w_ptr": "*i32",
+    "x_ptr": "*bf16", "factor_ptr": "*fp32", "inverse_ptr": "*fp32", "tops_ptr": "*fp32", "data": "*u8",
+    "zero_ptr": "*u8", "order_ptr": "*i16", "book_ptr": "*fp16", "a": "*i8", "w": "*i8",
+}
+DIVISIBLE = {"m_count", "n_count", "length_a", "length_w", "stride_row", "length", "stride", "columns", "four", "two",
+             "one", "count"}
+
+
+def _built(kernel: Any, constants: dict[str, Any], warps: int = 4, stages: int = 3, **pointers: str) -> str:
+    """PTX of a kernel, with the specialisations that its arguments have in use."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    known, signature, attributes = {**POINTERS, **pointers}, {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in known:
+            signature[name] = known[name]
+        else:
+            signature[name] = "fp32" if name == "top" else "i32"
+        if signature[name].startswith("*") or name in DIVISIBLE - set(constants):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
+    built = compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    ptx: str = built.asm["ptx"]
+    return ptx
+
+
+def _product(config: Any, spatial: int, widths: tuple[int, ...], taps: tuple[int, int], table: int) -> str:
+    from bitbrush.kernels import triton_int8_kernels as kernels
+
+    constants = {
+        "WIDTHS": widths, "KH": taps[0], "KW": taps[1], "TABLE": table, "SPATIAL": spatial, "TMA": config.tma,
+        "BIAS": True, "RESIDUAL": False, "SHARED": False, "KEEP": False, "BM": config.bm, "BN": config.bn,
+        "BK": config.bk, "GROUP": config.group, "PROGRAMS": 132 if config.persistent else 0,
+    }
+    described = {"a": f"tensordesc<i8[{config.bm}, {config.bk}]>", "w": f"tensordesc<i8[{config.bn}, {config.bk}]>"}
+    return _built(kernels.product, constants, config.warps, config.stages, **(described if config.tma else {}))
+
+
+def test_products_multiply_on_the_tensor_cores_from_copies_in_flight() -> None:
+    from bitbrush.kernels.triton_int8 import FLAT, GATHERED, LINEAR, Config
+
+    built = 0
+    for config, spatial, widths, taps, table in (
+        (Config(), LINEAR, (1280,), (1, 1), 0), (Config(tma=False), LINEAR, (1280,), (1, 1), 2),
+        (Config(persistent=True), LINEAR, (640,), (1, 1), 1), (Config(bk=64), FLAT, (320,), (3, 3), 0),
+        (Config(bk=64, tma=False), GATHERED, (320,), (3, 3), 0), (Config(128, 64, 64), LINEAR, (640, 320), (1, 1), 0),
+    ):
+        ptx = _product(config, spatial, widths, taps, table)
+        assert "wgmma.mma_async.sync.aligned" in ptx and ".s32.s8.s8" in ptx and "mma.sync.aligned.m" not in ptx
+        assert ("cp.async.bulk.tensor" in ptx) == config.tma and ("cp.async.c" in ptx) != config.tma
+        built += 1
+    assert built == 6
+
+
+def test_one_pass_kernels_move_sixteen_bytes_at_a_time() -> None:
+    from bitbrush.kernels import triton_decode_kernels, triton_int8_kernels
+
+    flat = {"COUNTS": (640,), "WIDTHS": (640,), "TABLE": 0, "FACTOR": False, "TOPS": False, "BR": 16, "BC": 256,
+            "stride_channel": 1}
+    rows = {"ENDS": (1280,), "BITS": 4, "ORDER": False, "HALVED": False, "BK": 256}
+    ptx = {
+        "encode": _built(triton_int8_kernels.encode, {**flat, "SPATIAL": False}, out_ptr="*i8"),
+        "frame": _built(triton_int8_kernels.encode, {**flat, "SPATIAL": True}, out_ptr="*i8"),
+        "unpack": _built(triton_int8_kernels.unpack, {**rows, "REAL": ((1280, 1280),), "BR": 16}, out_ptr="*i8"),
+        "affine": _built(triton_decode_kernels.affine, {**rows, "REAL": ((1280, 1280, 1280),), "STARTS": (0,), "BR": 8},
+                         scale_ptr="*fp32", out_ptr="*bf16"),
+        "codebook": _built(triton_decode_kernels.codebook, {"BOOKS": 3, "BITS": 8, "SIZE": 8, "WIDE": 8, "BG": 256},
+                           scale_ptr="*fp16", out_ptr="*bf16"),
+    }
+    for name, text in ptx.items():
+        assert set(re.findall(r"st\.global\.(\S+?)\s", text)) == {"v4.b32"}, name
+        assert re.search(r"ld\.global\.(v4|v2)\.b32", text), name
+    assert len(ptx) == 5
