@@ -55,6 +55,7 @@ def page(parts: Parts, figures: dict[str, dict[str, Any]], plotted: set[str]) ->
         "Encodes": tables.encodes(parts),
         "Layers": tables.layers(parts),
         "Memory": tables.memory(parts),
+        "CPU": tables.cpu(parts),
     }
     images = {"Steps": (STEPS_PLOT, "speed-ups of steps"), "Convolutions": (KERNELS_PLOT, "speed-ups of kernels")}
     for title, body in shown.items():

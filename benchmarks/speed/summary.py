@@ -154,12 +154,10 @@ def _memory(parts: Parts) -> float | None:
 
 
 def cpu(key: str) -> Callable[[Parts], float | None]:
-    """A figure of the CPU's file: ``{key: number}`` at the top or in ``summary``, a number or ``{"value": ..}``."""
+    """A figure of the CPU's file, which has it at the top."""
     def measure(parts: Parts) -> float | None:
-        found = parts.get("cpu", {})
-        value = found.get(key, found.get("summary", {}).get(key))
-        value = value.get("value") if isinstance(value, dict) else value
-        return float(value) if isinstance(value, int | float) and not found.get("smoke") else None
+        value = parts.get("cpu", {}).get(key)
+        return float(value) if isinstance(value, int | float) else None
 
     return measure
 
@@ -199,8 +197,8 @@ def figures(parts: Parts) -> dict[str, Figure]:
 
 def has_vnni(parts: Parts) -> bool:
     """Whether the CPU of the CPU's file has int8 dot products."""
-    machine = parts.get("cpu", {}).get("machine", {})
-    return bool(machine.get("vnni")) if isinstance(machine, dict) else False
+    native = parts.get("cpu", {}).get("settings", {}).get("native", {})
+    return bool(native.get("machine", {}).get("vnni"))
 
 
 def _also(key: str, parts: Parts) -> bool:

@@ -238,6 +238,29 @@ def memory(parts: Parts) -> Lines:
     return table(["SDXL UNet", "weights, GB", "peak of load and step, GB", "over bf16"], rows)
 
 
+def cpu(parts: Parts) -> Lines:
+    """A step of emoji-sd-tiny on the CPU, by the settings of ``speed_cpu.py``."""
+    lines: Lines = []
+    for setting, found in parts.get("cpu", {}).get("settings", {}).items():
+        machine = found["machine"]
+        lines += [f"{setting}: {machine['processor']}, {machine['capability']}, {machine['threads']} threads, "
+                  f"{'with' if machine['vnni'] else 'without'} VNNI", ""]  # fmt: skip
+        rows = []
+        for name, each in found["ms"].items():
+            ratio = found["ratios"].get(name)
+            beside = f"{ratio['median']:.3f} ({ratio['q1']:.3f} to {ratio['q3']:.3f})" if ratio else ""
+            rows.append([name, number(each["median"], 1), number(each["fastest"], 1), beside,
+                         number(ratio["fastest"] if ratio else None, 3), number(found["weights"].get(name), 3)])
+        lines += table(["step of emoji-sd-tiny, batch 2", "ms", "fastest", "over float32 in the same turns (quartiles)",
+                        "of the fastest", "weights, of bf16"], rows)  # fmt: skip
+        names = list(found["ms"])
+        lines += table(["layers of a step, ms", "layers", *names], [
+            [kind, number(row["layers"], 0), *(number(row[name], 2) for name in names)]
+            for kind, row in found["kinds"].items()
+        ])  # fmt: skip
+    return lines
+
+
 def roofline(parts: Parts) -> Lines:
     """Operations and bytes counted, and the floors that they give with the measured ceilings."""
     ceiling = rates(parts)
