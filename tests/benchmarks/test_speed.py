@@ -263,3 +263,58 @@ def test_a_peer_that_is_missing_is_left_out_by_name(script: Script, tmp_path: Pa
     peers.run(made, peer, models.find("sdxl").shrunk(), "cpu", smoke=True)
     assert made.data["errors"] == {"sdxl": "left out: no-such-library is not installed here"}
     assert len(peers.PEERS) == 6
+
+
+@pytest.mark.parametrize(("codes", "calls"), [((0,), 1), ((-11, 0), 2), ((1, 1, 1), 3), ((4,), 1), ((None,), 1)])
+def test_a_part_whose_process_ends_early_is_called_again(
+    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codes: tuple[int | None, ...], calls: int
+) -> None:
+    """A crash is tried again, three times at most; a file of another machine and the end of the time are not."""
+    program, record, seen = script("speed.program"), script("speed.record"), list[list[str]]()
+    answers = iter(codes)
+
+    def watched(words: list[str], seconds: float, env: dict[str, str]) -> int | None:
+        seen.append(words)
+        return next(answers)
+
+    monkeypatch.setattr(program, "watched", watched)
+    args = program.arguments(["steps-sdxl", "--out", str(tmp_path), "--forms", "w8a8", "w4a8", "--compile", "none"])
+    args.run = "r"
+    program.in_process("steps-sdxl", args, record.Budget(100), args.forms)
+    assert len(seen) == calls
+    child = program.arguments(seen[0][2:])
+    assert child.child and child.run == "r" and child.parts == ["steps-sdxl"] and child.out == tmp_path
+    assert child.forms == ["w8a8", "w4a8"] and child.compile == "none" and 80 <= child.budget < 100
+    program.in_process("conv", args, record.Budget(5), None)  # no time to begin
+    assert len(seen) == calls
+
+
+def test_a_peer_finds_its_library_below_the_site(
+    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = script("speed.program")
+    monkeypatch.setenv("PYTHONPATH", "before")
+    args = program.arguments(["peers", "--site", str(tmp_path)])
+    assert program.environment("peer-torchao-int8", args)["PYTHONPATH"].split(":") == [
+        str(tmp_path / "torchao"), "before"]  # fmt: skip
+    assert program.environment("conv", args)["PYTHONPATH"] == "before"
+
+
+def test_memory_is_complete_with_all_of_its_forms(script: Script, tmp_path: Path) -> None:
+    program, record = script("speed.program"), script("speed.record")
+    args = program.arguments(["memory", "--smoke", "--out", str(tmp_path), "--forms", "bf16", "w4"])
+    made = record.Record("memory", tmp_path, record.Budget(9), run="r", smoke=True, command="c")
+    made.measure("bf16", 0, dict)
+    made.finish()  # by the process of bf16 alone
+    assert not program.is_complete("memory", args)
+    made.measure("w4", 0, dict)
+    made.finish()
+    assert program.is_complete("memory", args)
+    assert not program.is_complete("memory", program.arguments(["memory", "--smoke", "--out", str(tmp_path)]))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of machines without a GPU")
+def test_without_a_gpu_there_are_no_results(script: Script, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    program = script("speed.program")
+    assert program.run(program.arguments(["conv", "--out", str(tmp_path)])) == 2
+    assert "--smoke" in capsys.readouterr().err and not list(tmp_path.iterdir())
