@@ -16,7 +16,8 @@ row a timestep on every layer. Five packed networks are made of it, with the sam
 A step is the call that a diffusers pipeline makes: batch doubled for guidance where there are prompts, the timestep a
 tensor on the device, hooks included; scheduler and text encoder are not. Measured is a sweep over all timesteps in
 sampling order (nothing waits inside it), by CUDA events or by the clock on the wall. Sweeps of the networks take turns,
-in an order that rotates, and differences are taken between sweeps of one turn: what drifts, cancels. The interval is a
+in an order that rotates, and differences are taken between sweeps of one turn: what drifts, cancels. (Eager networks
+take a tenth of the turns.) The interval is a
 95 % bootstrap interval of the median difference over the turns.
 
 The bar is at most 1 % of a compiled step on a GPU. Compilations after a network's first call are counted, and printed
@@ -32,6 +33,7 @@ import platform
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,7 +45,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 import bitbrush
-from bitbrush import assets
+from bitbrush import assets, kernels
 from bitbrush.engine.progress import Silent
 from bitbrush.evaluation.sampling import with_ddim
 from bitbrush.network import correction, wrap
@@ -287,12 +289,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     pipe = (pipe if takes_prompt(pipe) else with_ddim(pipe)).to(device)
     made = {name: model for name, model in networks(pipe, args.steps, dtype).items()
             if args.only is None or name == BASE or name in args.only}
+    chosen = [kernels.use(model, args.kernel) for model in made.values()]
     sweep = sweeper(pipe, made[BASE], args, dtype)
     out: dict[str, Any] = {
         "model": args.model, "batch": args.batch, "steps": args.steps, "rounds": args.rounds,
         "dtype": str(dtype).removeprefix("torch."), "smoke": args.smoke,
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "cpu",
-        "threads": torch.get_num_threads(),
+        "threads": torch.get_num_threads(), "kernels": dict(Counter(chosen[0].values())),
         "versions": {"bitbrush": bitbrush.__version__, "torch": torch.__version__,
                      "diffusers": diffusers.__version__, "python": platform.python_version()},
         "command": " ".join(["benchmarks/time_cost.py", *sys.argv[1:]]),
@@ -300,7 +303,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for _ in range(args.warmup):
         for model in made.values():
             sweep(model)
-    out["eager"] = summary(measure(made, sweep, args.rounds), args.steps)
+    out["eager"] = summary(measure(made, sweep, max(3, args.rounds // 10)), args.steps)
     print("\n".join(rows("eager", out["eager"])), file=sys.stderr, flush=True)
     compiled, facts = compile_all(made, sweep, args)
     first = graphs()
@@ -346,6 +349,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, help="sweeps before (default 3; --smoke 1)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on a GPU")
     parser.add_argument("--only", nargs="+", metavar="NETWORK", help="these beside static (compiling takes minutes)")
+    parser.add_argument("--kernel", default="auto", help="that computes the packed layers (default auto)")
     parser.add_argument("--mode", default="default", help="of torch.compile")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--smoke", action="store_true", help="a few steps on the CPU, traced but not compiled")

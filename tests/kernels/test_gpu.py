@@ -17,11 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
+import bitbrush
 from bitbrush import kernels
+from bitbrush.engine.progress import Silent
 from bitbrush.kernels import cpu, gpu, gpu_decode, int8_ops
 from bitbrush.network.clock import Clock
 from bitbrush.network.layers import QuantConv2d, QuantLayer
 from bitbrush.numbers.grid import ActivationSpec, LayerSpec, WeightSpec
+from small import least_pipeline
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -139,13 +142,27 @@ def test_a_compiled_graph_has_no_break_and_is_compiled_once(builder: ModuleType,
     case = {"kind": kind, "mode": "timed", "padding": (1, 1), "segments": (40, 24)}
     _, packed, _ = builder.build(case)
     packed.kernel, clock, x = "cuda-int8", packed.input._clock[0], builder.make_input(case)
-    gpu.weight_sum(packed)
+    kernels.prepare(packed)
     counter = CompileCounter()
     graph = torch.compile(packed, backend=counter, fullgraph=True)
     for time in (1.0, 250.0, 999.0):
         with clock.at(torch.tensor(time)), torch.no_grad():
             got, want = graph(x), packed(x)
         assert torch.equal(got, want)
+    assert counter.frame_count == 1
+
+
+def test_a_network_is_one_graph_for_all_timesteps(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (gpu, gpu_decode):
+        monkeypatch.setattr(module, "has_triton_package", lambda: True)
+    unet = bitbrush.quantize(least_pipeline(), "rtn", 4, 8, progress=Silent()).pipeline.unet
+    monkeypatch.setattr(gpu, "why_not", lambda layer, kind: gpu.unable(layer))
+    assert set(kernels.use(unet, "cuda-int8").values()) == {"cuda-int8"}
+    counter = CompileCounter()
+    graph, x = torch.compile(unet, backend=counter, fullgraph=True), torch.randn(2, 1, 8, 8)
+    with torch.no_grad():
+        for time in (900, 500, 3):
+            assert torch.equal(graph(x, torch.tensor(time)).sample, unet(x, torch.tensor(time)).sample)
     assert counter.frame_count == 1
 
 

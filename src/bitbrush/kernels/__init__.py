@@ -112,4 +112,4 @@ def prepare(layer: QuantLayer) -> None:
     if layer.face != "packed" or layer.spec.weight is None:
         return
     if chosen(layer, layer.weight_scale.device.type) == "cuda-int8":
-        gpu.weight_sum(layer)
+        gpu.prepare(layer)

@@ -7,6 +7,7 @@ product that unpacks within itself costs more (each tile of the output would unp
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -118,7 +119,7 @@ def _tables(layer: QuantLayer, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
         raise ValueError("the input of this layer is not quantized")
     if quantizer.spec.mode == "static":
         times = quantizer.times() if not quantizer.spec.time_groups else quantizer.rows()
-        times = _first(x.device) if times is None else times
+        times = first_row(layer) if times is None else times
         kind = ONE_ROW if len(times) == 1 else BY_SAMPLE
         return quantizer.scale, quantizer.inverse_scale, quantizer.zero_point, times, kind
     scale, _, zero = quantizer.parameters_for(layer.prepare(x), layer.channel_dim % x.ndim)
@@ -129,13 +130,26 @@ def _tables(layer: QuantLayer, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
     scale, zero = found[0].contiguous(), found[1].contiguous()
     count = len(scale)
     if count == 1:
-        return scale, reciprocal(scale), zero, _first(x.device), ONE_ROW
+        return scale, reciprocal(scale), zero, first_row(layer), ONE_ROW
     kind = BY_SAMPLE if quantizer.spec.granularity == "sample" else BY_ROW
     return scale, reciprocal(scale), zero, torch.arange(count, device=x.device), kind
 
 
-def _first(device: torch.device) -> Tensor:
-    return torch.zeros(1, dtype=torch.int64, device=device)
+def first_row(layer: QuantLayer) -> Tensor:
+    """The row of a table that has one: int64 ``[1]``, on the layer's device. Kept: graphs need not fill it."""
+    return _kept(layer, "first_row", lambda: torch.zeros(1, dtype=torch.int64, device=layer.weight_scale.device))
+
+
+def _kept(layer: QuantLayer, what: str, make: Callable[[], Tensor]) -> Tensor:
+    """A tensor that is made once a device; one that is made while a graph is traced is part of that graph."""
+    key = f"{what} {layer.weight_scale.device}"
+    if key in layer._row_tables:
+        return layer._row_tables[key]
+    with torch.inference_mode(False), torch.no_grad():
+        found = make()
+    if not torch.compiler.is_compiling():
+        layer._row_tables[key] = found
+    return found
 
 
 def _codes(layer: QuantLayer, x: Tensor, given: _Input) -> Tensor:
@@ -225,13 +239,17 @@ def int8_weight(layer: QuantLayer) -> Tensor:
 
 def weight_sum(layer: QuantLayer) -> Tensor:
     """int32 ``[S, N]``: each row's sum over each segment. Kept, for graphs that are captured later."""
-    key = f"weight_sum {layer.weight_scale.device}"
-    if key in layer._row_tables:
-        return layer._row_tables[key]
     taps = layer.kernel_hw[0] * layer.kernel_hw[1]
-    with torch.inference_mode(False), torch.no_grad():
-        parts = int8_weight(layer)[:, : layer.row_length].split([taps * k for k in packing.padded(layer.segments)], 1)
-        found = torch.stack([part.sum(1, dtype=torch.int32) for part in parts])
-    if not torch.compiler.is_compiling():
-        layer._row_tables[key] = found
-    return found
+
+    def sums() -> Tensor:
+        widths = [taps * width for width in packing.padded(layer.segments)]
+        parts = int8_weight(layer)[:, : layer.row_length].split(widths, 1)
+        return torch.stack([part.sum(1, dtype=torch.int32) for part in parts])
+
+    return _kept(layer, "weight_sum", sums)
+
+
+def prepare(layer: QuantLayer) -> None:
+    """Make what is kept of a layer."""
+    weight_sum(layer)
+    first_row(layer)

@@ -1,0 +1,123 @@
+"""Exactness of the CUDA kernels on a GPU, over the tests' grid of layers: is every integer the definition's?
+
+    python benchmarks/check_int8.py [--out FOLDER]        # a CUDA device with Triton
+    python benchmarks/check_int8.py --smoke               # a few layers, the operations' plain form on the CPU
+
+For every layer of the pairwise grids (bits 1 to 8, mixed and symmetric rows, symmetry, static and timed tables, dynamic
+scales, segments, ragged rows, kernels, strides, layouts, dtypes): codes of the input, int32 sums and the decoded
+weight must equal those of the CPU, where they are tested against int64 arithmetic; outputs are compared in their own
+dtype. Layers that a kernel refuses are counted by reason. Every cut of the product is run on one layer of each kind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+import builder  # noqa: E402
+from bitbrush.kernels import cpu, gpu, gpu_decode, int8_ops, triton_int8, tuning  # noqa: E402
+from bitbrush.kernels.triton_int8 import Tables  # noqa: E402
+from bitbrush.numbers import packing  # noqa: E402
+
+RESULTS = Path(__file__).parent / "results" / "kernels"
+
+
+def on(device: str, layer: Any) -> Any:
+    """A copy of a layer with its clock on a device."""
+    moved = builder.copy.deepcopy(layer).to(device)
+    if layer.input is not None:
+        moved.input._clock = builder.copy.deepcopy(layer.input._clock)
+        moved.input._clock[0].to(device)
+    return moved
+
+
+def compare(case: dict[str, Any], seed: int, device: str) -> dict[str, Any]:
+    """What of a layer is equal."""
+    _, packed, _ = builder.build(case, seed)
+    x, time = builder.make_input(case, seed), builder.timestep(case)
+    there, given = on(device, packed), x.to(device)
+    found: dict[str, Any] = {"kind": case["kind"], "bits": str(case["weight_bits"])}
+    weight = gpu_decode.weight(there, case["dtype"]).cpu()
+    found["weight"] = torch.equal(weight, packed.decoded_weight().to(case["dtype"]))
+    reason = gpu.unable(packed)
+    if reason is not None or gpu.leaves(packed, x):
+        return {**found, "refused": reason or "left to the reference"}
+    clock = there.input._clock[0]
+    with packed.input._clock[0].at(time), clock.at(time), torch.no_grad():
+        want, got = cpu.accumulators(packed, x), gpu.accumulators(there, given)
+        found["sums"] = all(torch.equal(a.cpu(), b) for a, b in zip(got, want, strict=True))
+        found["codes"] = torch.equal(gpu.input_codes(there, given).cpu(), cpu.input_codes(packed, x))
+        y = gpu.run(there, given).cpu()
+        found["output"] = torch.equal(y, cpu.run(packed, x))
+        found["values"] = sum(t.numel() for t in want)
+    return found
+
+
+def cuts(device: str) -> dict[str, Any]:
+    """Every cut of the product gives the same integers (CUDA only)."""
+    ran, wrong = 0, []
+    for case in ({"kind": "linear", "rows": 33}, {"kind": "linear", "segments": (40, 24)},
+                 {"kind": "conv", "padding": (1, 1), "rows": 33},
+                 {"kind": "conv", "padding": (1, 1), "stride": (2, 2)}):
+        whole = {**builder.ALWAYS, **case}
+        _, packed, _ = builder.build(whole)
+        there, x = on(device, packed), builder.make_input(whole).to(device)
+        with there.input._clock[0].at(1.0), torch.no_grad():
+            given = gpu._input(there, x)
+            a, w = gpu._codes(there, x, given), gpu.int8_weight(there)
+            tables = Tables(given.scale, given.zero_point, given.times, given.kind, there.weight_scale,
+                            gpu.weight_sum(there))
+            widths = packing.padded(there.segments)
+            want = torch.stack(int8_ops.plain_sums(a, w, tables, list(widths), given.frame, given.per_sample))
+            for cut in tuning.CANDIDATES:
+                kept = torch.empty_like(want)
+                triton_int8.product(a, w, tables, widths, torch.float32, frame=given.frame,
+                                    per_sample=given.per_sample, config=cut, sums=kept)
+                ran += 1
+                if not torch.equal(kept, want):
+                    wrong.append(f"{case} {cut}")
+    return {"ran": ran, "wrong": wrong}
+
+
+def main() -> None:
+    """Compare, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--grids", type=int, default=5, help="pairwise grids of some 95 layers, each drawn anew")
+    parser.add_argument("--smoke", action="store_true")
+    args = parser.parse_args()
+    os.environ.setdefault("BITBRUSH_TUNE", "0")
+    device, grids = ("cpu", 1) if args.smoke else ("cuda", args.grids)
+    cases = [case for grid in range(grids) for case in builder.pairwise(100 + grid)]
+    cases = [builder.square(case) if i % 2 else case for i, case in enumerate(cases)]
+    rows = [compare(case, i, device) for i, case in enumerate(cases[:24] if args.smoke else cases)]
+    ran = [row for row in rows if "refused" not in row]
+    report = {
+        "layers": len(rows), "multiplied": len(ran), "values": sum(row["values"] for row in ran),
+        "weights_equal": sum(row["weight"] for row in rows),
+        **{f"{key}_equal": sum(row[key] for row in ran) for key in ("codes", "sums", "output")},
+        "refused": dict(collections.Counter(row["refused"] for row in rows if "refused" in row)),
+        "unequal": [row for row in rows if not all(row.get(k, True) for k in ("weight", "codes", "sums", "output"))],
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "torch": torch.__version__,
+        "command": "python benchmarks/check_int8.py",
+    }
+    if device == "cuda":
+        report["cuts"] = cuts(device)
+    print(json.dumps(report, indent=1))
+    if not args.smoke:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "int8_gpu.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
