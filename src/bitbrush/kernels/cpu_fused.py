@@ -244,16 +244,19 @@ def _framed(part: Tensor, inverse: float, zero: int, top: int, frame: list[int])
     b, h, w, c = part.shape
     wide = packing.padded((c,))[0]
     size = (b, h + above + below, w + left + right, wide)
-    whole = size == part.shape
-    out = torch.empty(size, dtype=torch.uint8) if whole else torch.full(size, zero, dtype=torch.uint8)
-    encode_bytes(part, inverse, zero, top, out if whole else out[:, above : above + h, left : left + w, :c])
-    return out
+    if size == part.shape:
+        return encode_bytes(part, inverse, zero, top, torch.empty(size, dtype=torch.uint8)).add_(zero)
+    out = torch.zeros(size, dtype=torch.uint8)
+    encode_bytes(part, inverse, zero, top, out[:, above : above + h, left : left + w, :c])
+    return out.add_(zero)
 
 
 def windows(framed: Tensor, kernel: list[int], stride: list[int], dilation: list[int]) -> Tensor:
     """``[B, H', W', kh * kw * C]``: what each place of the output sees of ``[B, H, W, C]``. A view where it can be."""
     b, h, w, c = framed.shape
     (kh, kw), (sh, sw), (dh, dw) = kernel, stride, dilation
+    if kh == kw == sh == sw == 1:
+        return framed
     size = (b, (h - dh * (kh - 1) - 1) // sh + 1, (w - dw * (kw - 1) - 1) // sw + 1)
     s0, s1, s2, s3 = framed.stride()
     moves = (s0, s1 * sh, s2 * sw)
