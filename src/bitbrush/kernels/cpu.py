@@ -24,13 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from bitbrush.kernels import cpu_fused, cpu_onednn, reference
+from bitbrush.kernels.cpu_onednn import OFFSET
 from bitbrush.kernels.cpu_weights import int8_weights, largest
 
 if TYPE_CHECKING:
     from bitbrush.network.layers import QuantLayer
 
-OFFSET = 128
-"""Subtracted from activation codes so that they fit int8."""
 FLOAT_BLOCK = 1024
 """Products of int8 values that float32 sums exactly in any order: 1024 * 128 * 128 = 2**24."""
 

@@ -4,7 +4,8 @@ Where one scale serves a sample (tables over time, K segments and scales found a
 
     codes    uint8 rows (kh, kw, channel) of pictures in channels-last order, padded with the zero-point's code
     weights  int8 columns, unpacked for this call (`cpu_weights`)
-    product  `cpu_onednn.product`: int32 sums, then scales and bias in the same pass; a product a segment
+    product  `cpu_onednn.product`: int32 sums, then scales and bias in the same pass; a product a segment. Of few rows
+             `cpu_onednn.few_product`, which wants codes less 128, and weights as they are stored
 
 Samples whose scales differ (a batch of mixed timesteps) are computed one after the other. Pictures leave in
 channels-last order, whatever they came in: the next layer then has nothing to transpose, and norms, activations and
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from bitbrush.kernels import cpu_onednn
-from bitbrush.kernels.cpu_weights import columns, largest
+from bitbrush.kernels.cpu_weights import columns, largest, rows, tensors
 from bitbrush.numbers import packing
 from bitbrush.numbers.codec import encode_bytes
 
@@ -48,11 +49,24 @@ class Shape(NamedTuple):
     halved: list[int]
     extremes: list[int]
 
+    def places(self, x: Tensor) -> tuple[int, int]:
+        """Height and width of the output for an input ``[B, H, W, C]``."""
+        left, right, above, below = self.frame
+        (kh, kw), (sh, sw), (dh, dw) = self.kernel, self.stride, self.dilation
+        height, width = x.shape[1] + above + below, x.shape[2] + left + right
+        return (height - dh * (kh - 1) - 1) // sh + 1, (width - dw * (kw - 1) - 1) // sw + 1
+
+    def few(self, x: Tensor) -> bool:
+        """Whether products of this input have few rows."""
+        height, width = self.places(x)
+        longest = self.kernel[0] * self.kernel[1] * max(self.segments)
+        return cpu_onednn.few(x.shape[0] * height * width, longest)
+
 
 class Part(NamedTuple):
     """Samples with the same scales: their slice of the batch, and scale, zero-point of each segment.
 
-    ``codes``: of each segment, uint8 ``[B, H, W, padded channels]``, framed; tokens have H = W = 1.
+    ``codes``: of each segment, ``[B, H, W, padded channels]``, framed: uint8, or int8 less 128 where rows are few.
     """
 
     start: int
@@ -102,8 +116,9 @@ def run(layer: QuantLayer, x: Tensor) -> Tensor:
 
 def arguments(layer: QuantLayer, prepared: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
     """What `_compute` takes, for an input as `QuantLayer.prepare` gives it."""
-    found = _batched(layer, prepared), *tables(layer, prepared), *_weight(layer), layer.bias, dtype
-    return *found, *shape_of(layer)
+    stored, _, _, order, zero_point, _, _ = tensors(layer)
+    found = _batched(layer, prepared), *tables(layer, prepared), stored, order, layer.weight_scale, zero_point
+    return *found, layer.bias, dtype, *shape_of(layer)
 
 
 def codes(layer: QuantLayer, x: Tensor) -> Tensor:
@@ -112,7 +127,7 @@ def codes(layer: QuantLayer, x: Tensor) -> Tensor:
     batched = _batched(layer, prepared)
     left, right, top, bottom = shape.frame
     out = torch.empty_like(batched, dtype=torch.uint8, memory_format=torch.contiguous_format)
-    for part in _parts(batched, *tables(layer, prepared), shape):
+    for part in _parts(batched, *tables(layer, prepared), shape, few=False):
         inner = [c[:, top : c.shape[1] - bottom, left : c.shape[2] - right, :n]
                  for c, n in zip(part.codes, shape.segments, strict=True)]  # fmt: skip
         out[part.start : part.stop] = torch.cat(inner, dim=3)
@@ -123,63 +138,62 @@ def accumulators(layer: QuantLayer, x: Tensor) -> list[Tensor]:
     """int32 sums of ``(code_a - zero_a) * (code_w - zero_w)`` of each segment, channels last, from the products that
     `run` multiplies; ``[..., N]``, pictures ``[B, H', W', N]``."""
     prepared, shape = layer.prepare(x), shape_of(layer)
-    weights = _columns(shape, *_weight(layer))
+    batched = _batched(layer, prepared)
+    few = shape.few(batched)
+    weights = (rows if few else columns)(*tensors(layer))
     found: list[list[Tensor]] = [[] for _ in shape.segments]
-    for part in _parts(_batched(layer, prepared), *tables(layer, prepared), shape):
+    for part in _parts(batched, *tables(layer, prepared), shape, few):
         for s, (framed, weight) in enumerate(zip(part.codes, weights, strict=True)):
-            rows = windows(framed, shape.kernel, shape.stride, shape.dilation)
-            made = cpu_onednn.sums(rows.flatten(0, 2), part.zero[s], weight, *shape.extremes)
-            found[s].append(made.view(*rows.shape[:3], -1))
+            seen = windows(framed, shape.kernel, shape.stride, shape.dilation)
+            operands = seen.flatten(0, 2), part.zero[s], weight
+            made = cpu_onednn.few_sums(*operands) if few else cpu_onednn.sums(*operands, *shape.extremes)
+            found[s].append(made.view(*seen.shape[:3], -1))
     whole = [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in found]
     return whole if isinstance(layer, nn.Conv2d) else [acc.view(*x.shape[:-1], -1) for acc in whole]
 
 
 def _compute(
-    x: Tensor, scale: Tensor, inverse: Tensor, zero: Tensor, top: Tensor, stored: list[Tensor], order: Tensor | None,
-    weight_scale: Tensor, weight_zero_point: Tensor, bias: Tensor | None, dtype: torch.dtype, segments: list[int],
-    kernel: list[int], stride: list[int], dilation: list[int], frame: list[int], bits: list[int], halved: list[int],
-    extremes: list[int],
+    x: Tensor, scale: Tensor, inverse: Tensor, zero: Tensor, top: Tensor | None, stored: list[Tensor],
+    order: Tensor | None, weight_scale: Tensor, weight_zero_point: Tensor, bias: Tensor | None, dtype: torch.dtype,
+    segments: list[int], kernel: list[int], stride: list[int], dilation: list[int], frame: list[int], bits: list[int],
+    halved: list[int], extremes: list[int],
 ) -> Tensor:
     """Output ``[B, H', W', N]`` for an input ``[B, H, W, C]``, channels last in both; tables ``[R, S]``, R = 1 or B."""
     shape = Shape(segments, kernel, stride, dilation, frame, bits, halved, extremes)
-    weights = _columns(shape, stored, order, weight_scale, weight_zero_point)
-    split = cpu_onednn.must_split(*extremes)
-    scales = weight_scale.t().contiguous()
-    biases: list[Tensor | None] = [None] * len(segments)
-    biases[-1] = None if bias is None else bias.float()
+    few, split, last = shape.few(x), cpu_onednn.must_split(*extremes), len(segments) - 1
+    taps = kernel[0] * kernel[1]
+    weights = (rows if few else columns)(stored, bits, halved, order, weight_zero_point, segments, taps)
+    scales, bias = weight_scale.t().contiguous(), None if bias is None else bias.float()
     found = []
-    for part in _parts(x, scale, inverse, zero, top, shape):
+    for part in _parts(x, scale, inverse, zero, top, shape, few):
         made = []
         for s, framed in enumerate(part.codes):
-            rows = windows(framed, kernel, stride, dilation)
-            y = cpu_onednn.product(
-                rows.flatten(0, 2), part.zero[s], weights[s], part.scale[s], scales[s], biases[s], split
-            )
-            made.append(y.view(*rows.shape[:3], -1))
+            seen = windows(framed, kernel, stride, dilation)
+            operands = (seen.flatten(0, 2), part.zero[s], weights[s], part.scale[s], scales[s],
+                        bias if s == last else None)  # fmt: skip
+            y = cpu_onednn.few_product(*operands) if few else cpu_onednn.product(*operands, split)
+            made.append(y.view(*seen.shape[:3], -1))
         found.append(functools.reduce(Tensor.add_, made))
     return (torch.cat(found) if len(found) > 1 else found[0]).to(dtype)
 
 
 # ---- its tensors -----------------------------------------------------------------------------------------------------
-def tables(layer: QuantLayer, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(scale, inverse_scale, zero_point) float32 ``[R, S]`` and the largest code ``[R, 1]`` at the time of this call; R
-    is 1, or the batch."""
+def tables(layer: QuantLayer, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(scale, inverse_scale, zero_point) ``[R, S]`` at the time of this call, R = 1 or the batch; and the largest code
+    ``[R, 1]`` where it changes over time."""
     quantizer = layer.input
     if quantizer is None:
         raise ValueError("the input of this layer is not quantized")
-    tops = quantizer.row_tops()
-    if quantizer.spec.mode == "static":
-        found = (quantizer.scale, quantizer.inverse_scale, quantizer.zero_point)
-        times, row = quantizer.times() if isinstance(tops, Tensor) else None, quantizer.rows()
-        if row is not None:
-            found = tuple(t.index_select(0, row) for t in found)  # type: ignore[assignment]
-        if isinstance(tops, Tensor) and times is not None:
-            tops = tops.index_select(0, times)
-    else:
+    if quantizer.spec.mode == "dynamic":
         found = quantizer.parameters_for(x, layer.channel_dim % x.ndim)
-        found = tuple(_by_segment(t, layer.channel_dim % x.ndim, layer.segments) for t in found)  # type: ignore[assignment]
-    tops = tops if isinstance(tops, Tensor) else torch.tensor([[float(tops)]])
-    return found[0], found[1], found[2].float(), tops
+        a, b, c = (_by_segment(t, layer.channel_dim % x.ndim, layer.segments) for t in found)
+        return a, b, c, None
+    row, tops = quantizer.rows(), quantizer.row_tops()
+    if row is None:
+        return quantizer.scale, quantizer.inverse_scale, quantizer.zero_point, None
+    a, b, c = (t.index_select(0, row) for t in (quantizer.scale, quantizer.inverse_scale, quantizer.zero_point))
+    times = quantizer.times() if isinstance(tops, Tensor) else None
+    return a, b, c, tops.index_select(0, times) if isinstance(tops, Tensor) and times is not None else None
 
 
 def _by_segment(table: Tensor, dim: int, segments: tuple[int, ...]) -> Tensor:
@@ -187,22 +201,6 @@ def _by_segment(table: Tensor, dim: int, segments: tuple[int, ...]) -> Tensor:
     count = table.shape[dim]
     starts = [sum(segments[:s]) if count > 1 else 0 for s in range(len(segments))]
     return torch.stack([table.narrow(dim, start, 1).flatten() for start in starts], dim=1)
-
-
-def _weight(layer: QuantLayer) -> tuple[list[Tensor], Tensor | None, Tensor, Tensor]:
-    spec = layer.spec.weight
-    if spec is None:
-        raise ValueError("the weight of this layer is not quantized")
-    stored = [getattr(layer, f"codes{bits}") for bits in spec.bit_classes()]
-    order: Tensor | None = layer.row_order if spec.row_bits else None  # type: ignore[assignment]
-    return stored, order, layer.weight_scale, layer.weight_zero_point
-
-
-def _columns(
-    shape: Shape, stored: list[Tensor], order: Tensor | None, _scale: Tensor, weight_zero_point: Tensor
-) -> list[Tensor]:
-    taps = shape.kernel[0] * shape.kernel[1]
-    return columns(stored, shape.bits, shape.halved, order, weight_zero_point, shape.segments, taps)
 
 
 # ---- layout ----------------------------------------------------------------------------------------------------------
@@ -221,34 +219,34 @@ def _unbatched(layer: QuantLayer, y: Tensor, x: Tensor) -> Tensor:
 
 
 def _parts(
-    x: Tensor, scale: Tensor, inverse_scale: Tensor, zero_point: Tensor, top: Tensor, shape: Shape
+    x: Tensor, scale: Tensor, inverse_scale: Tensor, zero_point: Tensor, top: Tensor | None, shape: Shape, few: bool
 ) -> Iterator[Part]:
     """``x`` ``[B, H, W, C]`` in codes: all of it at once where all samples have the same scales."""
-    rows = list(zip(scale.tolist(), inverse_scale.tolist(), zero_point.tolist(), strict=True))
-    tops = top.flatten().tolist() * (len(rows) if len(top) == 1 else 1)
-    rows = rows * (len(tops) // len(rows))
-    once = all(row == rows[0] for row in rows) and all(t == tops[0] for t in tops)
-    for i in range(1 if once else len(rows)):
+    found = list(zip(scale.tolist(), inverse_scale.tolist(), zero_point.tolist(), strict=True))
+    tops = [shape.extremes[0]] * len(found) if top is None else [int(t) for t in top.flatten().tolist()]
+    once = all(row == found[0] for row in found) and all(t == tops[0] for t in tops)
+    for i in range(1 if once else len(found)):
         start, stop = (0, x.shape[0]) if once else (i, i + 1)
-        scales, inverses, zeros = rows[i]
-        zeros = [int(z) for z in zeros]
         taken = x[start:stop].split(shape.segments, dim=3) if len(shape.segments) > 1 else (x[start:stop],)
-        made = [_framed(t, inverse, zero, int(tops[i]), shape.frame)
+        scales, inverses, zeros = found[i][0], found[i][1], [int(z) for z in found[i][2]]
+        made = [_framed(t, inverse, zero, tops[i], shape.frame, cpu_onednn.OFFSET if few else 0)
                 for t, inverse, zero in zip(taken, inverses, zeros, strict=True)]  # fmt: skip
-        yield Part(start, stop, scales, zeros, made)
+        yield Part(start, stop, scales, zeros, [m.view(torch.int8) for m in made] if few else made)
 
 
-def _framed(part: Tensor, inverse: float, zero: int, top: int, frame: list[int]) -> Tensor:
-    """Codes of one segment, uint8 ``[B, H + .., W + .., padded channels]``; what is added has the zero-point's code."""
+def _framed(part: Tensor, inverse: float, zero: int, top: int, frame: list[int], less: int) -> Tensor:
+    """Codes of one segment less an offset, modulo 256, uint8 ``[B, H + .., W + .., padded channels]``; what is added
+    has the zero-point's code."""
     left, right, above, below = frame
     b, h, w, c = part.shape
     wide = packing.padded((c,))[0]
     size = (b, h + above + below, w + left + right, wide)
+    shift = (zero - less) % 256
     if size == part.shape:
-        return encode_bytes(part, inverse, zero, top, torch.empty(size, dtype=torch.uint8)).add_(zero)
+        return encode_bytes(part, inverse, zero, top, torch.empty(size, dtype=torch.uint8)).add_(shift)
     out = torch.zeros(size, dtype=torch.uint8)
     encode_bytes(part, inverse, zero, top, out[:, above : above + h, left : left + w, :c])
-    return out.add_(zero)
+    return out.add_(shift)
 
 
 def windows(framed: Tensor, kernel: list[int], stride: list[int], dilation: list[int]) -> Tensor:
@@ -271,12 +269,10 @@ _operation = torch.library.custom_op("bitbrush::cpu_int8", _compute, mutates_arg
 
 @_operation.register_fake
 def _fake(
-    x: Tensor, scale: Tensor, inverse: Tensor, zero: Tensor, top: Tensor, stored: list[Tensor], order: Tensor | None,
-    weight_scale: Tensor, weight_zero_point: Tensor, bias: Tensor | None, dtype: torch.dtype, segments: list[int],
-    kernel: list[int], stride: list[int], dilation: list[int], frame: list[int], bits: list[int], halved: list[int],
-    extremes: list[int],
+    x: Tensor, scale: Tensor, inverse: Tensor, zero: Tensor, top: Tensor | None, stored: list[Tensor],
+    order: Tensor | None, weight_scale: Tensor, weight_zero_point: Tensor, bias: Tensor | None, dtype: torch.dtype,
+    segments: list[int], kernel: list[int], stride: list[int], dilation: list[int], frame: list[int], bits: list[int],
+    halved: list[int], extremes: list[int],
 ) -> Tensor:
-    left, right, above, below = frame
-    height, width = ((n - d * (k - 1) - 1) // s + 1 for n, d, k, s in zip(
-        (x.shape[1] + above + below, x.shape[2] + left + right), dilation, kernel, stride, strict=True))  # fmt: skip
-    return x.new_empty((x.shape[0], height, width, weight_scale.shape[0]), dtype=dtype)
+    shape = Shape(segments, kernel, stride, dilation, frame, bits, halved, extremes)
+    return x.new_empty((x.shape[0], *shape.places(x), weight_scale.shape[0]), dtype=dtype)

@@ -1,8 +1,13 @@
 """Packed weights to int8 on the CPU, as rows and as columns.
 
 A call of a layer unpacks its weight again: only the packed bytes stay in memory. What costs is not the shifting but the
-transposition that a product wants, so `columns` transposes the *bytes* (half as many as the codes at 4 bits), and then
-every shift writes whole rows of the result.
+transposition that a product may want, so `columns` transposes the *bytes* (half as many as the codes at 4 bits), and
+then every shift writes whole rows of the result.
+
+Both take a layer's tensors: ``stored``, packed rows of each bit class, uint8 ``[N_b, bytes]``; ``bits`` of each class;
+``halved``, 1 for a class of symmetric 1-bit rows; ``order``, the layer's ``row_order`` where rows differ in bits;
+``zero_point`` uint8 ``[N, S]``; ``segments``, their input channels; ``taps`` = kh * kw. They answer
+``code - zero_point`` of each segment, int8, in the order (kh, kw, padded channel); padded channels are 0.
 """
 
 from __future__ import annotations
@@ -26,25 +31,40 @@ def largest(spec: WeightSpec) -> int:
     return max(min((1 << bits) - 1, 128) for bits in spec.bit_classes())
 
 
-def int8_weights(layer: QuantLayer) -> list[Tensor]:
-    """``code - zero_point`` of each segment, int8 ``[N, kh * kw * padded channels]``; padded channels are 0."""
+def tensors(layer: QuantLayer) -> tuple[list[Tensor], list[int], list[int], Tensor | None, Tensor, list[int], int]:
+    """What `rows` and `columns` take."""
     spec = layer.spec.weight
     if spec is None:
         raise ValueError("the weight of this layer is not quantized")
-    parts = [
-        packing.unpack_class(getattr(layer, f"codes{b}"), b, layer.row_length, spec) for b in spec.bit_classes()
-    ]
-    rows = torch.cat(parts) if len(parts) > 1 else parts[0]
-    if spec.row_bits:
-        rows = torch.empty_like(rows).index_copy_(0, layer.row_order.long(), rows)  # type: ignore[operator]
-    kh, kw = layer.kernel_hw
-    out, start = [], 0
-    for s, wide in enumerate(packing.padded(layer.segments)):
-        block = rows[:, start : start + kh * kw * wide].to(torch.int16)
-        values = (block - layer.weight_zero_point[:, s : s + 1]).to(torch.int8)
-        values.view(-1, kh * kw, wide)[:, :, layer.segments[s] :] = 0  # padding of symmetric 1-bit rows reads as -1
-        out.append(values)
-        start += kh * kw * wide
+    bits, (kh, kw) = list(spec.bit_classes()), layer.kernel_hw
+    stored = [getattr(layer, f"codes{b}") for b in bits]
+    order: Tensor | None = layer.row_order if spec.row_bits else None  # type: ignore[assignment]
+    halved = [int(spec.halved(b)) for b in bits]
+    return stored, bits, halved, order, layer.weight_zero_point, list(layer.segments), kh * kw
+
+
+def int8_weights(layer: QuantLayer) -> list[Tensor]:
+    """`rows` of a layer."""
+    return rows(*tensors(layer))
+
+
+def rows(
+    stored: list[Tensor], bits: list[int], halved: list[int], order: Tensor | None, zero_point: Tensor,
+    segments: list[int], taps: int,
+) -> list[Tensor]:
+    """int8 ``[N, taps * padded channels]`` of each segment."""
+    wide = packing.padded(tuple(segments))
+    length = taps * sum(wide)
+    parts = [_unpacked_rows(*one, length) for one in zip(stored, bits, halved, strict=True)]
+    codes = torch.cat(parts) if len(parts) > 1 else parts[0]
+    if order is not None:
+        codes = torch.empty_like(codes).index_copy_(0, order.long(), codes)
+    out = []
+    for s, block in enumerate(codes.split([taps * count for count in wide], dim=1)):
+        block = block - zero_point[:, s : s + 1]  # modulo 256, which is what int8 wants
+        if segments[s] < wide[s]:
+            block.view(-1, taps, wide[s])[:, :, segments[s] :] = 0  # padding of symmetric 1-bit rows reads as -1
+        out.append(block.view(torch.int8))
     return out
 
 
@@ -52,17 +72,7 @@ def columns(
     stored: list[Tensor], bits: list[int], halved: list[int], order: Tensor | None, zero_point: Tensor,
     segments: list[int], taps: int,
 ) -> list[Tensor]:
-    """What `int8_weights` gives, transposed: int8 ``[taps * padded channels, N]`` of each segment.
-
-    Args:
-        stored: Packed rows of each bit class, uint8 ``[N_b, bytes]``.
-        bits: Bits of each class.
-        halved: 1 where the rows of a class are symmetric 1-bit rows.
-        order: ``row_order`` where rows differ in bits.
-        zero_point: uint8 ``[N, S]``.
-        segments: Input channels of each segment.
-        taps: kh * kw.
-    """
+    """int8 ``[taps * padded channels, N]`` of each segment: `rows`, transposed."""
     wide = packing.padded(tuple(segments))
     length = taps * sum(wide)
     parts = [_unpacked(*one, length) for one in zip(stored, bits, halved, strict=True)]
@@ -76,6 +86,15 @@ def columns(
             block.view(taps, wide[s], -1)[:, segments[s] :] = 0  # padding of symmetric 1-bit rows reads as -1
         out.append(block.view(torch.int8))
     return out
+
+
+def _unpacked_rows(stored: Tensor, bits: int, halved: int, length: int) -> Tensor:
+    """Codes of one bit class, uint8 ``[N_b, length]``."""
+    if bits != 4:
+        codes = packing.unpack(stored, bits, length)
+        return codes << 1 if halved else codes
+    both = stored.to(torch.int16)  # 0x00HL: to 0x0H0L, two codes in the order of their bytes
+    return both.bitwise_or_(both << 4).bitwise_and_(0x0F0F).view(torch.uint8)[:, :length]
 
 
 def _unpacked(stored: Tensor, bits: int, halved: int, length: int) -> Tensor:
