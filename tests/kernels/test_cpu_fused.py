@@ -125,7 +125,7 @@ def test_encode_bytes_is_encode() -> None:
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for scale, zero, top in ((1.0, 128, 255), (0.37, 3, 15), (1e-3, 0, 255), (2.0, 255, 255)):
             inverse = codec.reciprocal(torch.tensor(scale))
-            got = codec.encode_bytes(x.to(dtype), float(inverse), zero, top, torch.empty(x.shape, dtype=torch.uint8))
+            got = codec.encode_bytes(x.to(dtype), inverse, zero, top, torch.empty(x.shape, dtype=torch.uint8))
             got = (got.int() + zero) % 256
             assert torch.equal(got.float(), codec.encode(x.to(dtype), inverse, torch.tensor(float(zero)), top))
 
@@ -254,7 +254,7 @@ def _(patch: pytest.MonkeyPatch) -> None:
 
 @fault("half-up rounding", {**LINEAR, "ties": True})
 def _(patch: pytest.MonkeyPatch) -> None:
-    def encode(x: Tensor, inverse: float, zero: int, top: int, out: Tensor) -> Tensor:
+    def encode(x: Tensor, inverse: Tensor, zero: int, top: int, out: Tensor) -> Tensor:
         return out.copy_((torch.floor(x.float() * inverse + 0.5) + zero).clamp(0, top)).sub_(zero)
 
     patch.setattr(cpu_fused, "encode_bytes", encode)

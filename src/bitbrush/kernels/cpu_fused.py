@@ -222,19 +222,19 @@ def _parts(
     x: Tensor, scale: Tensor, inverse_scale: Tensor, zero_point: Tensor, top: Tensor | None, shape: Shape, few: bool
 ) -> Iterator[Part]:
     """``x`` ``[B, H, W, C]`` in codes: all of it at once where all samples have the same scales."""
-    found = list(zip(scale.tolist(), inverse_scale.tolist(), zero_point.tolist(), strict=True))
+    found = list(zip(scale.tolist(), zero_point.tolist(), strict=True))
     tops = [shape.extremes[0]] * len(found) if top is None else [int(t) for t in top.flatten().tolist()]
     once = all(row == found[0] for row in found) and all(t == tops[0] for t in tops)
     for i in range(1 if once else len(found)):
         start, stop = (0, x.shape[0]) if once else (i, i + 1)
         taken = x[start:stop].split(shape.segments, dim=3) if len(shape.segments) > 1 else (x[start:stop],)
-        scales, inverses, zeros = found[i][0], found[i][1], [int(z) for z in found[i][2]]
+        scales, zeros, inverses = found[i][0], [int(z) for z in found[i][1]], inverse_scale[i].unbind()
         made = [_framed(t, inverse, zero, tops[i], shape.frame, cpu_onednn.OFFSET if few else 0)
                 for t, inverse, zero in zip(taken, inverses, zeros, strict=True)]  # fmt: skip
         yield Part(start, stop, scales, zeros, [m.view(torch.int8) for m in made] if few else made)
 
 
-def _framed(part: Tensor, inverse: float, zero: int, top: int, frame: list[int], less: int) -> Tensor:
+def _framed(part: Tensor, inverse: Tensor, zero: int, top: int, frame: list[int], less: int) -> Tensor:
     """Codes of one segment less an offset, modulo 256, uint8 ``[B, H + .., W + .., padded channels]``; what is added
     has the zero-point's code."""
     left, right, above, below = frame
@@ -242,10 +242,14 @@ def _framed(part: Tensor, inverse: float, zero: int, top: int, frame: list[int],
     wide = packing.padded((c,))[0]
     size = (b, h + above + below, w + left + right, wide)
     shift = (zero - less) % 256
-    if size == part.shape:
+    if size == part.shape and part.is_contiguous():
         return encode_bytes(part, inverse, zero, top, torch.empty(size, dtype=torch.uint8)).add_(shift)
     out = torch.zeros(size, dtype=torch.uint8)
-    encode_bytes(part, inverse, zero, top, out[:, above : above + h, left : left + w, :c])
+    inner = out if size == part.shape else out[:, above : above + h, left : left + w, :c]
+    if part.stride(3) == 1:
+        encode_bytes(part, inverse, zero, top, inner)
+    else:  # bytes are transposed faster than what they are made of
+        inner.copy_(encode_bytes(part, inverse, zero, top, torch.empty_like(part, dtype=torch.uint8)))
     return out.add_(shift)
 
 

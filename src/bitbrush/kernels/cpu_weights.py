@@ -60,7 +60,7 @@ def rows(
     if order is not None:
         codes = torch.empty_like(codes).index_copy_(0, order.long(), codes)
     out = []
-    for s, block in enumerate(codes.split([taps * count for count in wide], dim=1)):
+    for s, block in enumerate(codes.split([taps * count for count in wide], dim=1) if len(wide) > 1 else [codes]):
         block = block - zero_point[:, s : s + 1]  # modulo 256, which is what int8 wants
         if segments[s] < wide[s]:
             block.view(-1, taps, wide[s])[:, :, segments[s] :] = 0  # padding of symmetric 1-bit rows reads as -1
@@ -80,7 +80,7 @@ def columns(
     if order is not None:
         codes = torch.empty_like(codes).index_copy_(1, order.long(), codes)
     out = []
-    for s, block in enumerate(codes.split([taps * count for count in wide])):
+    for s, block in enumerate(codes.split([taps * count for count in wide]) if len(wide) > 1 else [codes]):
         block -= zero_point[:, s]  # modulo 256, which is what int8 wants
         if segments[s] < wide[s]:
             block.view(taps, wide[s], -1)[:, segments[s] :] = 0  # padding of symmetric 1-bit rows reads as -1
