@@ -201,7 +201,7 @@ def test_the_operation_is_well_formed(builder: ModuleType) -> None:
     for case in (CONV, LINEAR, odd):
         _, packed, _ = builder.build(case)
         x = builder.make_input(case)
-        args = cpu_fused.arguments(packed, packed.prepare(x), x.dtype)
+        args = cpu_fused.arguments(packed, packed.prepare(x), x.dtype, cpu_fused.shape_of(packed))
         torch.library.opcheck(torch.ops.bitbrush.cpu_int8.default, args)
 
 

@@ -105,20 +105,31 @@ def shape_of(layer: QuantLayer) -> Shape:
     )  # fmt: skip
 
 
+def _kept_shape(layer: QuantLayer) -> Shape:
+    """`shape_of`, found once a layer: a layer's spec and sizes do not change."""
+    kept: Shape | None = layer.__dict__.get("_cpu_shape")
+    if kept is None:
+        kept = layer.__dict__["_cpu_shape"] = shape_of(layer)
+    return kept
+
+
 # ---- the layer -------------------------------------------------------------------------------------------------------
 def run(layer: QuantLayer, x: Tensor) -> Tensor:
     """The product of a packed layer with its epilogue, in the dtype of ``x``, shape of the layer's output; without a
     low-rank branch. Pictures are in channels-last order."""
-    compute = torch.ops.bitbrush.cpu_int8 if torch.compiler.is_compiling() else _compute
-    y: Tensor = compute(*arguments(layer, layer.prepare(x), x.dtype))
+    if torch.compiler.is_compiling():
+        y: Tensor = torch.ops.bitbrush.cpu_int8(*arguments(layer, layer.prepare(x), x.dtype, shape_of(layer)))
+        return _unbatched(layer, y, x)
+    y = _compute(*arguments(layer, layer.prepare(x), x.dtype, _kept_shape(layer)))
     return _unbatched(layer, y, x)
 
 
-def arguments(layer: QuantLayer, prepared: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
+def arguments(layer: QuantLayer, prepared: Tensor, dtype: torch.dtype, shape: Shape) -> tuple[Any, ...]:
     """What `_compute` takes, for an input as `QuantLayer.prepare` gives it."""
-    stored, _, _, order, zero_point, _, _ = tensors(layer)
-    found = _batched(layer, prepared), *tables(layer, prepared), stored, order, layer.weight_scale, zero_point
-    return *found, layer.bias, dtype, *shape_of(layer)
+    stored = [getattr(layer, f"codes{b}") for b in shape.bits]
+    order = layer._buffers.get("row_order")
+    found = _batched(layer, prepared), *tables(layer, prepared), stored, order, layer.weight_scale
+    return *found, layer.weight_zero_point, layer.bias, dtype, *shape
 
 
 def codes(layer: QuantLayer, x: Tensor) -> Tensor:
