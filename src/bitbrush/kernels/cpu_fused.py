@@ -254,7 +254,8 @@ def _framed(part: Tensor, inverse: Tensor, zero: int, top: int, frame: list[int]
     size = (b, h + above + below, w + left + right, wide)
     shift = (zero - less) % 256
     if size == part.shape and part.is_contiguous():
-        return encode_bytes(part, inverse, zero, top, torch.empty(size, dtype=torch.uint8)).add_(shift)
+        out = encode_bytes(part, inverse, zero, top, torch.empty(size, dtype=torch.uint8))
+        return out.add_(shift) if shift else out
     out = torch.zeros(size, dtype=torch.uint8)
     inner = out if size == part.shape else out[:, above : above + h, left : left + w, :c]
     if part.stride(3) == 1:

@@ -23,6 +23,9 @@ from bitbrush.numbers.grid import WeightSpec
 if TYPE_CHECKING:
     from bitbrush.network.layers import QuantLayer
 
+_FOUR, _NIBBLES = torch.tensor(4, dtype=torch.int16), torch.tensor(0x0F0F, dtype=torch.int16)
+"""As tensors: a number would be converted to one at every call."""
+
 
 def largest(spec: WeightSpec) -> int:
     """The largest magnitude that ``code - zero_point`` may have in int8."""
@@ -94,7 +97,8 @@ def _unpacked_rows(stored: Tensor, bits: int, halved: int, length: int) -> Tenso
         codes = packing.unpack(stored, bits, length)
         return codes << 1 if halved else codes
     both = stored.to(torch.int16)  # 0x00HL: to 0x0H0L, two codes in the order of their bytes
-    return both.bitwise_or_(both << 4).bitwise_and_(0x0F0F).view(torch.uint8)[:, :length]
+    codes = both.bitwise_or_(both << _FOUR).bitwise_and_(_NIBBLES).view(torch.uint8)
+    return codes if codes.shape[1] == length else codes[:, :length]
 
 
 def _unpacked(stored: Tensor, bits: int, halved: int, length: int) -> Tensor:
