@@ -1,6 +1,6 @@
 """CPU: a denoiser step of emoji-sd-tiny, packed (W4A8 and W8A8) beside float32, and its weights in memory.
 
-    python benchmarks/speed_cpu.py                 # both settings of the processor, one process each; minutes
+    python benchmarks/speed_cpu.py                 # all settings of the processor, one process each; minutes
     python benchmarks/speed_cpu.py --smoke         # few turns, no second process
 
 A step is one call of the UNet as the pipeline makes it: batch 2 (guidance), eager. The three networks share a process
@@ -8,9 +8,10 @@ and take turns in an order that rotates, on the same input; a ratio is the media
 within a turn (what drifts, cancels), with its quartiles, and beside it the ratio of the fastest steps. Rounding is the
 recipe ``rtn`` after a short calibration: speed does not depend on the codes.
 
-Settings of the processor: ``native``, and ``avx2``: oneDNN is held to AVX2 (ONEDNN_MAX_CPU_ISA), where its uint8 x int8
-product saturates as on processors without VNNI, and W8A8 is multiplied in halves. The float32 network then has AVX2
-convolutions; its matrix products (MKL) keep what they had.
+Settings of the processor: ``native``; ``avx2``: oneDNN is held to AVX2 (ONEDNN_MAX_CPU_ISA), where its uint8 x int8
+product saturates as on processors without VNNI, and W8A8 is multiplied in halves, while the float32 network's matrix
+products (MKL) and torch's own loops keep what they had; ``avx2 all``: those are held to AVX2, too, as they would be
+on such a processor.
 
 ``kinds`` are times by kind of layer, each layer alone on the input it had in a step, float32 and packed.
 """
@@ -42,7 +43,10 @@ from bitbrush.kernels import cpu_onednn
 
 RESULTS = Path(__file__).parent / "results" / "speed" / "cpu.json"
 MODEL = "emoji-sd-tiny"
-SETTINGS: dict[str, dict[str, str]] = {"native": {}, "avx2": {"ONEDNN_MAX_CPU_ISA": "AVX2"}}
+AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+SETTINGS: dict[str, dict[str, str]] = {
+    "native": {}, "avx2": AVX2, "avx2 all": AVX2 | {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
+}  # fmt: skip
 PACKED = {"w4a8": 4, "w8a8": 8}
 CALIBRATION = {"calibrate.steps": 4, "calibrate.samples": 8, "calibrate.trajectories": 2}
 BARS = {
