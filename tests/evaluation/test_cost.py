@@ -19,6 +19,7 @@ from bitbrush.evaluation.cost import Cost
 from bitbrush.network import wrap
 from bitbrush.network.survey import survey
 
+INTEGER = ("onednn::qlinear_pointwise", "aten::_int_mm")
 ONCE: dict[str, Any] = {"steps": 2, "guidance": 4.0, "batch": 1, "runs": 3}
 
 
@@ -54,7 +55,7 @@ def test_the_kernel_of_every_layer_is_named(packed: Cost) -> None:
 
 
 def test_the_operation_of_every_layer_is_what_ran(packed: Cost) -> None:
-    integer = {row["layer"] for row in packed.kernels if row["operation"] == "aten::_int_mm"}
+    integer = {row["layer"] for row in packed.kernels if row["operation"] in INTEGER}
     assert integer == {row["layer"] for row in packed.kernels if row["kernel"] == "cpu-int8"}
     others = {row["operation"] for row in packed.kernels if row["kernel"] == "reference"}
     assert others and all("conv" in operation for operation in others)

@@ -10,6 +10,9 @@ so that padding with the zero-point's code contributes exactly nothing. Only the
 low-rank branch is computed as in the reference and added to that.
 
 Convolutions are products too: the int8 input is laid out as rows (kh, kw, channel), the order of the packed weight.
+
+Where one scale serves a sample, `cpu_fused` does all of this with oneDNN's fused product, as far as torch has it. What
+stands here is the plain form: for scales a token, under torch.compile with them, and on machines without that product.
 """
 
 from __future__ import annotations
@@ -20,14 +23,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from bitbrush.kernels import reference
-from bitbrush.numbers import packing
+from bitbrush.kernels import cpu_fused, cpu_onednn, reference
+from bitbrush.kernels.cpu_onednn import OFFSET
+from bitbrush.kernels.cpu_weights import int8_weights, largest
 
 if TYPE_CHECKING:
     from bitbrush.network.layers import QuantLayer
 
-OFFSET = 128
-"""Subtracted from activation codes so that they fit int8."""
 FLOAT_BLOCK = 1024
 """Products of int8 values that float32 sums exactly in any order: 1024 * 128 * 128 = 2**24."""
 
@@ -90,11 +92,7 @@ def longest(layer: QuantLayer) -> int:
     weight = layer.spec.weight
     if weight is None:
         return 0
-    if weight.grid.signed and not weight.row_bits:
-        largest = weight.grid.mid
-    else:
-        largest = max(min((1 << bits) - 1, 128) for bits in weight.bit_classes())
-    return (2**31 - 1) // (((1 << _bits(layer)) - 1) * largest)
+    return (2**31 - 1) // (((1 << _bits(layer)) - 1) * largest(weight))
 
 
 def segment_lengths(layer: QuantLayer) -> tuple[int, ...]:
@@ -112,6 +110,8 @@ def run(layer: QuantLayer, x: Tensor) -> Tensor:
     quantizer = layer.input
     if quantizer is None or leaves(layer, x):
         return reference.run(layer, x)
+    if cpu_fused.takes(layer, x):
+        return layer.with_branch(cpu_fused.run(layer, x), x)
     codes, scale, zero = quantizer.encode(layer.prepare(x), layer.channel_dim % x.ndim)
     sums = _accumulate(layer, codes, zero)
     scales = _by_segment(layer, _rows_last(layer, scale))
@@ -142,6 +142,8 @@ def input_codes(layer: QuantLayer, x: Tensor) -> Tensor:
     """The activation codes that the products are made from, uint8, shape of ``x``."""
     if layer.input is None:
         raise ValueError("the input of this layer is not quantized")
+    if cpu_fused.takes(layer, x):
+        return cpu_fused.codes(layer, x)
     codes = layer.input.encode(layer.prepare(x), layer.channel_dim % x.ndim)[0]
     return (to_int8(codes).to(torch.int16) + OFFSET).to(torch.uint8)
 
@@ -153,6 +155,8 @@ def accumulators(layer: QuantLayer, x: Tensor) -> list[Tensor]:
     """
     if layer.input is None:
         raise ValueError("the input of this layer is not quantized")
+    if cpu_fused.takes(layer, x):
+        return cpu_fused.accumulators(layer, x)
     codes, _, zero = layer.input.encode(layer.prepare(x), layer.channel_dim % x.ndim)
     return _accumulate(layer, codes, zero)
 
@@ -176,28 +180,6 @@ def to_int8(codes: Tensor) -> Tensor:
 def correction(zero: Tensor, weight: Tensor) -> Tensor:
     """``(128 - zero_a) * sum w`` in int32; zero ``[..., 1]``, weight int8 ``[N, K]``."""
     return (OFFSET - zero).to(torch.int32) * weight.sum(dim=1, dtype=torch.int32)
-
-
-def int8_weights(layer: QuantLayer) -> list[Tensor]:
-    """``code - zero_point`` of each segment, int8 ``[N, kh * kw * padded channels]``; padded channels are 0."""
-    spec = layer.spec.weight
-    if spec is None:
-        raise ValueError("the weight of this layer is not quantized")
-    parts = [
-        packing.unpack_class(getattr(layer, f"codes{b}"), b, layer.row_length, spec) for b in spec.bit_classes()
-    ]
-    rows = torch.cat(parts) if len(parts) > 1 else parts[0]
-    if spec.row_bits:
-        rows = torch.empty_like(rows).index_copy_(0, layer.row_order.long(), rows)  # type: ignore[operator]
-    kh, kw = layer.kernel_hw
-    out, start = [], 0
-    for s, wide in enumerate(packing.padded(layer.segments)):
-        block = rows[:, start : start + kh * kw * wide].to(torch.int16)
-        values = (block - layer.weight_zero_point[:, s : s + 1]).to(torch.int8)
-        values.view(-1, kh * kw, wide)[:, :, layer.segments[s] :] = 0  # padding of symmetric 1-bit rows reads as -1
-        out.append(values)
-        start += kh * kw * wide
-    return out
 
 
 # ---- layout ----------------------------------------------------------------------------------------------------------
@@ -239,16 +221,18 @@ def _patches(layer: QuantLayer, part: Tensor, zero: Tensor, length: int) -> Tens
         framed[:, top : top + h, left : left + w, :c] = part
     else:
         framed = nn.functional.pad(part, (0, wide - c)).contiguous()
-    rows = (framed.shape[1] - dh * (kh - 1) - 1) // int(sh) + 1
-    columns = (framed.shape[2] - dw * (kw - 1) - 1) // int(sw) + 1
-    s0, s1, s2, s3 = framed.stride()
-    size, stride = (b, rows, columns, kh, kw, wide), (s0, s1 * int(sh), s2 * int(sw), s1 * dh, s2 * dw, s3)
-    return framed.as_strided(size, stride).reshape(b, rows, columns, length)
+    return cpu_fused.windows(framed, [kh, kw], [int(sh), int(sw)], [int(dh), int(dw)])
 
 
 # ---- the product -----------------------------------------------------------------------------------------------------
 def int8_product(a: Tensor, w: Tensor) -> Tensor:
-    """``a @ w.T`` in int32, exactly; a int8 ``[M, K]``, w int8 ``[N, K]``."""
+    """``a @ w.T`` in int32, exactly; a int8 ``[M, K]``, w int8 ``[N, K]``.
+
+    Where a processor has no dot-product instructions, ``torch._int_mm`` is wrong or a plain loop: oneDNN's other
+    product is taken.
+    """
+    if not torch.compiler.is_compiling() and cpu_onednn.engine() == "saturates" and a.numel():
+        return cpu_onednn.sums(a.view(torch.uint8) ^ OFFSET, OFFSET, w.t(), 255, 128)
     if int_mm_is_exact():
         return torch._int_mm(a.contiguous(), w.t())
     out = torch.zeros((a.shape[0], w.shape[0]), dtype=torch.int32, device=a.device)

@@ -40,6 +40,9 @@ _MANTISSA, _BIAS = 23, 127
 _ROUND_UP = (1 << _MANTISSA) - 0x3504F4
 """Carries a mantissa above that of sqrt(2), 0x3504F3.33.., into the exponent."""
 _LIFT = 2.0**64
+_MIDDLE = 1.5 * 2.0**_MANTISSA
+"""Even; the neighbours of a float32 number near it are integers."""
+_ROUNDER = torch.tensor(_MIDDLE)
 
 
 def reciprocal(scale: Tensor) -> Tensor:
@@ -58,6 +61,23 @@ def encode(x: Tensor, inverse_scale: Tensor, zero_point: Tensor, top: int | Tens
     """
     code = torch.round(x.float() * inverse_scale) + zero_point
     return clamp(code, top)
+
+
+def encode_bytes(x: Tensor, inverse_scale: Tensor, zero_point: int, top: int, out: Tensor) -> Tensor:
+    """Codes of ``x`` less the zero-point, modulo 256: `encode` with one scale for all of ``x``, in fewer passes.
+
+    Adding 1.5 * 2**23 rounds a float32 number below 2**22 half to even, and leaves the integer in the low bits of the
+    mantissa; what is larger is clamped either way. So nothing is converted but the low byte is taken.
+
+    Args:
+        x: Values, any floating dtype.
+        inverse_scale: `reciprocal` of the scale, float32 without dimensions (a number would have to be converted).
+        zero_point: 0 .. 255.
+        top: Largest code.
+        out: uint8 in the shape of ``x``; ``out + zero_point``, modulo 256, are the codes.
+    """
+    code = torch.mul(x.float(), inverse_scale).add_(_ROUNDER).clamp_(_MIDDLE - zero_point, _MIDDLE - zero_point + top)
+    return out.copy_(code.view(torch.int32))
 
 
 def encode_offset(x: Tensor, inverse_scale: Tensor, zero_point: Tensor, top: int | Tensor, offset: Tensor) -> Tensor:
