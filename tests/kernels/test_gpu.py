@@ -20,7 +20,7 @@ from torch._dynamo.testing import CompileCounter
 import bitbrush
 from bitbrush import kernels
 from bitbrush.engine.progress import Silent
-from bitbrush.kernels import cpu, gpu, gpu_decode, int8_ops
+from bitbrush.kernels import cpu, cpu_fused, gpu, gpu_decode, int8_ops
 from bitbrush.network.clock import Clock
 from bitbrush.network.layers import QuantConv2d, QuantLayer
 from bitbrush.numbers.grid import ActivationSpec, LayerSpec, WeightSpec
@@ -30,6 +30,13 @@ SOURCE = Path(__file__).resolve().parents[2] / "src"
 TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU's kernel in its plain form, whose epilogue is in the pinned order."""
+    monkeypatch.setattr(cpu_fused, "takes", lambda layer, x: False)
+
+
+@pytest.mark.usefixtures("plain")
 def test_outputs_equal_the_integer_kernel_of_the_cpu(builder: ModuleType) -> None:
     cases = builder.pairwise(3) + [builder.square(case) for case in builder.pairwise(4)]
     ran, skipped = collections.Counter(), collections.Counter()

@@ -58,6 +58,8 @@ def rows(
     """int8 ``[N, taps * padded channels]`` of each segment."""
     wide = packing.padded(tuple(segments))
     length = taps * sum(wide)
+    if bits == [8]:  # stored as they are wanted
+        return list(packing.int8_rows(stored[0])[:, :length].split([taps * count for count in wide], dim=1))
     parts = [_unpacked_rows(*one, length) for one in zip(stored, bits, halved, strict=True)]
     codes = torch.cat(parts) if len(parts) > 1 else parts[0]
     if order is not None:
@@ -78,6 +80,9 @@ def columns(
     """int8 ``[taps * padded channels, N]`` of each segment: `rows`, transposed."""
     wide = packing.padded(tuple(segments))
     length = taps * sum(wide)
+    if bits == [8]:  # stored as they are wanted
+        plane = _unpacked_plane(stored[0][:, :length], 8).view(torch.int8)
+        return list(plane.split([taps * count for count in wide]))
     parts = [_unpacked(*one, length) for one in zip(stored, bits, halved, strict=True)]
     codes = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
     if order is not None:
@@ -112,6 +117,8 @@ def _unpacked(stored: Tensor, bits: int, halved: int, length: int) -> Tensor:
         shift += width
     if out is None:
         raise ValueError("bits must be 1 to 8")
+    if bits == 8:
+        return out.bitwise_xor_(packing.SIGN)
     return out << 1 if halved else out
 
 
