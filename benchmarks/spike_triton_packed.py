@@ -137,10 +137,9 @@ if triton is not None:
                 inside = m_ok[:, None] & (columns < end)[None, :]  # beyond the segment a = 0, whatever the weight says
                 a = tl.load(a_ptr + m[:, None].to(tl.int64) * stride_a + columns[None, :], mask=inside, other=0)
                 code = _codes(data, rows, n_ok, k, end, stride_row, LENGTH, BITS, BN, BK, JOIN)
-                if BITS == 8:
-                    w = (code ^ 128).to(tl.int8, bitcast=True)
-                else:
-                    w = code.to(tl.int8) - zero.to(tl.int8)[:, None]
+                w = code.to(tl.int8, bitcast=True)
+                if BITS < 8:  # 8 bits are stored as code - 128
+                    w -= zero.to(tl.int8)[:, None]
                 if SWAP:
                     acc = tl.dot(w, tl.trans(a), acc, out_dtype=tl.int32)
                 else:

@@ -211,7 +211,7 @@ def plant(name: str) -> None:
         return out
 
     if name == "half-up":
-        triton_int8_kernels._half_even = half_up
+        triton_int8_kernels.half_even = half_up
     elif name == "border":
         triton_int8.encode = borderless
     elif name == "nibbles":

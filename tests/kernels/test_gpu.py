@@ -107,9 +107,9 @@ def _layer(**options: object) -> QuantLayer:
 
 def test_reasons_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpu.why_not(_layer(), "cpu") == "the kernel runs on CUDA, not on cpu"
-    monkeypatch.setattr(gpu, "has_triton_package", lambda: False)
+    monkeypatch.setattr(gpu_decode, "has_triton_package", lambda: False)
     assert gpu.why_not(_layer(), "cuda") == "Triton is not installed"
-    monkeypatch.setattr(gpu, "has_triton_package", lambda: True)
+    monkeypatch.setattr(gpu_decode, "has_triton_package", lambda: True)
     assert gpu.why_not(_layer(padding=1), "cuda") is None and gpu.why_not(_layer(stride=2, padding=1), "cuda") is None
     other = "a convolution with dilation, or with padding or stride that differ by side"
     for options in ({"dilation": 2}, {"padding": (1, 0)}, {"stride": (2, 1)}):
@@ -123,8 +123,7 @@ def test_reasons_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_auto_chooses_by_device_and_says_why_not(builder: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (gpu, gpu_decode):
-        monkeypatch.setattr(module, "has_triton_package", lambda: True)
+    monkeypatch.setattr(gpu_decode, "has_triton_package", lambda: True)
     _, able, _ = builder.build({"kind": "conv", "padding": (1, 1)})
     _, unable, _ = builder.build({"kind": "linear", "mode": "channel"})
     model = nn.Sequential(able, unable)
@@ -160,8 +159,7 @@ def test_a_compiled_graph_has_no_break_and_is_compiled_once(builder: ModuleType,
 
 
 def test_a_network_is_one_graph_for_all_timesteps(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (gpu, gpu_decode):
-        monkeypatch.setattr(module, "has_triton_package", lambda: True)
+    monkeypatch.setattr(gpu_decode, "has_triton_package", lambda: True)
     unet = bitbrush.quantize(least_pipeline(), "rtn", 4, 8, progress=Silent()).pipeline.unet
     monkeypatch.setattr(gpu, "why_not", lambda layer, kind: gpu.unable(layer))
     assert set(kernels.use(unet, "cuda-int8").values()) == {"cuda-int8"}

@@ -197,7 +197,7 @@ def tables(layer: QuantLayer, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
         raise ValueError("the input of this layer is not quantized")
     if quantizer.spec.mode == "dynamic":
         found = quantizer.parameters_for(x, layer.channel_dim % x.ndim)
-        a, b, c = (_by_segment(t, layer.channel_dim % x.ndim, layer.segments) for t in found)
+        a, b, c = (by_segment(t, layer.channel_dim % x.ndim, layer.segments) for t in found)
         return a, b, c, None
     row, tops = quantizer.rows(), quantizer.row_tops()
     if row is None:
@@ -207,7 +207,7 @@ def tables(layer: QuantLayer, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
     return a, b, c, tops.index_select(0, times) if isinstance(tops, Tensor) and times is not None else None
 
 
-def _by_segment(table: Tensor, dim: int, segments: tuple[int, ...]) -> Tensor:
+def by_segment(table: Tensor, dim: int, segments: tuple[int, ...]) -> Tensor:
     """A broadcastable table of the channels as ``[R, S]``."""
     count = table.shape[dim]
     starts = [sum(segments[:s]) if count > 1 else 0 for s in range(len(segments))]

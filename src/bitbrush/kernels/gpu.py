@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._triton import has_triton_package
 
-from bitbrush.kernels import cpu, int8_ops, reference, triton_int8
+from bitbrush.kernels import cpu, cpu_fused, gpu_decode, int8_ops, reference, triton_int8
 from bitbrush.kernels.triton_int8 import BY_ROW, BY_SAMPLE, ONE_ROW, Frame, Tables
 from bitbrush.numbers import packing
-from bitbrush.numbers.codec import encode, reciprocal
+from bitbrush.numbers.codec import encode
 
 if TYPE_CHECKING:
     from bitbrush.network.layers import QuantLayer
@@ -30,11 +29,7 @@ _OPS = torch.ops.bitbrush
 
 def why_not(layer: QuantLayer, device_type: str) -> str | None:
     """Why this kernel cannot run a packed layer on a device, or None when it can."""
-    if device_type != "cuda":
-        return f"the kernel runs on CUDA, not on {device_type}"
-    if not has_triton_package():
-        return "Triton is not installed"
-    return unable(layer)
+    return gpu_decode.no_triton(device_type) or unable(layer)
 
 
 def unable(layer: QuantLayer) -> str | None:
@@ -122,17 +117,13 @@ def _tables(layer: QuantLayer, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
         times = first_row(layer) if times is None else times
         kind = ONE_ROW if len(times) == 1 else BY_SAMPLE
         return quantizer.scale, quantizer.inverse_scale, quantizer.zero_point, times, kind
-    scale, _, zero = quantizer.parameters_for(layer.prepare(x), layer.channel_dim % x.ndim)
-    found = [
-        torch.cat([part.reshape(-1, 1) for part in cpu._by_segment(layer, cpu._rows_last(layer, table))], 1)
-        for table in (scale, zero)
-    ]
-    scale, zero = found[0].contiguous(), found[1].contiguous()
-    count = len(scale)
-    if count == 1:
-        return scale, reciprocal(scale), zero, first_row(layer), ONE_ROW
+    dim = layer.channel_dim % x.ndim
+    found = quantizer.parameters_for(layer.prepare(x), dim)
+    scale, inverse, zero = (cpu_fused.by_segment(table, dim, layer.segments) for table in found)
+    if len(scale) == 1:
+        return scale, inverse, zero, first_row(layer), ONE_ROW
     kind = BY_SAMPLE if quantizer.spec.granularity == "sample" else BY_ROW
-    return scale, reciprocal(scale), zero, torch.arange(count, device=x.device), kind
+    return scale, inverse, zero, torch.arange(len(scale), device=x.device), kind
 
 
 def first_row(layer: QuantLayer) -> Tensor:

@@ -40,11 +40,14 @@ _OPS = torch.ops.bitbrush
 # ---- the layer -------------------------------------------------------------------------------------------------------
 def why_not(layer: QuantLayer, device_type: str) -> str | None:
     """Why this kernel cannot run a packed layer on a device, or None when it can."""
+    return no_triton(device_type) or ("the weight is not quantized" if layer.spec.weight is None else None)
+
+
+def no_triton(device_type: str) -> str | None:
+    """Why no Triton kernel runs on a device, or None."""
     if device_type != "cuda":
         return f"the kernel runs on CUDA, not on {device_type}"
-    if not has_triton_package():
-        return "Triton is not installed"
-    return "the weight is not quantized" if layer.spec.weight is None else None
+    return None if has_triton_package() else "Triton is not installed"
 
 
 def run(layer: QuantLayer, x: Tensor) -> Tensor:
@@ -88,7 +91,7 @@ def _affine_cuda(
     ends = tuple(accumulate(width * taps for width in widths))
     for data, width in zip(codes, bits, strict=True):
         mine = None if order is None else order[first : first + data.shape[0]]
-        starts = plane_starts(length, width, packing.plane_bytes)
+        starts = packing.plane_starts(length, width)
         with torch.cuda.device_of(out):
             kernels.affine[(-(-data.shape[0] // height), -(-length // columns))](
                 data, scale, zero_point, data if mine is None else mine, out, data.shape[0], length, data.stride(0),
@@ -99,15 +102,6 @@ def _affine_cuda(
             )
         first += data.shape[0]
     return out
-
-
-def plane_starts(length: int, bits: int, size: object) -> tuple[int, int, int]:
-    """Where the planes of 4, 2 and 1 bits begin in a row of ``length`` codes; ``size(length, width)`` bytes each."""
-    found, start = {4: 0, 2: 0, 1: 0}, 0
-    for width in (4, 2, 1):
-        if bits & width:
-            found[width], start = start, start + size(length, width)  # type: ignore[operator]
-    return found[4], found[2], found[1]
 
 
 def _affine_plain(
@@ -140,7 +134,7 @@ def _codebook_cuda(
 
     count, size, block = scale.shape[0] * groups, codebooks.shape[2], 256
     out = torch.empty((scale.shape[0], groups * size), dtype=dtype, device=codes.device)
-    starts = plane_starts(count, bits, lambda length, width: -(-length * width // 8))
+    starts = packing.plane_starts(count, bits, lambda length, width: -(-length * width // 8))
     with torch.cuda.device_of(out):
         kernels.codebook[(-(-count // block),)](
             codes, codebooks.contiguous(), scale, out, count, groups, codes.stride(0), *starts,

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bitbrush.kernels import triton_int8, tuning
+from bitbrush.kernels import cpu_weights, triton_int8, tuning
 from bitbrush.kernels.triton_int8 import BY_ROW, BY_SAMPLE, Extra, Frame, Tables
 from bitbrush.numbers import packing
 from bitbrush.numbers.codec import encode as encode_codes
@@ -136,18 +136,8 @@ def _weight_plain(
     codes: list[Tensor], bits: list[int], zero_point: Tensor, order: Tensor | None, counts: list[int], taps: int,
     halved: bool,
 ) -> Tensor:
-    widths = packing.padded(tuple(counts))
-    parts = [packing.unpack(data, b, taps * sum(widths)) << int(halved and b == 1)
-             for data, b in zip(codes, bits, strict=True)]
-    rows = torch.cat(parts)
-    if order is not None:
-        rows = torch.empty_like(rows).index_copy_(0, order.long(), rows)
-    out = []
-    for s, part in enumerate(rows.split([taps * width for width in widths], 1)):
-        values = (part.to(torch.int16) - zero_point[:, s : s + 1]).to(torch.int8).unflatten(1, (taps, -1))
-        values[:, :, counts[s] :] = 0  # padding of symmetric 1-bit rows reads as -1
-        out.append(values.flatten(1))
-    return torch.cat(out, 1)
+    return torch.cat(cpu_weights.rows(codes, bits, [int(halved and b == 1) for b in bits], order, zero_point, counts,
+                                      taps), 1)
 
 
 # ---- product ---------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ ERRORS = (TritonError,)
 
 
 @triton.jit
-def _half_even(v):
+def half_even(v):
     """``round`` half to even of float32: ``v - floor(v)`` is exact wherever it decides."""
     low = tl.floor(v)
     above = v - low
@@ -33,7 +33,7 @@ def forward(
     where = row.to(tl.int64) * length + column
     scale, inverse, zero = tl.load(scale_ptr + row), tl.load(inverse_ptr + row), tl.load(zero_ptr + row)
     x = tl.load(x_ptr + where, mask=column < length, other=0.0).to(tl.float32)
-    code = _half_even(x * inverse) + zero
+    code = half_even(x * inverse) + zero
     code = tl.where(code < 0.0, 0.0, tl.where(code > top, top, code))  # NaN stays NaN, as in torch.clamp
     tl.store(out_ptr + where, ((code - zero) * scale).to(out_ptr.dtype.element_ty), mask=column < length)
 
@@ -51,7 +51,7 @@ def backward(
     x = tl.load(x_ptr + where, mask=column < length, other=0.0).to(tl.float32)
     grad = tl.load(grad_ptr + where, mask=column < length, other=0.0)
     v = x * inverse
-    rounded = _half_even(v)
+    rounded = half_even(v)
     code = rounded + zero
     inside = (code >= 0.0) & (code <= top)
     tl.store(dx_ptr + where, tl.where(inside, grad, 0.0).to(dx_ptr.dtype.element_ty), mask=column < length)
@@ -81,7 +81,7 @@ def weight_forward(
             up = tl.load(offset_ptr + start + column, mask=column < length, other=0).to(tl.float32)
             code = (tl.floor(w * inverse) + up) + zero
         else:
-            code = _half_even(w * inverse) + zero
+            code = half_even(w * inverse) + zero
         code = tl.where(code < 0.0, 0.0, tl.where(code > top, top, code))
         if BINARY:
             code = tl.where(tl.load(binary_ptr + row) != 0, tl.where(w >= 0.0, 2.0, 0.0), code)
@@ -106,7 +106,7 @@ def weight_backward(
         if OFFSET:
             rounded = tl.floor(v) + tl.load(offset_ptr + start + column, mask=column < length, other=0).to(tl.float32)
         else:
-            rounded = _half_even(v)
+            rounded = half_even(v)
         code = rounded + zero
         inside = (code >= 0.0) & (code <= top)
         slope = tl.where(inside, rounded - v, tl.where(code < 0.0, 0.0, tl.where(code > top, top, code)) - zero)

@@ -17,12 +17,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bitbrush.numbers.packing import plane_bytes
+from bitbrush.numbers.packing import plane_starts
 
 LINEAR, FLAT, GATHERED = 0, 1, 2
 ONE_ROW, BY_SAMPLE, BY_ROW = 0, 1, 2
@@ -235,20 +236,13 @@ def unpack(
     """
     from bitbrush.kernels import triton_int8_kernels as kernels
 
-    length, starts, start = out.shape[1], {4: 0, 2: 0, 1: 0}, 0
-    for width in (4, 2, 1):
-        if bits & width:
-            starts[width], start = start, start + plane_bytes(length, width)
-    ends, end = [], 0
-    for width in widths:
-        end += width * taps
-        ends.append(end)
-    rows, columns, height = data.shape[0], 256, 16
+    length, rows, columns, height = out.shape[1], data.shape[0], 256, 16
+    ends = tuple(accumulate(width * taps for width in widths))
     with torch.cuda.device_of(out):
         kernels.unpack[(-(-rows // height), -(-length // columns))](
             data, zero_point, data if order is None else order, out, rows, length, data.stride(0),
-            starts[4], starts[2], starts[1], zero_point.shape[1],
-            ENDS=tuple(ends), REAL=tuple(zip(counts, widths, strict=True)), BITS=bits, ORDER=order is not None,
+            *plane_starts(length, bits), zero_point.shape[1],
+            ENDS=ends, REAL=tuple(zip(counts, widths, strict=True)), BITS=bits, ORDER=order is not None,
             HALVED=halved, BR=height, BK=columns, num_warps=4,
         )
 

@@ -9,15 +9,7 @@ import triton
 import triton.language as tl
 
 from bitbrush.kernels.triton_decode_kernels import codes
-
-
-@triton.jit
-def _half_even(v):
-    """``round`` half to even of float32: ``v - floor(v)`` is exact wherever it decides."""
-    low = tl.floor(v)
-    above = v - low
-    odd = (low - 2.0 * tl.floor(low * 0.5)) == 1.0
-    return tl.where((above > 0.5) | ((above == 0.5) & odd), low + 1.0, low)
+from bitbrush.kernels.triton_fake_kernels import half_even
 
 
 # ---- the product -----------------------------------------------------------------------------------------------------
@@ -214,7 +206,7 @@ def encode(
             x = tl.load(x_ptr + at, mask=real, other=0.0).to(tl.float32)
             if FACTOR:
                 x = x * tl.load(factor_ptr + begin + column, mask=column < COUNTS[s], other=0.0)[None, :]
-            code = _half_even(x * inverse) + zero
+            code = half_even(x * inverse) + zero
             code = tl.where(code < 0.0, 0.0, tl.where(code > top, top, code))
             code = tl.where(real, code, zero)
             where = row.to(tl.int64)[:, None] * length + (out_begin + column)[None, :]

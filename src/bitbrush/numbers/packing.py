@@ -11,6 +11,8 @@ multiple of 16 bytes, so that every row of every plane starts aligned for a vect
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -55,6 +57,16 @@ def plane_bytes(length: int, width: int) -> int:
     """Bytes of one plane of a row of ``length`` codes, padded to `ROW_ALIGN`."""
     size = -(-length * width // 8)
     return -(-size // ROW_ALIGN) * ROW_ALIGN
+
+
+def plane_starts(length: int, bits: int, size: Callable[[int, int], int] = plane_bytes) -> tuple[int, int, int]:
+    """Where the planes of 4, 2 and 1 bits begin in a row of ``length`` codes, 0 where there is none; ``size(length,
+    width)`` bytes each."""
+    found, start = {4: 0, 2: 0, 1: 0}, 0
+    for width in found:
+        if bits & width:
+            found[width], start = start, start + size(length, width)
+    return found[4], found[2], found[1]
 
 
 def row_bytes(length: int, bits: int) -> int:
