@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bitbrush import kernels
 from bitbrush.errors import InternalError
-from bitbrush.kernels import cpu, cpu_fused, proof, reference
+from bitbrush.kernels import cpu, cpu_fused, proof, reference, tuning
 from bitbrush.network import activation, layers
 from bitbrush.network.activation import ActivationQuantizer
 from bitbrush.network.layers import QuantLayer, QuantLinear
@@ -59,6 +60,20 @@ def test_weight_only_activation_only_and_output_position(builder: ModuleType) ->
         result = proof.prove_layer(codes, layer, torch.randn(5, 64))
         assert result["ok"] and "skipped" in result["kernels"]["cpu-int8"], result
         assert result["kernels"]["reference"]["identity"]["ok"]
+
+
+def test_a_proof_measures_no_cuts(builder: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU each would be compiled and timed for every shape: ten seconds a layer."""
+    seen: list[bool] = []
+
+    def spied(layer: QuantLayer, x: Tensor) -> Tensor:
+        seen.append(tuning._UNTIMED.get())
+        return reference.run(layer, x)
+
+    monkeypatch.setitem(kernels.PROVEN, "reference", spied)
+    _, packed, codes = builder.build(LINEAR, 0)
+    assert proof.prove_layer(codes, packed, builder.make_input(LINEAR, 0))["ok"]
+    assert seen and all(seen) and not tuning._UNTIMED.get()
 
 
 def test_the_layer_is_as_before_a_proof(builder: ModuleType) -> None:

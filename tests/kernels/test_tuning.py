@@ -56,6 +56,16 @@ def test_nothing_is_measured_in_a_capture_or_when_told_not_to(file: Path, monkey
     assert by_rule(Problem.of(64, 64, (64,), None)).bm == 64
 
 
+def test_nothing_is_measured_where_times_do_not_count(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[Config] = []
+    monkeypatch.setattr(tuning, "_time", lambda cut, run: measured.append(cut) or 1.0)
+    with tuning.untimed():
+        assert config(PROBLEM, DEVICE, lambda cut: None) == by_rule(PROBLEM)
+    assert not measured and not file.exists()
+    config(PROBLEM, DEVICE, lambda cut: None)  # the rule's cut was not kept for a found one
+    assert len(measured) >= 12 and file.exists()
+
+
 @pytest.mark.parametrize("text", ["", "[]", '{"x": 3}', '{"x": {"unknown": 1}}'])
 def test_a_broken_cache_is_measured_anew(file: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     file.parent.mkdir(parents=True)

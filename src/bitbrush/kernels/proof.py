@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from bitbrush import kernels
 from bitbrush.errors import InternalError
-from bitbrush.kernels import bounds, cpu, gpu, proof_codebook
+from bitbrush.kernels import bounds, cpu, gpu, proof_codebook, tuning
 from bitbrush.kernels.bounds import half_ulp
 from bitbrush.numbers import packing
 from bitbrush.numbers.codec import decode, encode, expand_activation_scale, expand_weight_scale, reciprocal
@@ -72,7 +72,7 @@ def prove_layer(
     """
     if layer.face != "packed" or layer.codes is not None:
         raise InternalError("only a packed layer can be proven", where=type(layer).__name__)
-    with torch.no_grad(), _full_precision(x.device):
+    with torch.no_grad(), _full_precision(x.device), tuning.untimed():
         probe = _Probe(layer_sim_codes, layer, x, tables)
         result: Json = {
             "codes": _stored(layer_sim_codes, layer),
