@@ -56,6 +56,13 @@ def test_nothing_is_measured_in_a_capture_or_when_told_not_to(file: Path, monkey
     assert by_rule(Problem.of(64, 64, (64,), None)).bm == 64
 
 
+def test_the_rule_gathers_convolutions_of_ragged_segments() -> None:
+    frame = Frame(2, 128, 128, (3, 3), 1, 1)
+    cuts = [by_rule(Problem.of(2 * 128 * 128, 640, (width,), frame)) for width in (320, 640)]
+    assert [(cut.bm, cut.bk, cut.tma) for cut in cuts] == [(128, 64, False), (64, 128, True)]
+    assert by_rule(Problem.of(8192, 640, (320,), None)) == Config()
+
+
 @pytest.mark.parametrize("text", ["", "[]", '{"x": 3}', '{"x": {"unknown": 1}}'])
 def test_a_broken_cache_is_measured_anew(file: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     file.parent.mkdir(parents=True)
