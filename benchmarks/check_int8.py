@@ -78,8 +78,8 @@ def cuts(device: str) -> dict[str, Any]:
         _, packed, _ = builder.build(whole)
         there, x = on(device, packed), builder.make_input(whole).to(device)
         with there.input._clock[0].at(1.0), torch.no_grad():
-            given = gpu._input(there, x)
-            a, w = gpu._codes(there, x, given), gpu.int8_weight(there)
+            given = gpu.given_input(there, x)
+            a, w = gpu.input_rows(there, x, given), gpu.int8_weight(there)
             tables = Tables(given.scale, given.zero_point, given.times, given.kind, there.weight_scale,
                             gpu.weight_sum(there))
             widths = packing.padded(there.segments)
