@@ -228,7 +228,7 @@ def test_joined_layers_share_their_bytes_wherever_they_are(tmp_path: Path) -> No
     for moved in (unet, copy.deepcopy(unet), unet.to(torch.bfloat16).to(torch.float32)):
         block = moved.down_blocks[0].attentions[0].transformer_blocks[0]
         whole = block.joined["queries, keys and values"].codes
-        starts = [getattr(layer, "codes8").data_ptr() for layer in (block.attn1.to_q, block.attn1.to_k)]
+        starts = [layer.codes8.data_ptr() for layer in (block.attn1.to_q, block.attn1.to_k)]
         assert whole.data_ptr() == starts[0] < starts[1] < whole.data_ptr() + whole.numel()
         assert sum(tensor.untyped_storage().nbytes() for tensor in _storages(moved)) == size
     after = unet.state_dict()
