@@ -1,6 +1,15 @@
-"""Joined and gated products: their definitions against single products, GEGLU and encode; shapes for tracing."""
+"""Joined and gated products: their definitions against single products, GEGLU and encode; shapes for tracing; the
+kernels in Triton's interpreter against the definitions."""
 
 from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +18,8 @@ from torch import Tensor, nn
 from bitbrush.kernels import joined_ops
 from bitbrush.kernels.triton_int8 import ONE_ROW
 
+SOURCE = Path(__file__).resolve().parents[2] / "src"
+TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 OPS = torch.ops.bitbrush
 assert joined_ops.__doc__  # its import makes the operations
 
@@ -79,3 +90,30 @@ def test_shapes_for_tracing_are_those_of_the_operations() -> None:
         found = torch.library.opcheck(op, args)
         assert set(found.values()) == {"SUCCESS"}
     assert OPS.int8_joined(*joined).shape == (3, 20) and OPS.int8_gated(*gated).shape == (6, 32)
+
+
+def _interpreted(*args: str) -> dict[str, Any]:
+    env = {**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}
+    file = str(Path(__file__).with_name("interpreted_joined.py"))
+    done = subprocess.run([sys.executable, file, *args], capture_output=True, text=True, env=env, timeout=300,
+                          check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+@TRITON
+def test_kernels_give_what_the_definitions_give() -> None:
+    found = _interpreted()
+    assert len(found["joined"]) == len(found["gated"]) == 6
+    assert sum(f["count"] for f in found["joined"]) > 10_000 and sum(f["inner"] for f in found["gated"]) > 2_000
+    assert all(f["unequal"] == 0 for f in found["joined"])
+    assert all(f["unequal"] <= 0.002 * f["count"] and f["worst"] <= 1 for f in found["gated"])  # erf's last bit
+
+
+@TRITON
+@pytest.mark.parametrize("fault", ["third-as-second", "rows-of-the-first", "halves", "stale"])
+def test_a_planted_fault_shows(fault: str) -> None:
+    found = _interpreted(fault)
+    kind = "joined" if "-" in fault else "gated"
+    assert sum(f["unequal"] > 0.1 * f["count"] for f in found[kind]) >= 2
