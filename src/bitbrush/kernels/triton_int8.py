@@ -201,7 +201,7 @@ def product(
             WIDTHS=widths if frame is not None or len(widths) > 1 else (0,), KH=place.kernel[0], KW=place.kernel[1],
             TABLE=tables.kind, PARTS=parts, SPATIAL=spatial, TMA=config.tma, BIAS=extra.bias is not None,
             RESIDUAL=extra.residual is not None, SHARED=extra.shared is not None, KEEP=sums is not None,
-            maxnreg=config.registers, **_cut(config, a.device),
+            **_cut(config, a.device),
         )
     return y
 
@@ -235,14 +235,15 @@ def gated(
             then.zero_point, then.times, float(then.top), m, n, a.stride(0), w.stride(0), y.stride(0), width,
             TMA=config.tma, BIAS=bias is not None, FACTOR=then.factor is not None,
             TYPE=getattr(tl, str(dtype).removeprefix("torch.")), **_cut(config, a.device),
-        )  # without a limit of registers the compiler keeps to 128 itself; with it, it spills
+        )
     return y
 
 
 def _cut(config: Config, device: torch.device) -> dict[str, Any]:
     options: dict[str, Any] = {
-        "BM": config.bm, "BN": config.bn, "BK": config.bk, "GROUP": config.group, "EARLY": early(device),
-        "num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": False,
+        "BM": config.bm, "BN": config.bn, "BK": config.bk, "GROUP": config.group, "THREADS": 32 * config.warps,
+        "EARLY": early(device), "num_warps": config.warps, "num_stages": config.stages, "maxnreg": config.registers,
+        "enable_fp_fusion": False,
     }
     return {**options, "launch_pdl": True} if options["EARLY"] else options
 

@@ -89,25 +89,59 @@ def _segment_sum(
 
 
 @triton.jit
-def _activation(scale_ptr, zero_ptr, times_ptr, s, sample, where, kept, part, COUNT: tl.constexpr,
-                TABLE: tl.constexpr, PARTS: tl.constexpr):
-    """(scale, zero-point) of segment s: numbers, or ``[BM, 1]``. See `Tables.kind`; 3: of each part its own tables."""
+def _time(times_ptr, sample, where, kept, part, TABLE: tl.constexpr, PARTS: tl.constexpr):
+    """The row of the activation's tables: a number, or ``[BM]``. See `Tables.kind`; 3: of each part's own tables."""
     if TABLE == 0:
-        at = tl.load(times_ptr) * COUNT + s
+        return tl.load(times_ptr)
+    elif TABLE == 1:
+        return tl.load(times_ptr + sample, mask=kept, other=0)
+    elif TABLE == 2:
+        return where.to(tl.int64)
+    else:
+        chosen = times_ptr[0]
+        for p in tl.static_range(1, PARTS):
+            if part == p:
+                chosen = times_ptr[p]
+        return tl.load(chosen)
+
+
+@triton.jit
+def _activation(scale_ptr, zero_ptr, time, s, kept, part, COUNT: tl.constexpr, TABLE: tl.constexpr,
+                PARTS: tl.constexpr):
+    """(scale, zero-point) of segment s: numbers, or ``[BM, 1]``."""
+    at = time * COUNT + s
+    if TABLE == 0:
         return tl.load(scale_ptr + at), tl.load(zero_ptr + at).to(tl.int32)
     elif TABLE == 3:
-        at = tl.load(times_ptr[0])
-        scale, zero = tl.load(scale_ptr[0] + at), tl.load(zero_ptr[0] + at).to(tl.int32)
+        scale, zero = tl.load(scale_ptr[0] + at, mask=part == 0, other=0.0), 0
+        zero += tl.load(zero_ptr[0] + at, mask=part == 0, other=0).to(tl.int32)
         for p in tl.static_range(1, PARTS):
-            at = tl.load(times_ptr[p])
-            scale = tl.where(part == p, tl.load(scale_ptr[p] + at), scale)
-            zero = tl.where(part == p, tl.load(zero_ptr[p] + at).to(tl.int32), zero)
+            scale += tl.load(scale_ptr[p] + at, mask=part == p, other=0.0)
+            zero += tl.load(zero_ptr[p] + at, mask=part == p, other=0).to(tl.int32)
         return scale, zero
     else:
-        time = tl.load(times_ptr + sample, mask=kept, other=0) if TABLE == 1 else where.to(tl.int64)
-        at = time * COUNT + s
         return (tl.load(scale_ptr + at, mask=kept, other=0.0)[:, None],
                 tl.load(zero_ptr + at, mask=kept, other=128).to(tl.int32)[:, None])
+
+
+@triton.jit
+def _asked(ptr, n, n_ok, TIMES: tl.constexpr):
+    """What belongs to a tile's columns, read before the sums, so that nothing waits for memory after them.
+
+    One number a thread, with TIMES threads a column: of fewer numbers than threads the compiler makes one read for each
+    register in which a sum lies, and has to hold them all.
+    """
+    if TIMES == 1:
+        return tl.load(ptr + n, mask=n_ok, other=0)
+    else:
+        copy = tl.arange(0, TIMES)[:, None]
+        return tl.load(ptr + n[None, :] + 0 * copy, mask=n_ok[None, :] & (copy == 0), other=0)
+
+
+@triton.jit
+def _column(asked, TIMES: tl.constexpr):
+    """What `_asked` reads, ``[1, BN]``, once it is needed."""
+    return (asked if TIMES == 1 else tl.sum(asked, 0))[None, :]
 
 
 @triton.jit
@@ -115,7 +149,7 @@ def _values(
     a, w, acc_ptr, bias_ptr, scale_a_ptr, zero_a_ptr, times_ptr, scale_w_ptr, sum_w_ptr, first, n0, rows, where,
     sample, m_ok, kept, n, n_ok, part, columns, out_rows, pitch, length_a, length_w, width,
     WIDTHS: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, TABLE: tl.constexpr, PARTS: tl.constexpr,
-    TMA: tl.constexpr, PAIRED: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr,
+    TMA: tl.constexpr, PAIRED: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr, THREADS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):
     """float32 ``[BM, BN]`` of a tile: integer sums, scaled, with the bias (the order is that of docs/numerics.md).
@@ -123,22 +157,24 @@ def _values(
     WIDTHS: padded channels of each segment; a single 0: one segment of ``width`` (so that layers share a build).
     """
     COUNT: tl.constexpr = len(WIDTHS)
+    TIMES: tl.constexpr = THREADS // BN if THREADS > BN else 1
     total = tl.zeros((BM, BN), dtype=tl.float32)
+    time = _time(times_ptr, sample, where, kept, part, TABLE, PARTS)
+    if BIAS:
+        bias = _asked(bias_ptr, n, n_ok, TIMES)
     a_start = 0
     w_start = 0
     for s in tl.static_range(COUNT):
-        scale, zero = _activation(
-            scale_a_ptr, zero_a_ptr, times_ptr, s, sample, where, kept, part, COUNT, TABLE, PARTS,
-        )
         wide = WIDTHS[s] if WIDTHS[s] > 0 else width
+        sums = _asked(sum_w_ptr + s * columns, n, n_ok, TIMES)
+        scale_w = _asked(scale_w_ptr + s, n * COUNT, n_ok, TIMES)
         acc = _segment_sum(
             a, w, rows, first, n0 if TMA else n, m_ok, n_ok, a_start, w_start, pitch, length_a, length_w, wide,
             KH, KW, TMA, PAIRED, BM, BN, BK,
         )
-        sums = tl.load(sum_w_ptr + s * columns + n, mask=n_ok, other=0)
-        scale_w = tl.load(scale_w_ptr + n * COUNT + s, mask=n_ok, other=0.0)
-        acc += (128 - zero) * sums[None, :]
-        scaled = (acc.to(tl.float32) * scale) * scale_w[None, :]
+        scale, zero = _activation(scale_a_ptr, zero_a_ptr, time, s, kept, part, COUNT, TABLE, PARTS)
+        acc += (128 - zero) * _column(sums, TIMES)
+        scaled = (acc.to(tl.float32) * scale) * _column(scale_w, TIMES)
         if s == 0:
             total = scaled
         else:
@@ -149,7 +185,7 @@ def _values(
         a_start += wide
         w_start += wide * KH * KW
     if BIAS:
-        total += tl.load(bias_ptr + n, mask=n_ok, other=0.0).to(tl.float32)[None, :]
+        total += _column(bias, TIMES).to(tl.float32)
     return total
 
 
@@ -161,6 +197,7 @@ def product(
     WIDTHS: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, TABLE: tl.constexpr, PARTS: tl.constexpr,
     SPATIAL: tl.constexpr, TMA: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SHARED: tl.constexpr,
     KEEP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,
+    THREADS: tl.constexpr,
 ):
     """A tile of ``y [rows, PARTS * n_count]``. Part p multiplies the rows of ``a`` from ``p * part_rows`` on."""
     _begin(EARLY)
@@ -181,7 +218,7 @@ def product(
     total = _values(
         a, w, acc_ptr, bias_ptr, scale_a_ptr, zero_a_ptr, times_ptr, scale_w_ptr, sum_w_ptr, begin + m0, n0,
         begin + rows, where, sample, m_ok, kept, n, n_ok, part, columns, out_rows, pitch, length_a, length_w, width,
-        WIDTHS, KH, KW, TABLE, PARTS, TMA, False, BIAS, KEEP, BM, BN, BK,
+        WIDTHS, KH, KW, TABLE, PARTS, TMA, False, BIAS, KEEP, THREADS, BM, BN, BK,
     )
     inside = kept[:, None] & n_ok[None, :]
     at = where.to(tl.int64)[:, None] * columns + n[None, :]
@@ -208,6 +245,7 @@ def gated(
     zero_ptr, next_times_ptr, top, m_count, n_count, length_a, length_w, length_y, width,
     TMA: tl.constexpr, BIAS: tl.constexpr, FACTOR: tl.constexpr, TYPE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,
+    THREADS: tl.constexpr,
 ):
     """Codes less 128 of the next layer: a tile has BN / 2 hidden channels and their gates, ``n_count`` rows of w on."""
     _begin(EARLY)
@@ -217,17 +255,17 @@ def gated(
     both = tl.arange(0, BN)
     pair = n0 + both % HALF
     m_ok = m < m_count
+    time = tl.load(next_times_ptr)
     total = _values(
         a, w, y_ptr, bias_ptr, scale_a_ptr, zero_a_ptr, times_ptr, scale_w_ptr, sum_w_ptr, row * BM, n0, m, m, m,
         m_ok, m_ok, pair + (both // HALF) * n_count, pair < n_count, 0, 2 * n_count, m_count, 0, length_a, length_w,
-        width, (0,), 1, 1, 0, 1, TMA, True, BIAS, False, BM, BN, BK,
+        width, (0,), 1, 1, 0, 1, TMA, True, BIAS, False, THREADS, BM, BN, BK,
     )
     hidden, gate = tl.split(tl.permute(tl.reshape(total, (BM, 2, HALF)), (0, 2, 1)))
     value = _geglu(hidden, gate, TYPE)
     n = n0 + tl.arange(0, HALF)
     if FACTOR:
         value = value * tl.load(factor_ptr + n, mask=n < n_count, other=0.0)[None, :]
-    time = tl.load(next_times_ptr)
     zero = tl.load(zero_ptr + time).to(tl.float32)
     code = half_even(value * tl.load(inverse_ptr + time)) + zero
     code = tl.where(code < 0.0, 0.0, tl.where(code > top, top, code))
