@@ -73,7 +73,7 @@ def _encode_plain(
         found = table if kind == BY_ROW else table.index_select(0, times)
         if kind == BY_SAMPLE and place is None:
             found = found.repeat_interleave(per_sample, 0)
-        found = _by_channel(found, counts) if found.shape[1] > 1 else found
+        found = by_channel(found, counts) if found.shape[1] > 1 else found
         return found if place is None else found[:, None, None, :]
 
     limit = top if tops is None else wide(tops.reshape(-1, 1))
@@ -81,7 +81,8 @@ def _encode_plain(
     return laid_out(encode_codes(rows, wide(inverse), zero, limit), zero, counts, place)
 
 
-def _by_channel(table: Tensor, counts: list[int]) -> Tensor:
+def by_channel(table: Tensor, counts: list[int]) -> Tensor:
+    """A table ``[R, S]`` of segments as one of their channels."""
     return torch.cat([table[:, s : s + 1].expand(-1, count) for s, count in enumerate(counts)], 1)
 
 

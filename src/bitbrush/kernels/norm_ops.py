@@ -1,0 +1,131 @@
+"""A norm or a GEGLU together with the encode of what follows it, as torch ops: the codes are written, nothing between.
+
+    bitbrush::layer_norm_encode    LayerNorm, then the codes of one to three linear layers that share it
+    bitbrush::group_norm_encode    GroupNorm, SiLU where there is one, then rows of pixels or the frame of a convolution
+    bitbrush::geglu_encode         ``hidden * gelu(gate)``, then the codes of a linear layer
+
+Each is the chain of its parts in the dtype of ``x``: computed in float32, rounded to that dtype where the chain of
+separate operations rounds (after the norm, after SiLU, after gelu and after the product), then encoded as
+`numbers.codec.encode` does. What is defined here in plain torch runs on the CPU; Triton's sums of a norm are in
+another order, so that a code may differ by one where a value lies at an edge.
+
+Every table serves one row (`triton_int8.ONE_ROW`): ``inverse`` float32 and ``zero_point`` uint8 or float32 ``[T, S]``,
+``times`` int64 ``[1]``. Codes are int8 less 128, segments padded with the zero-point's code. ``frame``: a list of
+integers, see `int8_ops.frame_of`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bitbrush.kernels.int8_ops import by_channel, frame_of, laid_out
+from bitbrush.numbers import packing
+from bitbrush.numbers.codec import encode
+
+_LIBRARY = torch.library.Library("bitbrush", "FRAGMENT")
+_LIBRARY.define(
+    "layer_norm_encode(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor[] inverse, Tensor[] zero_point, "
+    "Tensor[] times, int[] tops, Tensor?[] factors) -> Tensor"
+)
+_LIBRARY.define(
+    "group_norm_encode(Tensor x, Tensor weight, Tensor bias, int groups, float eps, bool silu, Tensor inverse, "
+    "Tensor zero_point, Tensor times, int[] counts, int top, int[] frame, Tensor? factor) -> Tensor"
+)
+_LIBRARY.define(
+    "geglu_encode(Tensor x, Tensor inverse, Tensor zero_point, Tensor times, int top, Tensor? factor) -> Tensor"
+)
+
+
+def _float(table: Tensor | None) -> Tensor | None:
+    return None if table is None else table.float()
+
+
+def _codes(
+    rows: Tensor, inverse: Tensor, zero_point: Tensor, times: Tensor, counts: list[int], top: int, frame: list[int],
+    factor: Tensor | None,
+) -> Tensor:
+    """int8 codes less 128 of ``rows [.., C]``, of pictures ``[B, H, W, C]``; padded, or in their frame."""
+    inverse, zero = (table.float().index_select(0, times) for table in (inverse, zero_point))
+    if len(counts) > 1:
+        inverse, zero = by_channel(inverse, counts), by_channel(zero, counts)
+    values = rows.float() if factor is None else rows.float() * factor
+    place = frame_of(frame)
+    values = values if place is not None else values.reshape(-1, values.shape[-1])
+    return laid_out(encode(values, inverse, zero, top), zero, counts, place)
+
+
+# ---- LayerNorm -------------------------------------------------------------------------------------------------------
+def _layer_norm_plain(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, inverse: list[Tensor], zero_point: list[Tensor],
+    times: list[Tensor], tops: list[int], factors: list[Tensor | None],
+) -> Tensor:
+    """int8 ``[P * R, padded(C)]``: the codes of P consumers of ``x [.., C]``, R rows each, one below the other.
+
+    Args:
+        factors: ``input_scale`` float32 ``[C]`` of each consumer, or None.
+    """
+    channels = x.shape[-1]
+    normed = F.layer_norm(x.float(), (channels,), _float(weight), _float(bias), eps).to(x.dtype)
+    consumers = zip(inverse, zero_point, times, tops, factors, strict=True)
+    return torch.cat([_codes(normed, i, z, t, [channels], top, [], f) for i, z, t, top, f in consumers])
+
+
+def _layer_norm_shape(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, inverse: list[Tensor], zero_point: list[Tensor],
+    times: list[Tensor], tops: list[int], factors: list[Tensor | None],
+) -> Tensor:
+    rows = x.numel() // x.shape[-1]
+    return x.new_empty((len(inverse) * rows, *packing.padded((x.shape[-1],))), dtype=torch.int8)
+
+
+# ---- GroupNorm -------------------------------------------------------------------------------------------------------
+def _group_norm_plain(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, inverse: Tensor, zero_point: Tensor,
+    times: Tensor, counts: list[int], top: int, frame: list[int], factor: Tensor | None,
+) -> Tensor:
+    """int8 rows of pixels of ``x [B, C, H, W]``, or without a frame ``[B * H * W, sum(padded(counts))]``.
+
+    Args:
+        counts: Channels of each segment.
+        factor: ``input_scale`` float32 ``[C]``.
+    """
+    normed = F.group_norm(x.float(), groups, weight.float(), bias.float(), eps).to(x.dtype)
+    normed = F.silu(normed.float()).to(x.dtype) if silu else normed
+    return _codes(normed.permute(0, 2, 3, 1), inverse, zero_point, times, counts, top, frame, factor)
+
+
+def _group_norm_shape(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, inverse: Tensor, zero_point: Tensor,
+    times: Tensor, counts: list[int], top: int, frame: list[int], factor: Tensor | None,
+) -> Tensor:
+    place = frame_of(frame)
+    rows = x.shape[0] * x.shape[2] * x.shape[3] if place is None else place.rows
+    return x.new_empty((rows, sum(packing.padded(tuple(counts)))), dtype=torch.int8)
+
+
+# ---- GEGLU -----------------------------------------------------------------------------------------------------------
+def _geglu_plain(
+    x: Tensor, inverse: Tensor, zero_point: Tensor, times: Tensor, top: int, factor: Tensor | None
+) -> Tensor:
+    """int8 ``[R, padded(C)]`` of ``x [.., 2 C]``: hidden and gate, C channels each."""
+    hidden, gate = x.chunk(2, -1)
+    gated = F.gelu(gate.float()).to(x.dtype).float()
+    return _codes((hidden.float() * gated).to(x.dtype), inverse, zero_point, times, [hidden.shape[-1]], top, [], factor)
+
+
+def _geglu_shape(
+    x: Tensor, inverse: Tensor, zero_point: Tensor, times: Tensor, top: int, factor: Tensor | None
+) -> Tensor:
+    return x.new_empty((x.numel() // x.shape[-1], *packing.padded((x.shape[-1] // 2,))), dtype=torch.int8)
+
+
+for _name, _plain, _shape in (
+    ("layer_norm_encode", _layer_norm_plain, _layer_norm_shape),
+    ("group_norm_encode", _group_norm_plain, _group_norm_shape),
+    ("geglu_encode", _geglu_plain, _geglu_shape),
+):
+    _LIBRARY.impl(_name, _plain, "CUDA")
+    _LIBRARY.impl(_name, _plain, "CPU")
+    torch.library.register_fake(f"bitbrush::{_name}", _shape, lib=_LIBRARY)
