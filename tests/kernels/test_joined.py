@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bitbrush.kernels import joined_ops
-from bitbrush.kernels.triton_int8 import ONE_ROW
+from bitbrush.kernels import int8_ops, joined_ops
+from bitbrush.kernels.triton_int8 import ONE_ROW, Frame
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -79,6 +79,26 @@ def test_gated_is_product_geglu_and_encode(n: int, scaled: bool, dtype: torch.dt
     want = OPS.int8_encode(y, inverse, zero, times, ONE_ROW, [n], 255, None, [], 1, factor)
     assert got.dtype == torch.int8 and got.shape == (m, 64) and torch.equal(got, want)
     assert (got[:, n:] == 77 - 128).all() and len(got[:, :n].unique()) > 50
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("spatial", [False, True])
+def test_what_is_added_to_a_product_is_added_before_its_one_rounding(spatial: bool, dtype: torch.dtype) -> None:
+    g, n = torch.Generator().manual_seed(3), 24
+    frame = Frame(2, 3, 4, (3, 3), 1, 1) if spatial else None
+    a = _int8(g, frame.rows if frame else 24, 32)
+    (w, scale_w, total, bias), table = _weight(g, n, 32 * (9 if frame else 1)), _table(g)
+    shared, residual = (torch.randn(shape, generator=g).to(dtype) for shape in ((2, n), (24, n)))
+
+    def product(*added: Tensor | None, kind: torch.dtype) -> Tensor:
+        found = OPS.int8_product(a, w, *table, ONE_ROW, scale_w, total, [32], int8_ops.numbers_of(frame), 12, bias,
+                                 *added, kind)
+        return found.reshape(24, n)
+
+    plain = product(None, None, kind=torch.float32)
+    got = product(shared, residual.reshape(2, 3, 4, n) if spatial else residual, kind=dtype)
+    assert torch.equal(got, (plain + shared.float().repeat_interleave(12, 0) + residual.float()).to(dtype))
+    assert not torch.equal(got, product(shared, None, kind=dtype)) and got.isfinite().all()
 
 
 def test_shapes_for_tracing_are_those_of_the_operations() -> None:

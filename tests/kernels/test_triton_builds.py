@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -58,12 +60,12 @@ def _described(config: Any, right: str) -> dict[str, str]:
 
 
 def _product(config: Any, spatial: int, widths: tuple[int, ...], taps: tuple[int, int], table: int,
-             parts: int = 1, early: bool = False) -> str:
+             parts: int = 1, early: bool = False, residual: bool = False) -> str:
     from bitbrush.kernels import triton_int8_kernels as kernels
 
     constants = {
         "WIDTHS": widths, "KH": taps[0], "KW": taps[1], "TABLE": table, "PARTS": parts, "SPATIAL": spatial,
-        "RESIDUAL": False, "SHARED": False, "KEEP": False, **_tiles(config, early),
+        "RESIDUAL": residual, "SHARED": residual, "KEEP": False, **_tiles(config, early),
     }
     tables = {"scale_a_ptr": ("*fp32",) * parts, "zero_a_ptr": ("*u8",) * parts, "times_ptr": ("*i64",) * parts}
     return _built(kernels.product, constants, config.warps, config.stages, config.registers,
@@ -121,10 +123,32 @@ def test_a_kernel_that_is_launched_early_waits_before_it_reads_or_writes() -> No
     assert len(touched) > 15 and wait < launch < min(touched)
 
 
-def test_two_tiles_of_a_convolution_share_a_processor() -> None:
-    from bitbrush.kernels.triton_int8 import FLAT, Config
+def _needs(ptx: str, file: Path) -> tuple[int, int]:
+    """(registers of a thread, bytes spilled) by the assembler that comes with Triton."""
+    import triton
 
-    assert re.search(r"\.maxnreg 128\b", _product(Config(), FLAT, (640,), (3, 3), 0))
+    source = file / "kernel.ptx"
+    source.write_text(ptx)
+    assembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    done = subprocess.run([assembler, "-v", "--gpu-name=sm_90a", source, "-o", file / "kernel.cubin"],
+                          capture_output=True, text=True, check=True)
+    registers, spilled = (re.search(what, done.stderr) for what in (r"Used (\d+) reg", r"(\d+) bytes spill stores"))
+    assert registers and spilled
+    return int(registers[1]), int(spilled[1])
+
+
+def test_programs_fit_a_processor_as_they_are_meant_to(tmp_path: Path) -> None:
+    from bitbrush.kernels.triton_int8 import FLAT, JOINED, LINEAR, Config
+
+    for config in (Config(), Config(64, 128, warps=4, together=3)):
+        for ptx, most in (
+            (_product(config, LINEAR, (0,), (1, 1), 0), 0), (_product(config, FLAT, (640,), (3, 3), 0), 0),
+            (_product(config, LINEAR, (0,), (1, 1), JOINED, 3), 0), (_gated(config), 96),
+            (_product(config, LINEAR, (0,), (1, 1), 0, residual=True), 32),
+        ):
+            registers, spilled = _needs(ptx, tmp_path)
+            blocks = -(-registers // 8) * 8 * 32 * config.warps  # given out eight a thread at a time
+            assert spilled <= most and blocks * config.together <= 65536, (config, registers, spilled)
 
 
 def test_what_belongs_to_columns_is_read_before_the_sums_and_once_a_thread() -> None:

@@ -190,6 +190,29 @@ def _values(
 
 
 @triton.jit
+def _halves(values, BM: tl.constexpr, HALF: tl.constexpr):
+    """Columns 0 .. HALF - 1 and the rest: of sums as they lie in registers nothing moves."""
+    return tl.split(tl.permute(tl.reshape(values, (BM, 2, HALF)), (0, 2, 1)))
+
+
+@triton.jit
+def _store(
+    values, y_ptr, residual_ptr, shared_ptr, where, sample, kept, first, end, columns,
+    RESIDUAL: tl.constexpr, SHARED: tl.constexpr, BN: tl.constexpr,
+):
+    """What is added, in this order, and the one rounding."""
+    n = first + tl.arange(0, BN)
+    inside = kept[:, None] & (n < end)[None, :]
+    at = where.to(tl.int64)[:, None] * columns + n[None, :]
+    if SHARED:
+        values += tl.load(shared_ptr + sample.to(tl.int64)[:, None] * columns + n[None, :], mask=inside,
+                          other=0.0).to(tl.float32)
+    if RESIDUAL:
+        values += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at, values.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def product(
     a, w, y_ptr, acc_ptr, bias_ptr, residual_ptr, shared_ptr, scale_a_ptr, zero_a_ptr, times_ptr, scale_w_ptr,
     sum_w_ptr, m_count, n_count, out_rows, part_rows, per_sample, pitch, height, out_h, out_w, stride, length_a,
@@ -220,14 +243,14 @@ def product(
         begin + rows, where, sample, m_ok, kept, n, n_ok, part, columns, out_rows, pitch, length_a, length_w, width,
         WIDTHS, KH, KW, TABLE, PARTS, TMA, False, BIAS, KEEP, THREADS, BM, BN, BK,
     )
-    inside = kept[:, None] & n_ok[None, :]
-    at = where.to(tl.int64)[:, None] * columns + n[None, :]
-    if SHARED:
-        total += tl.load(shared_ptr + sample.to(tl.int64)[:, None] * columns + n[None, :], mask=inside,
-                         other=0.0).to(tl.float32)
-    if RESIDUAL:
-        total += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=inside)
+    if RESIDUAL or SHARED:  # half the columns at a time: what is added and where from need fewer registers
+        HALF: tl.constexpr = BN // 2
+        left, right = _halves(total, BM, HALF)
+        _store(left, y_ptr, residual_ptr, shared_ptr, where, sample, kept, n0, end, columns, RESIDUAL, SHARED, HALF)
+        _store(right, y_ptr, residual_ptr, shared_ptr, where, sample, kept, n0 + HALF, end, columns, RESIDUAL, SHARED,
+               HALF)
+    else:
+        _store(total, y_ptr, residual_ptr, shared_ptr, where, sample, kept, n0, end, columns, False, False, BN)
 
 
 # ---- the gated product -----------------------------------------------------------------------------------------------
@@ -261,7 +284,7 @@ def gated(
         m_ok, m_ok, pair + (both // HALF) * n_count, pair < n_count, 0, 2 * n_count, m_count, 0, length_a, length_w,
         width, (0,), 1, 1, 0, 1, TMA, True, BIAS, False, THREADS, BM, BN, BK,
     )
-    hidden, gate = tl.split(tl.permute(tl.reshape(total, (BM, 2, HALF)), (0, 2, 1)))
+    hidden, gate = _halves(total, BM, HALF)
     value = _geglu(hidden, gate, TYPE)
     n = n0 + tl.arange(0, HALF)
     if FACTOR:
