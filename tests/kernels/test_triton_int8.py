@@ -76,7 +76,7 @@ def test_a_frame_has_every_neighbour_at_the_same_distance(
 def test_blocks_of_columns_fit_the_segments() -> None:
     taps = Frame(1, 8, 8, (3, 3), 1, 1)
     assert fitting(Config(bk=128), (320,), None).bk == 128  # the end of a row is cut off by bounds
-    assert fitting(Config(bk=128), (320,), taps).bk == 64
+    assert fitting(Config(bk=128, stages=3), (320,), taps) == Config(bk=64, stages=6)
     assert fitting(Config(bk=128), (640, 320), None).bk == 64
     assert fitting(Config(bk=128), (96,), taps).bk == 32
     assert fitting(Config(bk=128), (960,), taps).bk == 128  # a fifteenth more, beyond the end

@@ -148,7 +148,7 @@ def fitting(config: Config, widths: tuple[int, ...], frame: Frame | None) -> Con
     """The config with a block of columns that the segments can be cut into, and without what they do not allow.
 
     A block may go beyond the end of a single segment, where ``a`` has bounds: convolutions pay for it at every tap, so
-    they do where it is at most a tenth.
+    they do where it is at most a tenth. Of narrower blocks more are on their way, up to eight.
     """
     taps, alone = 1 if frame is None else frame.kernel[0] * frame.kernel[1], len(widths) == 1
     bk = config.bk
@@ -157,7 +157,7 @@ def fitting(config: Config, widths: tuple[int, ...], frame: Frame | None) -> Con
     ):
         bk //= 2
     tma = config.tma and (frame is None or frame.stride == 1) and bk >= 32
-    return replace(config, bk=bk, tma=tma)
+    return replace(config, bk=bk, tma=tma, stages=max(config.stages, min(config.stages * config.bk // bk, 8)))
 
 
 def product(

@@ -106,6 +106,7 @@ def cost(cut: Config, problem: Problem, processors: int) -> float:
     return rounds * (cut.bm * cut.bn / 4096 + (cut.bm + cut.bn) / 32 + 1) * copies * (1 if together > 1 else ALONE)
 
 
+@cache
 def by_rule(problem: Problem, processors: int = 132) -> Config:
     """A cut that is never far off: the one of least `cost`."""
     return cuts(problem, processors)[0]
