@@ -1,0 +1,106 @@
+"""The Triton code of `bitbrush.kernels.triton_attention`. Importing this module imports Triton.
+
+Parameters have no annotations but Triton's own: it takes every other one for a global variable that the kernel reads.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _scores(
+    q, base, k_ptr, k_sum_ptr, key, d, keys, row_k, shift_q, factor, root,
+    SIZE: tl.constexpr,
+):
+    """(int32 sums of ``(code_q - zero_q) (code_k - zero_k)``, float32 scores) ``[BM, BN]`` of the keys at hand; behind
+    the last key the score is minus infinity."""
+    real = key < keys
+    k = tl.load(k_ptr + key.to(tl.int64)[:, None] * row_k + d[None, :], mask=real[:, None] & (d < SIZE)[None, :],
+                other=0)
+    sums = tl.dot(q, tl.trans(k), out_dtype=tl.int32)
+    sums += base[:, None] + (shift_q * tl.load(k_sum_ptr + key, mask=real, other=0))[None, :]
+    return sums, tl.where(real[None, :], (sums.to(tl.float32) * factor) * root, float("-inf"))
+
+
+@triton.jit
+def rounded(v):
+    """``round`` half to even of float32 from 0 to 2**22: the sum has no bits for a fraction."""
+    return (v + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def _codes(scores, most, share, inverse, zero, top):
+    """Codes of the probabilities, float32 integers. None is negative, and what is above 512 has the largest code."""
+    value = tl.exp(scores - most[:, None]) * share[:, None]
+    return tl.minimum(rounded(tl.minimum(value * inverse, 512.0)) + zero, top)
+
+
+@triton.jit
+def _table(scale_ptr, zero_ptr, times_ptr):
+    """(scale, zero-point as int32) of an operand now."""
+    time = tl.load(times_ptr)
+    return tl.load(scale_ptr + time), tl.load(zero_ptr + time).to(tl.int32)
+
+
+@triton.jit
+def attention(
+    q_ptr, k_ptr, v_ptr, y_ptr, k_sum_ptr, v_sum_ptr, scale_q_ptr, zero_q_ptr, times_q_ptr, scale_k_ptr, zero_k_ptr,
+    times_k_ptr, scale_v_ptr, zero_v_ptr, times_v_ptr, scale_p_ptr, inverse_p_ptr, zero_p_ptr, times_p_ptr,
+    sums_ptr, codes_ptr, totals_ptr, queries, keys, row_q, row_k, row_v, root, top,
+    HEADS: tl.constexpr, SIZE: tl.constexpr, KEEP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+):
+    """BM queries of one head: first the largest score and the sum of exponentials of every row, then the codes of its
+    probabilities and their product with v."""
+    head, sample = tl.program_id(1) % HEADS, tl.program_id(1) // HEADS
+    m, d, n = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BN)
+    scale_q, zero_q = _table(scale_q_ptr, zero_q_ptr, times_q_ptr)
+    scale_k, zero_k = _table(scale_k_ptr, zero_k_ptr, times_k_ptr)
+    scale_v, zero_v = _table(scale_v_ptr, zero_v_ptr, times_v_ptr)
+    scale_p, zero_p = _table(scale_p_ptr, zero_p_ptr, times_p_ptr)
+    inverse = tl.load(inverse_p_ptr + tl.load(times_p_ptr))
+    whole = m < queries
+    wide = sample.to(tl.int64)
+    k_ptr += wide * keys * row_k + head * SIZE
+    k_sum_ptr += (wide * HEADS + head) * keys
+    v_ptr += (wide * HEADS + head) * SIZE * row_v
+    q = tl.load(q_ptr + (wide * queries + m)[:, None] * row_q + (head * SIZE + d)[None, :],
+                mask=whole[:, None] & (d < SIZE)[None, :], other=0)
+    shift_q = 128 - zero_q
+    base = (128 - zero_k) * (tl.sum(q.to(tl.int32), 1) + SIZE * shift_q)
+    factor = scale_q * scale_k
+
+    most = tl.full((BM,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BM,), dtype=tl.float32)
+    for start in range(0, keys, BN):
+        _, scores = _scores(q, base, k_ptr, k_sum_ptr, start + n, d, keys, row_k, shift_q, factor, root, SIZE)
+        larger = tl.maximum(most, tl.max(scores, 1))
+        total = total * tl.exp(most - larger) + tl.sum(tl.exp(scores - larger[:, None]), 1)
+        most = larger
+
+    share = 1.0 / total
+    acc = tl.zeros((BM, BD), dtype=tl.int32)
+    of_row = tl.zeros((BM,), dtype=tl.int32)
+    place = tl.program_id(1).to(tl.int64) * queries + m
+    for start in range(0, keys, BN):
+        key = start + n
+        sums, scores = _scores(q, base, k_ptr, k_sum_ptr, key, d, keys, row_k, shift_q, factor, root, SIZE)
+        code = _codes(scores, most, share, inverse, zero_p.to(tl.float32), top)
+        p = tl.where((key < keys)[None, :], code - 128.0, 0.0).to(tl.int8)  # keys that are not there count for nothing
+        v = tl.load(v_ptr + d[:, None] * row_v + key[None, :], mask=(d < SIZE)[:, None] & (key < keys)[None, :],
+                    other=0)
+        acc = tl.dot(p, tl.trans(v), acc, out_dtype=tl.int32)
+        of_row += tl.sum(p.to(tl.int32), 1)
+        if KEEP:
+            inside = whole[:, None] & (key < keys)[None, :]
+            tl.store(sums_ptr + place[:, None] * keys + key[None, :], sums, mask=inside)
+            tl.store(codes_ptr + place[:, None] * keys + key[None, :], code.to(tl.int32).to(tl.uint8), mask=inside)
+
+    of_column = tl.load(v_sum_ptr + (wide * HEADS + head) * SIZE + d, mask=d < SIZE, other=0)
+    acc += (128 - zero_v) * of_row[:, None] + ((128 - zero_p) * (of_column + keys * (128 - zero_v)))[None, :]
+    inside = whole[:, None] & (d < SIZE)[None, :]
+    if KEEP:
+        tl.store(totals_ptr + place[:, None] * SIZE + d[None, :], acc, mask=inside)
+    at = ((wide * queries + m) * HEADS + head)[:, None] * SIZE + d[None, :]
+    tl.store(y_ptr + at, ((acc.to(tl.float32) * scale_p) * scale_v).to(y_ptr.dtype.element_ty), mask=inside)
