@@ -1,6 +1,6 @@
 """Attention on codes, where a plan quantizes all four operands: a torch op, and which attentions it serves.
 
-    bitbrush::int8_attention    codes of q, k and v to attention: Triton on CUDA, the definition in plain torch elsewhere
+    bitbrush::int8_attention    codes of q, k and v to attention: Triton on CUDA, plain torch elsewhere
 
 With integer sums ``S = sum (code_q - zero_q) (code_k - zero_k)``, everything in float32 but the integers:
 

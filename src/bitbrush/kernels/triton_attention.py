@@ -65,11 +65,11 @@ def width(size: int) -> int:
     return max(32, 1 << (size - 1).bit_length())
 
 
-def cut(queries: int, keys: int, size: int) -> Cut:
-    """Blocks by rule: two blocks of int32 numbers must fit the registers."""
+def cut(queries: int, size: int) -> Cut:
+    """Blocks by rule: two blocks of int32 numbers fit the registers, so that up to 64 channels two programs share a
+    multiprocessor."""
     few = queries <= 64
-    bn = 128 if keys > 64 and width(size) <= 64 else 64
-    return Cut(64 if few else 128, bn, 4 if few else 8, 3 if width(size) <= 128 else 2)
+    return Cut(64 if few else 128, 64, 4 if few else 8, 3 if width(size) <= 128 else 2)
 
 
 def turned(v: Tensor, batch: int, channels: int) -> Tensor:
@@ -98,7 +98,7 @@ def attention(
     y = torch.empty((batch, queries, heads * size), dtype=dtype, device=q.device)
     if not y.numel():
         return y
-    config = config or cut(queries, keys, size)
+    config = config or cut(queries, size)
     of_k = k.reshape(batch, keys, -1)[..., : heads * size].unflatten(-1, (heads, size)).sum(-1, dtype=torch.int32)
     columns = turned(v, batch, heads * size)
     numbers = [t for table in tables[:3] for t in (table.scale, table.zero_point, table.times)]

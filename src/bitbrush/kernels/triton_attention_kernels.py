@@ -25,16 +25,19 @@ def _scores(
 
 
 @triton.jit
-def rounded(v):
-    """``round`` half to even of float32 from 0 to 2**22: the sum has no bits for a fraction."""
-    return (v + 12582912.0) - 12582912.0
+def half_even(v):
+    """``round`` half to even of float32 from 0 to 2**22, as int32: the sum with 1.5 * 2**23 has no bits for a fraction,
+    and its lowest are those of the integer."""
+    return (v + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
 
 
 @triton.jit
-def _codes(scores, most, share, inverse, zero, top):
-    """Codes of the probabilities, float32 integers. None is negative, and what is above 512 has the largest code."""
+def _codes(scores, most, share, zero, top, real):
+    """Codes of the probabilities less 128, int32; 0 for keys that are not there, which count for nothing. ``share``
+    turns an exponential into a probability over the scale; none is negative, so no code is below the zero-point."""
     value = tl.exp(scores - most[:, None]) * share[:, None]
-    return tl.minimum(rounded(tl.minimum(value * inverse, 512.0)) + zero, top)
+    code = half_even(tl.minimum(value, top - zero.to(tl.float32))) + (zero - 128)
+    return tl.where(real[None, :], code, 0)
 
 
 @triton.jit
@@ -79,23 +82,22 @@ def attention(
         total = total * tl.exp(most - larger) + tl.sum(tl.exp(scores - larger[:, None]), 1)
         most = larger
 
-    share = 1.0 / total
+    share = inverse / total
     acc = tl.zeros((BM, BD), dtype=tl.int32)
     of_row = tl.zeros((BM,), dtype=tl.int32)
     place = tl.program_id(1).to(tl.int64) * queries + m
     for start in range(0, keys, BN):
         key = start + n
         sums, scores = _scores(q, base, k_ptr, k_sum_ptr, key, d, keys, row_k, shift_q, factor, root, SIZE)
-        code = _codes(scores, most, share, inverse, zero_p.to(tl.float32), top)
-        p = tl.where((key < keys)[None, :], code - 128.0, 0.0).to(tl.int8)  # keys that are not there count for nothing
+        p = _codes(scores, most, share, zero_p, top, key < keys)
         v = tl.load(v_ptr + d[:, None] * row_v + key[None, :], mask=(d < SIZE)[:, None] & (key < keys)[None, :],
                     other=0)
-        acc = tl.dot(p, tl.trans(v), acc, out_dtype=tl.int32)
-        of_row += tl.sum(p.to(tl.int32), 1)
+        acc = tl.dot(p.to(tl.int8), tl.trans(v), acc, out_dtype=tl.int32)
+        of_row += tl.sum(p, 1)
         if KEEP:
             inside = whole[:, None] & (key < keys)[None, :]
             tl.store(sums_ptr + place[:, None] * keys + key[None, :], sums, mask=inside)
-            tl.store(codes_ptr + place[:, None] * keys + key[None, :], code.to(tl.int32).to(tl.uint8), mask=inside)
+            tl.store(codes_ptr + place[:, None] * keys + key[None, :], (p + 128).to(tl.uint8), mask=inside)
 
     of_column = tl.load(v_sum_ptr + (wide * HEADS + head) * SIZE + d, mask=d < SIZE, other=0)
     acc += (128 - zero_v) * of_row[:, None] + ((128 - zero_p) * (of_column + keys * (128 - zero_v)))[None, :]

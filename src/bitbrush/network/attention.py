@@ -18,8 +18,9 @@ time (`_known`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -69,6 +70,15 @@ class QuantAttention(nn.Module):
             if quantizer is not None:
                 quantizer.exempt = specs[name].exempt
             self.add_module(name, quantizer)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move the tables, and have what a kernel keeps where they are now."""
+        super()._apply(fn, recurse)
+        if self.kernel != "reference":
+            from bitbrush import kernels
+
+            kernels.prepare(self)
+        return self
 
     def __call__(
         self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
