@@ -7,6 +7,9 @@ For every layer of the pairwise grids (bits 1 to 8, mixed and symmetric rows, sy
 scales, segments, ragged rows, kernels, strides, layouts, dtypes): codes of the input, int32 sums and the decoded
 weight must equal those of the CPU, where they are tested against int64 arithmetic; outputs are compared in their own
 dtype. Layers that a kernel refuses are counted by reason. Every cut of the product is run on one layer of each kind.
+
+Attentions on codes are compared likewise: sums of q and k, sums of the softmax's codes and v, and outputs must be
+equal; a code of the softmax may differ by one, and how many do is counted.
 """
 
 from __future__ import annotations
@@ -25,7 +28,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
 import builder  # noqa: E402
+from attention_cases import Case  # noqa: E402
 from bitbrush.kernels import cpu, cpu_fused, gpu, gpu_decode, int8_ops, triton_int8, tuning  # noqa: E402
+from bitbrush.kernels.triton_attention import Cut  # noqa: E402
 from bitbrush.kernels.triton_int8 import Tables  # noqa: E402
 from bitbrush.numbers import packing  # noqa: E402
 
@@ -98,6 +103,34 @@ def cuts(device: str) -> dict[str, Any]:
     return {"ran": ran, "wrong": wrong, "refused": dict(refused)}
 
 
+ATTENTIONS = (
+    (2, 4, 1024, 1024, 64), (2, 4, 1024, 77, 64), (2, 2, 4096, 4096, 40), (1, 8, 256, 256, 160), (2, 8, 64, 77, 160),
+    (2, 3, 37, 45, 40), (1, 2, 16, 5, 8), (1, 2, 333, 130, 80), (1, 1, 130, 1000, 256),
+)
+"""(samples, heads, queries, keys, channels of a head): those of SD 1.5 and SDXL, fewer heads, and ragged ones."""
+ATTENTION_CUTS = tuple(Cut(*each) for each in (
+    (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 3), (64, 32, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 4, 3),
+    (128, 128, 8, 2), (128, 128, 8, 3)))  # fmt: skip
+
+
+def attentions() -> dict[str, Any]:
+    """What is equal of attentions on codes, and of one in every cut (CUDA only)."""
+    cases = [(shape, Case(*shape, bits=8 if i % 3 else 6, zero=i % 4 == 3, seed=i), None, dtype)
+             for i, (shape, dtype) in enumerate((shape, dtype) for shape in ATTENTIONS
+                                                for dtype in (torch.float32, torch.bfloat16))]  # fmt: skip
+    for cut in ATTENTION_CUTS:
+        cases += [(shape, Case(*shape, seed=50), cut, torch.float16) for shape in ((1, 2, 333, 130, 40),
+                                                                                  (1, 3, 256, 256, 64))]
+    found, wrong = [], []
+    for shape, case, cut, dtype in cases:
+        found.append(case.compared("cuda", cut, dtype))
+        if not all(found[-1][key] for key in ("sums", "totals", "output")) or found[-1]["most"] > 1:
+            wrong.append({"shape": shape, "cut": str(cut), "dtype": str(dtype), **found[-1]})
+            print(f"attention: {wrong[-1]}", file=sys.stderr, flush=True)
+    return {"cases": len(found), "codes": sum(f["codes"] for f in found), "codes_apart": sum(f["apart"] for f in found),
+            **{f"{key}_equal": sum(f[key] for f in found) for key in ("sums", "totals", "output")}, "wrong": wrong}
+
+
 def main() -> None:
     """Compare, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -127,6 +160,7 @@ def main() -> None:
     }
     if device == "cuda":
         report["cuts"] = cuts(device)
+        report["attentions"] = attentions()
     print(json.dumps(report, indent=1))
     if not args.smoke:
         args.out.mkdir(parents=True, exist_ok=True)

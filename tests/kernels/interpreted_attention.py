@@ -20,57 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitbrush.kernels import attention_ops, triton_attention, triton_attention_kernels
-from bitbrush.kernels.triton_attention import Cut, Kept, Table
-from bitbrush.numbers.codec import reciprocal
+from attention_cases import Case
+from bitbrush.kernels import triton_attention, triton_attention_kernels
+from bitbrush.kernels.triton_attention import Cut, Table
 
 SMALL = Cut(16, 32, 4, 2)
-
-
-class Case:
-    """Random codes and tables.
-
-    Args:
-        batch, heads, queries, keys, size: Of the attention.
-        bits: Of all operands.
-        zero: Whether the softmax has a zero-point (its ranges begin at 0 otherwise).
-    """
-
-    def __init__(self, batch: int, heads: int, queries: int, keys: int, size: int, *, bits: int = 8, zero: bool = False,
-                 seed: int = 0) -> None:
-        g = torch.Generator().manual_seed(seed)
-        self.batch, self.heads, self.queries, self.keys, self.size = batch, heads, queries, keys, size
-        self.top = (1 << bits) - 1
-        width = -(-heads * size // 32) * 32
-        self.q, self.k, self.v = ((torch.randint(0, 1 << bits, (batch * n, width), generator=g) - 128).to(torch.int8)
-                                  for n in (queries, keys, keys))
-        low, high, spread = 5 << bits >> 4, 11 << bits >> 4, 255 / self.top
-
-        def table(scale: float, first: int, last: int) -> Table:
-            return Table((torch.rand(4, 1, generator=g) + 1) * scale, torch.randint(first, last, (4, 1), generator=g)
-                         .to(torch.uint8), torch.tensor([2]))
-
-        self.tables = [table(0.012 * spread, low, high) for _ in range(3)]
-        self.tables.append(table(0.0005 * spread, 3, 9) if zero else table(0.001 * spread, 0, 1))
-
-    def run(self, config: Cut | None, dtype: torch.dtype) -> dict[str, Any]:
-        """The kernel, and what of it is as defined."""
-        rows, inverse = self.batch * self.heads, reciprocal(self.tables[3].scale)
-        sizes = self.batch, self.heads, self.size
-        kept = Kept.empty(rows, self.queries, self.keys, self.size, "cpu")
-        y = triton_attention.attention(self.q, self.k, self.v, self.tables, inverse, self.top, *sizes, dtype,
-                                       config=config, kept=kept)
-        want = attention_ops.plain_parts(self.q, self.k, self.v, self.tables, inverse, self.top, *sizes)
-        zero_v, zero_p = (attention_ops._now(t.zero_point, t) for t in self.tables[2:])
-        v = attention_ops._values(self.v, *sizes) + (128 - zero_v)
-        totals = attention_ops.plain_totals(kept.codes, v, zero_p)
-        apart = (kept.codes.int() - want.codes.int()).abs()
-        return {
-            "sums": torch.equal(kept.sums, want.sums), "totals": torch.equal(kept.totals, totals),
-            "output": torch.equal(y, attention_ops.plain_output(totals, self.tables, self.batch, dtype)),
-            "codes": apart.numel(), "apart": int((apart > 0).sum()), "most": int(apart.max()),
-            "kinds": int(want.codes.unique().numel()),
-        }
 
 
 def cases() -> list[tuple[Case, Cut | None, torch.dtype]]:
@@ -148,7 +102,7 @@ def main() -> None:
     """Print what was compared, and the worst of it."""
     if len(sys.argv) > 1:
         plant(sys.argv[1])
-    found = [case.run(config, dtype) for case, config, dtype in cases()]
+    found = [case.compared("cpu", config, dtype) for case, config, dtype in cases()]
     sys.stdout.write(json.dumps({
         "cases": len(found), "codes": sum(f["codes"] for f in found), "apart": sum(f["apart"] for f in found),
         "most": max(f["most"] for f in found), "kinds": max(f["kinds"] for f in found),

@@ -31,7 +31,7 @@ TIMES = (1.0, 500.0, 999.0)
 
 
 def _interpreted(*args: str) -> dict[str, Any]:
-    env = {**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "PYTHONPATH": f"{SOURCE}{os.pathsep}{SOURCE.parent / 'tests'}", "OMP_NUM_THREADS": "1"}
     file = str(Path(__file__).with_name("interpreted_attention.py"))
     done = subprocess.run([sys.executable, file, *args], capture_output=True, text=True, env=env, timeout=300,
                           check=False)
