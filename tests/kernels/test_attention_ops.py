@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
@@ -20,10 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitbrush import kernels
 from bitbrush.kernels import attention_ops, gpu_decode
+from bitbrush.network import wrap
 from bitbrush.network.attention import OPERANDS, _explicit, install_operands
 from bitbrush.network.clock import Clock
 from bitbrush.numbers.codec import encode
-from bitbrush.numbers.grid import ActivationSpec, Grid, LayerSpec
+from bitbrush.numbers.grid import ActivationSpec, Grid, LayerSpec, Plan
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -244,6 +246,35 @@ def test_use_names_every_attention_and_why_not(monkeypatch: pytest.MonkeyPatch) 
     assert kernels.use(model, "cuda-int8", "cpu")["able"] == "reference: the kernel runs on CUDA, not on cpu"
     monkeypatch.setattr(gpu_decode, "has_triton_package", lambda: False)
     assert kernels.use(model, "auto", "cuda")["able"] == "reference: Triton is not installed"
+
+
+@torch.no_grad()
+def test_a_network_that_is_moved_computes_its_attentions_on_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(32, 64), layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=24, attention_head_dim=8, norm_num_groups=8,
+    ).eval().requires_grad_(False)  # fmt: skip
+    names = [name for name, module in unet.named_modules() if isinstance(module, Attention)]
+    spec = LayerSpec(activation=ActivationSpec(timed=True))
+    wrap.declare(unet, Plan(layers={f"{name}:{each}": spec for name in names for each in OPERANDS}, timesteps=TIMES))
+    for name in names:
+        for each in OPERANDS:
+            quantizer, softmax = getattr(unet.get_submodule(name).processor, each), each == "softmax"
+            quantizer.set_scale(quantizer.scale * (1 / 255 if softmax else 4 / 255), quantizer.zero_point + 128 * (not
+                                softmax))
+    x, time, prompt = torch.randn(2, 4, 8, 8), torch.tensor(500), torch.randn(2, 5, 24)
+    want = unet(x, time, prompt).sample
+    monkeypatch.setattr(gpu_decode, "no_triton", lambda kind: None)
+    assert kernels.use(unet, "cuda-int8") == dict.fromkeys(names, "cuda-int8") and len(names) == 8
+    unet.to(torch.float32)
+    assert all(set(unet.get_submodule(name).processor.first_rows) == {"cpu"} for name in names)
+    operations = Operations()
+    with operations:
+        got = unet(x, time, prompt).sample
+    assert operations.count["int8_attention"] == 8 and operations.count["int8_encode"] == 24
+    assert (got - want).abs().max() < 1e-3 * want.abs().max()
 
 
 def test_a_compiled_graph_has_no_break_and_serves_all_timesteps() -> None:
