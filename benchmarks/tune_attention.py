@@ -20,13 +20,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tune_int8 import RESULTS, graph_time
 
 from bitbrush.kernels import attention_ops, triton_attention
 from bitbrush.kernels.triton_attention import Cut, Table
 from bitbrush.network.attention import OPERANDS, QuantAttention
 from bitbrush.network.clock import Clock
 from bitbrush.numbers.grid import ActivationSpec, LayerSpec
-from tune_int8 import RESULTS, graph_time
 
 SHAPES = (
     (2, 10, 4096, 4096, 64), (2, 20, 1024, 1024, 64), (2, 10, 4096, 77, 64), (2, 20, 1024, 77, 64),

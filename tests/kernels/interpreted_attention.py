@@ -75,7 +75,7 @@ FAULTS = ("zero-q", "zero-k", "zero-v", "zero-p", "stale-time", "floor", "one-mo
 
 def plant(name: str) -> None:
     """A fault in what the kernel is given or does."""
-    run, turned, kernels = triton_attention.attention, triton_attention.turned, triton_attention_kernels
+    run, laid_out, kernels = triton_attention.attention, triton_attention.laid_out, triton_attention_kernels
 
     def faulty(q: Tensor, k: Tensor, v: Tensor, tables: list[Table], *rest: Any, **options: Any) -> Tensor:
         tables = list(tables)
@@ -93,7 +93,7 @@ def plant(name: str) -> None:
     elif name.startswith("padded"):
         setattr(kernels, *(("_scores", with_padding) if name == "padded-scores" else ("_codes", padded_codes)))
     elif name == "order-of-keys":
-        triton_attention.turned = lambda *args: turned(*args).flip(2).contiguous()
+        triton_attention.laid_out = lambda *args: (lambda v, *sums: (v.roll(1, 2), *sums))(*laid_out(*args))
     else:
         triton_attention.attention = faulty
 

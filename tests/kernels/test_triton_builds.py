@@ -24,7 +24,7 @@ ATTENTION = {
         ("scale", "*fp32"), ("zero", "*u8"), ("times", "*i64"))},
 }
 DIVISIBLE = {"m_count", "n_count", "length_a", "length_w", "stride_row", "length", "stride", "columns", "four", "two",
-             "one", "count", "row_q", "row_k", "row_v"}
+             "one", "count", "row_q", "row_k", "row_v", "row_turned"}
 
 
 def _built(kernel: Any, constants: dict[str, Any], warps: int = 4, stages: int = 3, **pointers: str) -> str:
@@ -113,4 +113,7 @@ def test_both_products_of_attention_are_on_the_tensor_cores() -> None:
         assert "mma.sync.aligned.m" not in ptx and "cp.async.c" in ptx and "ex2.approx" in ptx
         assert set(re.findall(r"st\.global\.(\S+?)\s", ptx)) <= {"v4.b32", "v2.b32"}
         built += 1
+    laid = {"HEADS": 10, "SIZE": 64, "BN": 128, "BD": 64}
+    ptx = _built(triton_attention_kernels.lay_out, laid, **ATTENTION, turned_ptr="*i8")
+    assert "v4.b32" in re.findall(r"st\.global\.(\S+?)\s", ptx) and re.search(r"ld\.global\.v4\.b32", ptx)
     assert built == 4

@@ -1,4 +1,5 @@
-"""Launches attention on codes: two int8 products with a softmax between them, in one kernel.
+"""Launches attention on codes: two int8 products with a softmax between them, in one kernel, and a small one before it
+that turns v (int8 products read both operands along what is summed) and sums codes.
 
 A program has a block of queries of one head and goes over the keys twice. The first time it finds the largest score of
 every row and the sum of the exponentials; the second time it computes the scores again, encodes their softmax and
@@ -72,11 +73,25 @@ def cut(queries: int, size: int) -> Cut:
     return Cut(64 if few else 128, 64, 4 if few else 8, 3 if width(size) <= 128 else 2)
 
 
-def turned(v: Tensor, batch: int, channels: int) -> Tensor:
-    """Rows of codes ``[B * L', ..]`` as ``[B, channels, L']``, each row of keys at a multiple of `ALIGN`."""
-    keys = v.shape[0] // batch
-    out = v.new_empty((batch, channels, -(-keys // ALIGN) * ALIGN))[..., :keys]
-    return out.copy_(v.reshape(batch, keys, -1)[..., :channels].transpose(1, 2))
+def laid_out(k: Tensor, v: Tensor, batch: int, heads: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What the kernel reads besides the codes of k.
+
+    Returns:
+        v int8 ``[B, heads * size, L']`` with zeros up to a multiple of `ALIGN`, and int32 sums of the codes: those of k
+        over the channels of a head ``[B, heads, L']``, those of v over the keys ``[B, heads * size]``.
+    """
+    from bitbrush.kernels import triton_attention_kernels as kernels
+
+    keys, device = k.shape[0] // batch, k.device
+    turned = torch.empty((batch, heads * size, -(-keys // ALIGN) * ALIGN), dtype=torch.int8, device=device)
+    of_k = torch.empty((batch, heads, keys), dtype=torch.int32, device=device)
+    of_v = torch.zeros((batch, heads * size), dtype=torch.int32, device=device)
+    with torch.cuda.device_of(k):
+        kernels.lay_out[(-(-keys // 128), batch * heads)](
+            k, v, turned, of_k, of_v, keys, k.stride(0), v.stride(0), turned.stride(1),
+            HEADS=heads, SIZE=size, BN=128, BD=width(size), num_warps=4,
+        )
+    return turned, of_k, of_v
 
 
 def attention(
@@ -96,19 +111,18 @@ def attention(
 
     queries, keys = q.shape[0] // batch, k.shape[0] // batch
     y = torch.empty((batch, queries, heads * size), dtype=dtype, device=q.device)
-    if not y.numel():
-        return y
+    if not y.numel() or not keys:
+        return y.zero_()
     config = config or cut(queries, size)
-    of_k = k.reshape(batch, keys, -1)[..., : heads * size].unflatten(-1, (heads, size)).sum(-1, dtype=torch.int32)
-    columns = turned(v, batch, heads * size)
+    turned, of_k, of_v = laid_out(k, v, batch, heads, size)
     numbers = [t for table in tables[:3] for t in (table.scale, table.zero_point, table.times)]
     last = tables[3]
     with torch.cuda.device_of(q):
         kernels.attention[(-(-queries // config.bm), batch * heads)](
-            q, k, columns, y, of_k.transpose(1, 2).contiguous(), columns.sum(-1, dtype=torch.int32), *numbers,
+            q, k, turned, y, of_k, of_v, *numbers,
             last.scale, inverse, last.zero_point, last.times,
             *((y, y, y) if kept is None else (kept.sums, kept.codes, kept.totals)),
-            queries, keys, q.stride(0), k.stride(0), columns.stride(1), size**-0.5, float(top),
+            queries, keys, q.stride(0), k.stride(0), turned.stride(1), size**-0.5, float(top),
             HEADS=heads, SIZE=size, KEEP=kept is not None, BM=config.bm, BN=config.bn, BD=width(size),
             num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False,
         )

@@ -48,6 +48,25 @@ def _table(scale_ptr, zero_ptr, times_ptr):
 
 
 @triton.jit
+def lay_out(
+    k_ptr, v_ptr, turned_ptr, k_sum_ptr, v_sum_ptr, keys, row_k, row_v, row_turned,
+    HEADS: tl.constexpr, SIZE: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+):
+    """BN keys of one head: the sum of each row of k, v with its keys in a row, and what they add to the sums of v."""
+    head, sample = tl.program_id(1) % HEADS, (tl.program_id(1) // HEADS).to(tl.int64)
+    key, d = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BD)
+    real = (key < keys)[:, None] & (d < SIZE)[None, :]
+    row, column = (sample * keys + key)[:, None], (head * SIZE + d)[None, :]
+    k = tl.load(k_ptr + row * row_k + column, mask=real, other=0)
+    v = tl.load(v_ptr + row * row_v + column, mask=real, other=0)
+    channel = (sample * HEADS + head) * SIZE + d
+    tl.store(k_sum_ptr + (sample * HEADS + head) * keys + key, tl.sum(k.to(tl.int32), 1), mask=key < keys)
+    tl.store(turned_ptr + channel[:, None] * row_turned + key[None, :], tl.trans(v),
+             mask=(d < SIZE)[:, None] & (key < row_turned)[None, :])
+    tl.atomic_add(v_sum_ptr + channel, tl.sum(v.to(tl.int32), 0), mask=d < SIZE, sem="relaxed")
+
+
+@triton.jit
 def attention(
     q_ptr, k_ptr, v_ptr, y_ptr, k_sum_ptr, v_sum_ptr, scale_q_ptr, zero_q_ptr, times_q_ptr, scale_k_ptr, zero_k_ptr,
     times_k_ptr, scale_v_ptr, zero_v_ptr, times_v_ptr, scale_p_ptr, inverse_p_ptr, zero_p_ptr, times_p_ptr,
