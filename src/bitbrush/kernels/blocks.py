@@ -4,6 +4,8 @@
                              the convolutions round
     BasicTransformerBlock    LayerNorm and encode in one pass; queries, keys and values as one product; GEGLU and the
                              encode behind it in the product's epilogue; residuals are added where products round
+    Transformer2DModel       the GroupNorm and encode before its first projection; the picture that came in is added
+                             where its last one rounds
 
 `fuse` gives a block whose parts are all plain a class that derives from its own (as PyTorch's parametrizations do) and
 has its name, which libraries look for. Its forward takes the fused way while every layer in it runs by ``cuda-int8``
@@ -57,11 +59,13 @@ def _kinds() -> dict[type[nn.Module], tuple[type[FusedBlock], Callable[[Any], st
     """diffusers' classes, what each is mixed with, and what says why a block cannot be fused."""
     from diffusers.models.attention import BasicTransformerBlock
     from diffusers.models.resnet import ResnetBlock2D
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
-    from bitbrush.kernels import block_resnet, block_transformer
+    from bitbrush.kernels import block_resnet, block_spatial, block_transformer
 
     return {ResnetBlock2D: (block_resnet.FusedResnet, block_resnet.unfit),
-            BasicTransformerBlock: (block_transformer.FusedTransformer, block_transformer.unfit)}  # fmt: skip
+            BasicTransformerBlock: (block_transformer.FusedTransformer, block_transformer.unfit),
+            Transformer2DModel: (block_spatial.FusedSpatial, block_spatial.unfit)}  # fmt: skip
 
 
 @cache
