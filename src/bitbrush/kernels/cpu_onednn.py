@@ -60,7 +60,8 @@ def _holds(code: int, weight: int) -> bool:
 
 def few(m: int, k: int) -> bool:
     """Whether a product of M rows and sums of K is left to `few_product`; measured on Zen 4."""
-    return m <= min(1024, 4 * k + 128) and torch.backends.cpu.get_cpu_capability() == "AVX512" and engine() == "exact"
+    few_rows = m <= min(1024, 4 * k + 128) or (m <= 2048 and k <= 256)
+    return few_rows and torch.backends.cpu.get_cpu_capability() == "AVX512" and engine() == "exact"
 
 
 def must_split(largest_code: int, largest_weight: int) -> bool:
