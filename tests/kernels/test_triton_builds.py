@@ -72,14 +72,14 @@ def test_products_multiply_on_the_tensor_cores_from_copies_in_flight() -> None:
 
 
 def test_one_pass_kernels_move_sixteen_bytes_at_a_time() -> None:
-    from bitbrush.kernels import triton_decode_kernels, triton_int8_kernels
+    from bitbrush.kernels import triton_decode_kernels, triton_encode_kernels, triton_int8_kernels
 
-    flat = {"COUNTS": (640,), "WIDTHS": (640,), "TABLE": 0, "FACTOR": False, "TOPS": False, "BR": 16, "BC": 256,
-            "stride_channel": 1}
+    flat = {"PLACES": ((0, 0, 640), (640, 0, 960)), "CHANNELS": 960, "LENGTH": 960, "TABLE": 0, "FACTOR": False,
+            "TOPS": False, "CHUNKS": 128}
     rows = {"ENDS": (1280,), "BITS": 4, "ORDER": False, "HALVED": False, "BK": 256}
     ptx = {
-        "encode": _built(triton_int8_kernels.encode, {**flat, "SPATIAL": False}, out_ptr="*i8"),
-        "frame": _built(triton_int8_kernels.encode, {**flat, "SPATIAL": True}, out_ptr="*i8"),
+        "encode": _built(triton_encode_kernels.encode, {**flat, "SPATIAL": False}, out_ptr="*i8"),
+        "frame": _built(triton_encode_kernels.encode, {**flat, "SPATIAL": True}, out_ptr="*i8"),
         "unpack": _built(triton_int8_kernels.unpack, {**rows, "REAL": ((1280, 1280),), "BR": 16}, out_ptr="*i8"),
         "affine": _built(triton_decode_kernels.affine, {**rows, "REAL": ((1280, 1280, 1280),), "STARTS": (0,), "BR": 8},
                          scale_ptr="*fp32", out_ptr="*bf16"),

@@ -1,4 +1,4 @@
-"""Launches the int8 kernels: product (linear layers and convolutions), encode, unpack.
+"""Launches the int8 kernels: product (linear layers and convolutions), unpack. The encode: `triton_encode`.
 
 **Product.** ``a`` holds int8 codes less 128, rows of ``length_a`` bytes; ``w`` int8 ``[N, K]``, K in the order
 (segment, kh, kw, channel) of a packed row. Each segment has an int32 accumulator and a scale of its own; the epilogue
@@ -185,41 +185,6 @@ def _operands(a: Tensor, w: Tensor, config: Config) -> tuple[Any, Any]:
     return (
         TensorDescriptor.from_tensor(a, [config.bm, config.bk]), TensorDescriptor.from_tensor(w, [config.bn, config.bk])
     )
-
-
-def encode(
-    x: Tensor, inverse: Tensor, zero_point: Tensor, times: Tensor, kind: int, counts: tuple[int, ...],
-    widths: tuple[int, ...], top: int | Tensor, *, frame: Frame | None = None, per_sample: int = 1,
-    factor: Tensor | None = None,
-) -> Tensor:
-    """Codes less 128, int8 ``[R, sum(widths)]``, or a frame of them.
-
-    Args:
-        x: ``[R, C]``, or pictures ``[B, C, H, W]`` whose pixels lie one after the other (channels last).
-        inverse, zero_point, times, kind: As in `Tables`.
-        counts, widths: Channels of each segment, and with padding.
-        top: Largest code, or float32 ``[T]``.
-        factor: ``input_scale`` float32 ``[C]``.
-    """
-    from bitbrush.kernels import triton_int8_kernels as kernels
-
-    place = frame or Frame(1, 1, 1)
-    rows = x.shape[0] if frame is None else frame.rows
-    samples = -(-rows // per_sample) if frame is None else frame.batch
-    strides = (x.stride(0), x.stride(1)) if frame is None else (x.stride(3), x.stride(1))
-    out = torch.empty((rows, sum(widths)), dtype=torch.int8, device=x.device)
-    columns = min(256, 1 << (max(widths) - 1).bit_length())
-    height = max(1, 4096 // columns)
-    tops = top if isinstance(top, Tensor) else None
-    with torch.cuda.device_of(x):
-        kernels.encode[(-(-rows // height),)](
-            x, out, x if factor is None else factor, inverse, zero_point, times, x if tops is None else tops,
-            0.0 if isinstance(top, Tensor) else float(top), rows, *strides, out.stride(0), samples, per_sample,
-            place.pitch, place.height, place.pad, place.high, place.wide,
-            COUNTS=counts, WIDTHS=widths, TABLE=kind, SPATIAL=frame is not None, FACTOR=factor is not None,
-            TOPS=tops is not None, BR=height, BC=columns, num_warps=4, enable_fp_fusion=False,
-        )
-    return out
 
 
 def unpack(

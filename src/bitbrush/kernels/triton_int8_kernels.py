@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 
 from bitbrush.kernels.triton_decode_kernels import codes
-from bitbrush.kernels.triton_fake_kernels import half_even
 
 
 # ---- the product -----------------------------------------------------------------------------------------------------
@@ -158,62 +157,6 @@ def product(
             out_h, out_w, stride, length_a, length_w, WIDTHS, KH, KW, TABLE, SPATIAL, TMA, BIAS, RESIDUAL, SHARED,
             KEEP, BM, BN, BK,
         )
-
-
-# ---- encode ----------------------------------------------------------------------------------------------------------
-@triton.jit
-def _source(row, pitch, height, pad, high, wide, per_sample, SPATIAL: tl.constexpr):
-    """Of rows of the output buffer: (row of the input, sample whose code a border has, whether it is no border)."""
-    if SPATIAL:
-        x, line = row % pitch - pad, row // pitch
-        sample = line // height
-        y = line - sample * height - pad
-        inside = (x >= 0) & (x < wide) & (y >= 0) & (y < high)
-        return (sample * high + y) * wide + x, sample, inside
-    return row, row // per_sample, row >= 0
-
-
-@triton.jit
-def encode(
-    x_ptr, out_ptr, factor_ptr, inverse_ptr, zero_ptr, times_ptr, tops_ptr, top, rows, stride_row, stride_channel,
-    length, samples, per_sample, pitch, height, pad, high, wide,
-    COUNTS: tl.constexpr, WIDTHS: tl.constexpr, TABLE: tl.constexpr, SPATIAL: tl.constexpr, FACTOR: tl.constexpr,
-    TOPS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
-):
-    """``code - 128`` int8 of BR rows of the output buffer, segment by segment; padding holds the zero-point's code."""
-    SEGMENTS: tl.constexpr = len(COUNTS)
-    row = tl.program_id(0) * BR + tl.arange(0, BR)
-    source, sample, inside = _source(row, pitch, height, pad, high, wide, per_sample, SPATIAL)
-    inside = inside & (row < rows) & (sample < samples)
-    if TABLE == 1:
-        time = tl.load(times_ptr + tl.minimum(tl.maximum(sample, 0), samples - 1))
-    elif TABLE == 2:
-        time = tl.minimum(source, rows - 1).to(tl.int64)
-    else:
-        time = tl.load(times_ptr) + tl.zeros((BR,), dtype=tl.int64)
-    top = tl.zeros((BR, 1), dtype=tl.float32) + top
-    if TOPS:  # bits that change over time
-        top = tl.load(tops_ptr + time)[:, None]
-    begin = 0
-    out_begin = 0
-    for s in tl.static_range(SEGMENTS):
-        inverse = tl.load(inverse_ptr + time * SEGMENTS + s)[:, None]
-        zero = tl.load(zero_ptr + time * SEGMENTS + s).to(tl.float32)[:, None]
-        for start in range(0, WIDTHS[s], BC):
-            column = start + tl.arange(0, BC)
-            real = inside[:, None] & (column < COUNTS[s])[None, :]
-            at = source.to(tl.int64)[:, None] * stride_row + ((begin + column) * stride_channel)[None, :]
-            x = tl.load(x_ptr + at, mask=real, other=0.0).to(tl.float32)
-            if FACTOR:
-                x = x * tl.load(factor_ptr + begin + column, mask=column < COUNTS[s], other=0.0)[None, :]
-            code = half_even(x * inverse) + zero
-            code = tl.where(code < 0.0, 0.0, tl.where(code > top, top, code))
-            code = tl.where(real, code, zero)
-            where = row.to(tl.int64)[:, None] * length + (out_begin + column)[None, :]
-            tl.store(out_ptr + where, (code - 128.0).to(tl.int8),
-                     mask=(row < rows)[:, None] & (column < WIDTHS[s])[None, :])
-        begin += COUNTS[s]
-        out_begin += WIDTHS[s]
 
 
 # ---- unpack ----------------------------------------------------------------------------------------------------------
