@@ -40,7 +40,7 @@ def segment_at(column, PLACES: tl.constexpr):
     return segment, shift, end
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows", "samples", "per_sample", "pitch", "height", "pad", "high", "wide"))
 def encode(
     x_ptr, out_ptr, factor_ptr, inverse_ptr, zero_ptr, times_ptr, tops_ptr, top, rows, samples, per_sample, pitch,
     height, pad, high, wide,
