@@ -1,4 +1,4 @@
-"""Runs the kernels of norms, GEGLU and encode in Triton's interpreter and compares them with the definition; prints JSON.
+"""Runs the kernels of norms, GEGLU and encode in Triton's interpreter, compares with the definition, prints JSON.
 
 A process of its own, because the interpreter is chosen when Triton is imported. Codes must be equal where a norm is
 exact (see `exact`), elsewhere within one and rarely different. ``fault NAME`` plants one that must show.
@@ -15,9 +15,11 @@ from typing import Any
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from bitbrush.kernels import int8_ops, norm_ops, triton_norm, triton_norm_kernels
+from bitbrush.kernels import int8_ops, norm_ops, triton_encode_kernels, triton_norm, triton_norm_kernels
 from bitbrush.numbers import packing
 from bitbrush.numbers.codec import reciprocal
 
@@ -68,7 +70,8 @@ def layer_norms() -> Iterator[Result]:
         tops = [255, 15, 255][:many]
         found = list(zip(*(tables(g, 1, top) for top in tops), strict=True))
         weight, bias = (dyadic(channels, g).to(dtype) for _ in range(2))
-        for plain, x in (("exact", exact((7, channels), g)), ("random", torch.randn((2, 5, channels), generator=g) * 3 + 1)):
+        for plain in ("exact", "random"):
+            x = exact((7, channels), g) if plain == "exact" else torch.randn((2, 5, channels), generator=g) * 3 + 1
             factors = [None, torch.rand(channels, generator=g) + 0.5, None][:many]
             affine = (weight, bias) if plain == "exact" or i % 2 else (None, None)
             args = (x.to(dtype), *affine, 0.0 if plain == "exact" else 1e-5, *map(list, found), tops, factors)
@@ -78,8 +81,9 @@ def layer_norms() -> Iterator[Result]:
 def group_norms() -> Iterator[Result]:
     """GroupNorm: frames or rows, segments, groups of odd sizes, chunks that end within a picture."""
     for i, (counts, groups, batch, high, wide, dtype, pad) in enumerate((
-        ((40,), 4, 2, 8, 8, FLOATS[1], 1), ((64, 32), 32, 1, 9, 5, FLOATS[2], 1), ((320,), 32, 2, 12, 9, FLOATS[1], None),
-        ((33, 7), 4, 2, 6, 7, FLOATS[0], None), ((30,), 3, 1, 1, 1, FLOATS[0], 0), ((160,), 8, 3, 16, 17, FLOATS[1], 1),
+        ((40,), 4, 2, 8, 8, FLOATS[1], 1), ((64, 32), 32, 1, 9, 5, FLOATS[2], 1),
+        ((320,), 32, 2, 12, 9, FLOATS[1], None), ((33, 7), 4, 2, 6, 7, FLOATS[0], None),
+        ((30,), 3, 1, 1, 1, FLOATS[0], 0), ((160,), 8, 3, 16, 17, FLOATS[1], 1),
     )):
         g, channels = drawn(50 + i), sum(counts)
         frame = [] if pad is None else [batch, high, wide, 3 if pad else 1, 3 if pad else 1, pad, 1, 1]
@@ -89,10 +93,10 @@ def group_norms() -> Iterator[Result]:
             rest = (channels // groups) * high * wide
             if plain == "exact" and rest % 10:
                 continue
-            x = exact((batch * groups, rest), g) if plain == "exact" else torch.randn((batch * groups, rest), generator=g) + 2
+            size, eps, silu = (batch * groups, rest), 0.0 if plain == "exact" else 1e-5, plain != "exact"
+            x = exact(size, g) if plain == "exact" else torch.randn(size, generator=g) + 2
             x = x.reshape(batch, channels, high, wide).to(dtype)
-            args = (x, weight, bias, groups, 0.0 if plain == "exact" else 1e-5, plain != "exact", *found, list(counts), 255,
-                    frame, factor)
+            args = (x, weight, bias, groups, eps, silu, *found, list(counts), 255, frame, factor)
             made = norm_ops._group_norm_cuda(*args), norm_ops._group_norm_plain(*args)
             yield f"group {plain}", *(channels_of(codes, counts) for codes in made)
 
@@ -109,11 +113,15 @@ def geglus() -> Iterator[Result]:
 
 def encodes() -> Iterator[Result]:
     """The encode alone: every row of a frame, which the tests of products see through sums only."""
-    for i, (counts, batch, high, wide, pad) in enumerate((((64,), 2, 5, 7, 1), ((33, 7), 1, 4, 3, 1), ((40,), 3, 3, 2, 2))):
+    for i, (counts, batch, high, wide, pad) in enumerate((
+        ((64,), 2, 5, 7, 1), ((33, 7), 1, 4, 3, 1), ((40,), 3, 3, 2, 2),
+    )):
         g = drawn(90 + i)
         x = torch.randn((batch, sum(counts), high, wide), generator=g) * 4
+        inverse, zero, times = tables(g, len(counts))
+        x = torch.where(torch.rand(x.shape, generator=g) < 0.1, (x.round() + 0.5) / inverse[2, 0], x)  # ties
         x[0, 0, 0, :2] = torch.tensor([3e9, -1.26e7])  # past what an addition rounds
-        args = (x, *tables(g, len(counts)), 0, list(counts), 255, None,
+        args = (x, inverse, zero, times, 0, list(counts), 255, None,
                 [batch, high, wide, 2 * pad + 1, 2 * pad + 1, pad, 1, 1], 1, None)
         yield "encode exact", *(channels_of(make(*args), counts) for make in (int8_ops._encode_cuda,
                                                                              int8_ops._encode_plain))
@@ -131,6 +139,13 @@ def merged() -> float:
     groups = x.reshape(2, 4, -1).double()
     off = torch.stack([found - groups.mean(2), variance.sqrt() - groups.std(2, correction=0)])
     return float(off.abs().max() / groups.std())
+
+
+@triton.jit
+def half_up(x, inverse, zero, top):  # type: ignore[no-untyped-def]
+    """A fault: rounding that is not half to even."""
+    code = tl.floor(x * inverse + 0.5) + zero
+    return (tl.minimum(tl.maximum(code, 0.0), top) - 128.0).to(tl.int8)
 
 
 def plant(name: str) -> None:
@@ -153,6 +168,8 @@ def plant(name: str) -> None:
         triton_norm.group_sums = lambda x, groups: (lambda m, s, c: (m, s * 1.01, c))(*sums(x, groups))
     elif name == "gelu":
         triton_norm_kernels.gelu = triton_norm_kernels.silu
+    elif name == "half-up":
+        triton_encode_kernels.centred = half_up
 
 
 def main() -> None:

@@ -18,7 +18,9 @@ from bitbrush.numbers import packing
 
 MOST_CHUNKS = 64
 """Of a sample: what every program of the second pass merges."""
-SUM_WARPS, VECTOR = 8, 8
+SUM_WARPS, SUM_PROGRAMS, VECTOR = 8, 2, 8
+PIECE = 32 * VECTOR
+"""Channels that a warp reads at once: 16 bytes a thread of bfloat16."""
 COLUMNS, ROWS = 64, 64
 """Of a step of the second pass: 128 bytes of a bfloat16 pixel, 16 channels a thread."""
 PROGRAMS = 6
@@ -30,11 +32,15 @@ def power(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def pieces(channels: int) -> tuple[int, int]:
-    """(how many, channels of each), powers of two, by which rows are held: little beyond the row's end, at most 8."""
-    found = [inner for inner in (32 << i for i in range(12)) if -(-channels // inner) <= 8]
-    inner = min(found, key=lambda size: (-(-channels // size) * size, size))
-    return power(-(-channels // inner)), inner
+def row_cut(channels: int) -> tuple[int, int, int]:
+    """How whole rows are held: (warps, pieces of a row, a power of two, rows).
+
+    A piece has `VECTOR` channels for every thread of the warps, so that all of a program's threads lie along a row, and a
+    warp alone sums it without waiting for others. A thread has about 48 numbers.
+    """
+    warps = min(16, power(-(-channels // (8 * PIECE))))
+    many = -(-channels // (warps * PIECE))
+    return warps, power(many), 1 << (max(1, 6 // many).bit_length() - 1)
 
 
 def layer_norm(
@@ -53,15 +59,14 @@ def layer_norm(
     out = torch.empty((len(tops) * rows, length), dtype=torch.int8, device=x.device)
     if not out.numel():
         return out
-    parts, inner = pieces(length)
-    height = max(1, WARPS * 32 * VECTOR // inner)
+    warps, parts, height = row_cut(length)
     with torch.cuda.device_of(x):
         kernels.layer_norm[(-(-rows // height),)](
             x, x if weight is None else weight, x if bias is None else bias, out,
             tuple((i, z, t, x if f is None else f) for i, z, t, f in tables), eps, rows,
             TOPS=tops, CHANNELS=channels, LENGTH=length, WEIGHT=weight is not None, BIAS=bias is not None,
-            FACTORS=tuple(f is not None for *_, f in tables), PARTS=parts, BR=height, INNER=inner, VECTOR=VECTOR,
-            num_warps=WARPS, enable_fp_fusion=False,
+            FACTORS=tuple(f is not None for *_, f in tables), PARTS=parts, BR=height, INNER=warps * PIECE, VECTOR=VECTOR,
+            num_warps=warps, enable_fp_fusion=False,
         )
     return out
 
@@ -84,10 +89,10 @@ def group_sums(x: Tensor, groups: int) -> tuple[Tensor, Tensor, int]:
     batch, channels, pixels = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
     size = channels // groups
     block, columns = sum_block(groups, size)
-    lanes = max(1, SUM_WARPS * 32 * VECTOR // columns)
+    lanes = max(1, SUM_WARPS * PIECE // columns)
     deep = max(1, min(8, (1 << 14) // (lanes * columns)))
     step, blocks = lanes * deep, groups // block
-    wanted = max(1, min(MOST_CHUNKS, 2 * processors(x.device) // (batch * blocks)))
+    wanted = max(1, min(MOST_CHUNKS, SUM_PROGRAMS * processors(x.device) // (batch * blocks)))
     chunk = -(-pixels // wanted)
     chunk = -(-chunk // step) * step
     chunks = -(-pixels // chunk)
@@ -96,7 +101,7 @@ def group_sums(x: Tensor, groups: int) -> tuple[Tensor, Tensor, int]:
         kernels.group_sums[(blocks, chunks, batch)](
             x, mean, square, pixels, chunk, chunks,
             CHANNELS=channels, SIZE=size, GROUPS=groups, BLOCK=block, BG=power(block), BC=columns, LANES=lanes,
-            DEEP=deep, num_warps=SUM_WARPS, enable_fp_fusion=False,
+            DEEP=deep, EVEN=pixels % step == 0, num_warps=SUM_WARPS, enable_fp_fusion=False,
         )
     return mean, square, chunk
 

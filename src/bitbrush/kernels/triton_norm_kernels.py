@@ -11,7 +11,6 @@ import triton.language as tl
 
 from bitbrush.kernels.triton_encode_kernels import centred
 
-
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 """Whether there is no assembler: what is written in PTX below has a plain form beside it."""
 
@@ -77,8 +76,8 @@ def layer_norm(
 ):
     """BR whole rows in registers; their codes for each consumer, whose rows lie below those of the one before.
 
-    Rows are PARTS pieces of INNER channels: threads side by side share a piece, each holds its place of all pieces. So
-    what lies beyond CHANNELS is known where this is built.
+    Rows are PARTS pieces of INNER channels, VECTOR for each thread: so every thread has its place in all pieces, and what
+    lies beyond CHANNELS is known where this is built.
 
     Args:
         tables: (inverse, zero_point, times, factor) of each consumer.
@@ -111,55 +110,55 @@ def layer_norm(
 
 
 # ---- GroupNorm -------------------------------------------------------------------------------------------------------
+@triton.jit
+def _pixels(x_ptr, begin, step, channel, mine, limit, CHANNELS: tl.constexpr, EVEN: tl.constexpr):
+    """A tile of pixels; EVEN: all of it lies before ``limit``, or nothing."""
+    place = begin + step
+    there = mine[None, :] & (begin < limit) if EVEN else mine[None, :] & (place < limit)[:, None]
+    return tl.load(x_ptr + place.to(tl.int64)[:, None] * CHANNELS + channel[None, :], mask=there, other=0.0)
+
+
 @triton.jit(do_not_specialize=("pixels", "chunk", "chunks"))
 def group_sums(
     x_ptr, mean_ptr, square_ptr, pixels, chunk, chunks,
     CHANNELS: tl.constexpr, SIZE: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, BG: tl.constexpr,
-    BC: tl.constexpr, LANES: tl.constexpr, DEEP: tl.constexpr,
+    BC: tl.constexpr, LANES: tl.constexpr, DEEP: tl.constexpr, EVEN: tl.constexpr,
 ):
-    """Mean, and sum of squares about it, of BLOCK groups over a chunk of one sample's pixels: float32 ``[B, chunks, G]``.
+    """Mean, and sum of squares about it, of BLOCK groups over a chunk of a sample's pixels: float32 ``[B, chunks, G]``.
 
-    LANES pixels side by side have sums of their own, about their first value: which is one of those that are summed, so
-    that little is lost when the sums are merged.
+    Sums are of differences to the group's first value in the chunk. As that is one of the values, ``S2 - S1**2 / n``
+    loses at most a factor n of float32's precision, and that only where it is all there is to the variance.
+    Each tile is asked for before the one before it is summed. EVEN: chunks are whole tiles of LANES * DEEP pixels.
     """
     sample, part = tl.program_id(2), tl.program_id(1)
-    c = tl.arange(0, BC)
-    channel = tl.program_id(0) * (BLOCK * SIZE) + c
-    mine = (c < BLOCK * SIZE) & (channel < CHANNELS)
+    c, g, step = tl.arange(0, BC), tl.arange(0, BG), tl.arange(0, DEEP * LANES)
+    channel, group = tl.program_id(0) * (BLOCK * SIZE) + c, tl.program_id(0) * BLOCK + g
+    mine, kept = (c < BLOCK * SIZE) & (channel < CHANNELS), (g < BLOCK) & (group < GROUPS)
     first = part * chunk
     limit = tl.minimum(first + chunk, pixels)
-    lane = tl.arange(0, LANES)
     x_ptr += sample.to(tl.int64) * pixels * CHANNELS
-    pixel = first + lane
-    start = tl.load(x_ptr + pixel.to(tl.int64)[:, None] * CHANNELS + channel[None, :],
-                    mask=(pixel < limit)[:, None] & mine[None, :], other=0.0).to(tl.float32)
+    now = _pixels(x_ptr, first, step, channel, mine, limit, CHANNELS, EVEN)
+    begin_ptr = x_ptr + first.to(tl.int64) * CHANNELS
+    start = tl.load(begin_ptr + (channel // SIZE) * SIZE, mask=mine, other=0.0).to(tl.float32)
     total = tl.zeros((LANES, BC), dtype=tl.float32)
     square = tl.zeros((LANES, BC), dtype=tl.float32)
-    deep = tl.arange(0, DEEP)[None, :, None] * LANES + lane[:, None, None]
     for begin in range(first, limit, DEEP * LANES):
-        place = begin + deep
-        inside = place < limit
-        v = tl.load(x_ptr + place.to(tl.int64) * CHANNELS + channel[None, None, :],
-                    mask=inside & mine[None, None, :], other=0.0).to(tl.float32)
-        v = tl.where(inside, v - start[:, None, :], 0.0)
-        total += tl.sum(v, 1)
-        square += tl.sum(v * v, 1)
-    count = (tl.maximum(limit - first - lane + LANES - 1, 0) // LANES).to(tl.float32)
-    own = total * tl.div_rn(1.0, tl.maximum(count, 1.0))[:, None]  # mean of each lane and channel, about `start`
-    square = tl.maximum(square - own * total, 0.0)
-    g, many = tl.arange(0, BG), (limit - first).to(tl.float32) * SIZE
-    members = (c // SIZE)[:, None] == g[None, :]
-    mean = tl.sum(tl.where(members, tl.sum(count[:, None] * start + total, 0)[:, None], 0.0), 0)
-    mean = tl.div_rn(mean, many)
-    apart = tl.sum(tl.where((c // SIZE)[None, :] == g[:, None], mean[:, None], 0.0), 0)
-    apart = (start - apart[None, :]) + own
-    square = tl.sum(tl.where(mine[None, :], square + count[:, None] * (apart * apart), 0.0), 0)
-    square = tl.sum(tl.where(members, square[:, None], 0.0), 0)
-    group = tl.program_id(0) * BLOCK + g
+        ahead = _pixels(x_ptr, begin + DEEP * LANES, step, channel, mine, limit, CHANNELS, EVEN)
+        v = now.to(tl.float32) - start[None, :]
+        if not EVEN:
+            v = tl.where((begin + step < limit)[:, None] & mine[None, :], v, 0.0)
+        v = tl.reshape(v, (DEEP, LANES, BC))  # what a thread holds comes first
+        total += tl.sum(v, 0)
+        square += tl.sum(v * v, 0)
+        now = ahead
+    many, members = (limit - first).to(tl.float32) * SIZE, (c // SIZE)[:, None] == g[None, :]
+    whole = tl.sum(tl.where(members, tl.sum(total, 0)[:, None], 0.0), 0)
+    squares = tl.sum(tl.where(members, tl.sum(square, 0)[:, None], 0.0), 0)
+    apart = tl.div_rn(whole, many)
     at = (sample * chunks + part) * GROUPS + group
-    kept = (g < BLOCK) & (group < GROUPS)
-    tl.store(mean_ptr + at, mean, mask=kept)
-    tl.store(square_ptr + at, square, mask=kept)
+    start = tl.load(begin_ptr + group * SIZE, mask=kept, other=0.0).to(tl.float32)
+    tl.store(mean_ptr + at, start + apart, mask=kept)
+    tl.store(square_ptr + at, tl.maximum(squares - apart * whole, 0.0), mask=kept)
 
 
 @triton.jit
@@ -226,7 +225,8 @@ def group_norm(
     channel += tl.arange(0, BC)
     real = channel < end
     partial = sample.to(tl.int64) * chunks * GROUPS
-    mean, rate = _merged(mean_ptr + partial, square_ptr + partial, group, pixels, chunk, chunks, eps, SIZE, GROUPS, MOST)
+    mean, rate = _merged(mean_ptr + partial, square_ptr + partial, group, pixels, chunk, chunks, eps, SIZE, GROUPS,
+                         MOST)
     members = (channel // SIZE)[:, None] == group[None, :]
     slope = tl.sum(tl.where(members, rate[None, :], 0.0), 1) * tl.load(
         weight_ptr + channel, mask=real, other=0.0).to(tl.float32)
