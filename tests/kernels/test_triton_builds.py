@@ -115,8 +115,8 @@ def test_norms_are_read_in_sixteen_bytes_and_use_no_slow_conversion() -> None:
             **group, "LENGTH": 640, "BLOCKS": ((0, 0, 0, 640, 640),), "SILU": True, "FACTOR": False, "SPATIAL": True,
             "MOST": 64, "BG": 8, "BC": 64, "BR": ROWS}, out_ptr="*i8", bias_ptr="*bf16"),
         "geglu": _built(kernels.geglu, {**size, "FACTOR": False, "CHUNKS": 128}, out_ptr="*i8"),
-        "sums": _built(kernels.group_sums, {**group, "BLOCK": 8, "BG": 8, "BC": 256, "LANES": 8, "DEEP": 8, "EVEN": True},
-                       warps=SUM_WARPS),
+        "sums": _built(kernels.group_sums, {
+            **group, "BLOCK": 8, "BG": 8, "BC": 256, "LANES": 8, "DEEP": 8, "EVEN": True}, warps=SUM_WARPS),
     }  # fmt: skip
     for name, text in ptx.items():
         assert "ld.global.v4.b32" in text, name

@@ -55,7 +55,7 @@ def test_a_planted_fault_shows(fault: str, shows: str) -> None:
 
 
 @pytest.mark.parametrize("channels, expected", [
-    (640, (1, 4, 2)), (1280, (1, 8, 1)), (320, (1, 2, 2)), (3072, (2, 8, 1)), (32, (1, 1, 4)), (4096, (2, 8, 1)),
+    (640, (1, 4, 2)), (1280, (1, 8, 1)), (320, (1, 2, 2)), (3072, (4, 4, 2)), (32, (1, 1, 4)), (4096, (4, 4, 1)),
     (1152, (1, 8, 1)), (18432, (16, 8, 1)),
 ])  # fmt: skip
 def test_rows_are_held_by_as_few_threads_as_have_room(channels: int, expected: tuple[int, int, int]) -> None:

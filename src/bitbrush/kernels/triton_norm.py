@@ -23,8 +23,10 @@ PIECE = 32 * VECTOR
 """Channels that a warp reads at once: 16 bytes a thread of bfloat16."""
 COLUMNS, ROWS = 64, 64
 """Of a step of the second pass: 128 bytes of a bfloat16 pixel, 16 channels a thread."""
-PROGRAMS = 6
-"""For each processor, about, in the second pass."""
+PROGRAMS = 7
+"""For each processor at most in the second pass: as many as its registers hold, so that none waits for another."""
+REGISTERS = 128
+"""Of a thread that holds a row's numbers, its weight and its bias: 16 warps a processor."""
 
 
 def power(n: int) -> int:
@@ -35,10 +37,10 @@ def power(n: int) -> int:
 def row_cut(channels: int) -> tuple[int, int, int]:
     """How whole rows are held: (warps, pieces of a row, a power of two, rows).
 
-    A piece has `VECTOR` channels for every thread of the warps, so that all of a program's threads lie along a row, and a
-    warp alone sums it without waiting for others. A thread has about 48 numbers.
+    A piece has `VECTOR` channels for every thread of the warps, so that all of a program's threads lie along a row, and
+    a warp alone sums it without waiting for others. A thread has at most about 48 numbers.
     """
-    warps = min(16, power(-(-channels // (8 * PIECE))))
+    warps = min(16, power(-(-channels // (5 * PIECE))))
     many = -(-channels // (warps * PIECE))
     return warps, power(many), 1 << (max(1, 6 // many).bit_length() - 1)
 
@@ -65,8 +67,8 @@ def layer_norm(
             x, x if weight is None else weight, x if bias is None else bias, out,
             tuple((i, z, t, x if f is None else f) for i, z, t, f in tables), eps, rows,
             TOPS=tops, CHANNELS=channels, LENGTH=length, WEIGHT=weight is not None, BIAS=bias is not None,
-            FACTORS=tuple(f is not None for *_, f in tables), PARTS=parts, BR=height, INNER=warps * PIECE, VECTOR=VECTOR,
-            num_warps=warps, enable_fp_fusion=False,
+            FACTORS=tuple(f is not None for *_, f in tables), PARTS=parts, BR=height, INNER=warps * PIECE,
+            VECTOR=VECTOR, num_warps=warps, maxnreg=REGISTERS, enable_fp_fusion=False,
         )
     return out
 
@@ -138,7 +140,7 @@ def group_norm(
     size, (blocks, many) = channels // groups, column_blocks(counts)
     below = border_lines(place) * place.pitch
     rows = place.height * place.pitch + below
-    programs = -(-PROGRAMS * processors(x.device) // (batch * many))
+    programs = max(1, PROGRAMS * processors(x.device) // (batch * many))
     span = max(ROWS, -(-rows // programs // ROWS) * ROWS)
     with torch.cuda.device_of(x):
         kernels.group_norm[(many, -(-rows // span), batch)](

@@ -76,8 +76,9 @@ def layer_norm(
 ):
     """BR whole rows in registers; their codes for each consumer, whose rows lie below those of the one before.
 
-    Rows are PARTS pieces of INNER channels, VECTOR for each thread: so every thread has its place in all pieces, and what
-    lies beyond CHANNELS is known where this is built.
+    All that is read is asked for before anything waits.
+    Rows are PARTS pieces of INNER channels, VECTOR for each thread: so every thread has its place in all pieces, and
+    what lies beyond CHANNELS is known where this is built.
 
     Args:
         tables: (inverse, zero_point, times, factor) of each consumer.
@@ -89,19 +90,26 @@ def layer_norm(
     real = column < CHANNELS
     where = row.to(tl.int64)[:, None, None]
     x = tl.load(x_ptr + where * CHANNELS + column, mask=kept & real, other=0.0).to(tl.float32)
+    each = column + tl.zeros((BR, 1, 1), dtype=tl.int32)  # every thread loads what it multiplies
+    weight, bias, steps = each, each, tl.tuple([])
+    if WEIGHT:
+        weight = tl.load(weight_ptr + each, mask=real, other=0.0)
+    if BIAS:
+        bias = tl.load(bias_ptr + each, mask=real, other=0.0)
+    for p in tl.static_range(len(TOPS)):
+        time = tl.load(tables[p][2])
+        steps += (tl.load(tables[p][0] + time), tl.load(tables[p][1] + time))
     mean = tl.div_rn(tl.sum(tl.sum(x, 1, True), 2, True), CHANNELS + 0.0)
     x = tl.where(real, x - mean, 0.0)
     variance = tl.div_rn(tl.sum(tl.sum(x * x, 1, True), 2, True), CHANNELS + 0.0)
     x = x * tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
-    each = column + tl.zeros((BR, 1, 1), dtype=tl.int32)  # every thread loads what it multiplies
     if WEIGHT:
-        x = x * tl.load(weight_ptr + each, mask=real, other=0.0).to(tl.float32)
+        x = x * weight.to(tl.float32)
     if BIAS:
-        x = x + tl.load(bias_ptr + each, mask=real, other=0.0).to(tl.float32)
+        x = x + bias.to(tl.float32)
     x = rounded(x, x_ptr.dtype.element_ty)
     for p in tl.static_range(len(TOPS)):
-        time = tl.load(tables[p][2])
-        inverse, zero = tl.load(tables[p][0] + time), tl.load(tables[p][1] + time).to(tl.float32)
+        inverse, zero = steps[2 * p], steps[2 * p + 1].to(tl.float32)
         y = x
         if FACTORS[p]:
             y = x * tl.load(tables[p][3] + each, mask=real, other=0.0)
@@ -203,6 +211,24 @@ def _block_of(number, BLOCKS: tl.constexpr, BC: tl.constexpr):
     return segment, column + (number - first) * BC, channel + (number - first) * BC, end, last
 
 
+@triton.jit
+def _rows(
+    x_ptr, first, limit, sample, pixels, pitch, pad, high, wide, channel, real, CHANNELS: tl.constexpr,
+    SPATIAL: tl.constexpr, BR: tl.constexpr,
+):
+    """(the input of BR rows of a sample's part of the output, which of them are no border)."""
+    row = first + tl.arange(0, BR)
+    inside, source = row < limit, sample * pixels + row
+    if SPATIAL:
+        y = row // pitch
+        x = row - y * pitch - pad
+        y -= pad
+        inside = inside & (x >= 0) & (x < wide) & (y >= 0) & (y < high)
+        source = (sample * high + y) * wide + x
+    there = inside[:, None] & real[None, :]
+    return tl.load(x_ptr + source.to(tl.int64)[:, None] * CHANNELS + channel[None, :], mask=there, other=0.0), inside
+
+
 @triton.jit(do_not_specialize=(
     "pixels", "chunk", "chunks", "span", "samples", "pitch", "height", "pad", "high", "wide", "below",
 ))
@@ -218,6 +244,9 @@ def group_norm(
     Rows are pixels, or with SPATIAL the rows of a frame; the last sample has ``below`` rows more.
     """
     sample = tl.program_id(2)
+    lines = height * pitch if SPATIAL else pixels  # of the output, a sample
+    begin = tl.program_id(1) * span
+    limit = tl.minimum(begin + span, lines + tl.where(sample == samples - 1, below, 0))
     segment, column, channel, end, last = _block_of(tl.program_id(0), BLOCKS, BC)
     time = tl.load(times_ptr) * len(BLOCKS) + segment
     column += tl.arange(0, BC)
@@ -233,30 +262,20 @@ def group_norm(
     shift = tl.load(bias_ptr + channel, mask=real, other=0.0).to(tl.float32)
     shift = shift - tl.sum(tl.where(members, mean[None, :], 0.0), 1) * slope
     inverse, zero = tl.load(inverse_ptr + time), tl.load(zero_ptr + time).to(tl.float32)
-    lines = height * pitch if SPATIAL else pixels
-    limit = lines + tl.where(sample == samples - 1, below, 0)
-    begin = tl.program_id(1) * span
-    for first in range(begin, tl.minimum(begin + span, limit), BR):
-        row = first + tl.arange(0, BR)
-        if SPATIAL:
-            y = row // pitch
-            x = row - y * pitch - pad
-            y -= pad
-            inside = (x >= 0) & (x < wide) & (y >= 0) & (y < high)
-            source = (sample * high + y) * wide + x
-        else:
-            inside = row < limit
-            source = sample * pixels + row
-        there = inside[:, None] & real[None, :]
-        v = tl.load(x_ptr + source.to(tl.int64)[:, None] * CHANNELS + channel[None, :], mask=there, other=0.0)
-        v = rounded(tl.fma(v.to(tl.float32), slope[None, :], shift[None, :]), x_ptr.dtype.element_ty)
+    nothing = centred(0.0, inverse, zero, top)
+    for first in range(begin, limit, BR):
+        now, inside = _rows(x_ptr, first, limit, sample, pixels, pitch, pad, high, wide, channel, real, CHANNELS,
+                            SPATIAL, BR)
+        v = rounded(tl.fma(now.to(tl.float32), slope[None, :], shift[None, :]), x_ptr.dtype.element_ty)
         if SILU:
             v = rounded(silu(v), x_ptr.dtype.element_ty)
         if FACTOR:
             v = v * tl.load(factor_ptr + channel, mask=real, other=0.0)[None, :]
-        code = centred(tl.where(there, v, 0.0), inverse, zero, top)
-        out = (sample.to(tl.int64) * lines + row)[:, None] * LENGTH + column[None, :]
-        tl.store(out_ptr + out, code, mask=(row < limit)[:, None] & (column < last)[None, :])
+        row = first + tl.arange(0, BR)
+        out = out_ptr + (sample.to(tl.int64) * lines + row)[:, None] * LENGTH + column[None, :]
+        there, kept = inside[:, None] & real[None, :], (row < limit)[:, None] & (column < last)[None, :]
+        tl.store(out, centred(v, inverse, zero, top), mask=there)
+        tl.store(out, tl.zeros((BR, BC), dtype=tl.int8) + nothing, mask=kept & (there == 0))
 
 
 # ---- GEGLU -----------------------------------------------------------------------------------------------------------
