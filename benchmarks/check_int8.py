@@ -7,12 +7,14 @@ For every layer of the pairwise grids (bits 1 to 8, mixed and symmetric rows, sy
 scales, segments, ragged rows, kernels, strides, layouts, dtypes): codes of the input, int32 sums and the decoded
 weight must equal those of the CPU, where they are tested against int64 arithmetic; outputs are compared in their own
 dtype. Layers that a kernel refuses are counted by reason. Every cut of the product is run on one layer of each kind.
+Norms and GEGLU joined with the encode: codes equal those of the CPU where a norm is exact, and within one elsewhere.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import importlib
 import json
 import os
 import sys
@@ -25,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
 import builder  # noqa: E402
+import norm_cases  # noqa: E402
 from bitbrush.kernels import cpu, cpu_fused, gpu, gpu_decode, int8_ops, triton_int8, tuning  # noqa: E402
 from bitbrush.kernels.triton_int8 import Tables  # noqa: E402
 from bitbrush.numbers import packing  # noqa: E402
@@ -89,6 +92,18 @@ def cuts(device: str) -> dict[str, Any]:
     return {"ran": ran, "wrong": wrong}
 
 
+def joined(device: str) -> dict[str, Any]:
+    """Norms, GEGLU and encode on the device beside the CPU."""
+    importlib.import_module("bitbrush.kernels.norm_ops")  # registers them
+
+    def run(op: str, args: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        there = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), args)
+        call = getattr(torch.ops.bitbrush, op)
+        return call(*there).cpu(), call(*args)
+
+    return norm_cases.compared(run)
+
+
 def main() -> None:
     """Compare, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -110,7 +125,7 @@ def main() -> None:
         "refused": dict(collections.Counter(row["refused"] for row in rows if "refused" in row)),
         "unequal": [row for row in rows if not all(row.get(k, True) for k in ("weight", "codes", "sums", "output"))],
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "torch": torch.__version__,
-        "command": "python benchmarks/check_int8.py",
+        "joined": joined(device), "command": "python benchmarks/check_int8.py",
     }
     if device == "cuda":
         report["cuts"] = cuts(device)

@@ -1,7 +1,7 @@
 """Runs the kernels of norms, GEGLU and encode in Triton's interpreter, compares with the definition, prints JSON.
 
 A process of its own, because the interpreter is chosen when Triton is imported. Codes must be equal where a norm is
-exact (see `exact`), elsewhere within one and rarely different. ``fault NAME`` plants one that must show.
+exact (`norm_cases.exact`), elsewhere within one and rarely different. ``fault NAME`` plants one that must show.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
@@ -19,117 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+import norm_cases
 from bitbrush.kernels import int8_ops, norm_ops, triton_encode_kernels, triton_norm, triton_norm_kernels
-from bitbrush.numbers import packing
-from bitbrush.numbers.codec import reciprocal
-
-LEVELS = torch.tensor([8.0, -8.0, 4.0, -4.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
-"""Mean 0 and deviation 4."""
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-Result = tuple[str, Tensor, Tensor]
-
-
-def drawn(seed: int) -> torch.Generator:
-    """Random numbers of a case."""
-    return torch.Generator().manual_seed(seed)
-
-
-def tables(g: torch.Generator, segments: int, top: int = 255) -> tuple[Tensor, Tensor, Tensor]:
-    """(inverse, zero_point, times) of three times; codes reach 4 to 8 above and below 0."""
-    scale = (torch.rand((3, segments), generator=g) + 1) * 8 / top
-    zero = torch.randint(top // 3, top * 2 // 3, (3, segments), generator=g)
-    return reciprocal(scale), zero.to(torch.uint8) if segments == 1 else zero.float(), torch.tensor([2])
-
-
-def exact(shape: tuple[int, ...], g: torch.Generator) -> Tensor:
-    """Rows of `LEVELS`, shuffled, about an integer mean: all of a norm without eps is exact."""
-    rows, length = shape
-    values = LEVELS.repeat(length // 10).expand(shape)
-    mixed = values.gather(1, torch.rand(shape, generator=g).argsort(1))
-    return mixed + torch.randint(-3, 4, (rows, 1), generator=g)
-
-
-def dyadic(count: int, g: torch.Generator) -> Tensor:
-    """Numbers whose products with a few integers are exact in every float."""
-    return torch.randint(-8, 9, (count,), generator=g) / 8
-
-
-def channels_of(codes: Tensor, counts: tuple[int, ...]) -> Tensor:
-    """Codes without the padding of segments, of several: there the definition has any code, for weights are 0."""
-    if len(counts) == 1:
-        return codes
-    parts = codes.split(list(packing.padded(counts)), 1)
-    return torch.cat([part[:, :count] for part, count in zip(parts, counts, strict=True)], 1)
-
-
-def layer_norms() -> Iterator[Result]:
-    """LayerNorm: consumers, factors, weights or none, padding."""
-    for i, (channels, many, dtype) in enumerate(((40, 1, FLOATS[1]), (320, 3, FLOATS[0]), (70, 2, FLOATS[2]),
-                                                 (1280, 2, FLOATS[1]), (640, 1, FLOATS[2]))):
-        g = drawn(i)
-        tops = [255, 15, 255][:many]
-        found = list(zip(*(tables(g, 1, top) for top in tops), strict=True))
-        weight, bias = (dyadic(channels, g).to(dtype) for _ in range(2))
-        for plain in ("exact", "random"):
-            x = exact((7, channels), g) if plain == "exact" else torch.randn((2, 5, channels), generator=g) * 3 + 1
-            factors = [None, torch.rand(channels, generator=g) + 0.5, None][:many]
-            affine = (weight, bias) if plain == "exact" or i % 2 else (None, None)
-            args = (x.to(dtype), *affine, 0.0 if plain == "exact" else 1e-5, *map(list, found), tops, factors)
-            yield f"layer {plain}", norm_ops._layer_norm_cuda(*args), norm_ops._layer_norm_plain(*args)
-
-
-def group_norms() -> Iterator[Result]:
-    """GroupNorm: frames or rows, segments, groups of odd sizes, chunks that end within a picture."""
-    for i, (counts, groups, batch, high, wide, dtype, pad) in enumerate((
-        ((40,), 4, 2, 8, 8, FLOATS[1], 1), ((64, 32), 32, 1, 9, 5, FLOATS[2], 1),
-        ((320,), 32, 2, 12, 9, FLOATS[1], None), ((33, 7), 4, 2, 6, 7, FLOATS[0], None),
-        ((30,), 3, 1, 1, 1, FLOATS[0], 0), ((160,), 8, 3, 16, 17, FLOATS[1], 1),
-    )):
-        g, channels = drawn(50 + i), sum(counts)
-        frame = [] if pad is None else [batch, high, wide, 3 if pad else 1, 3 if pad else 1, pad, 1, 1]
-        weight, bias = (dyadic(channels, g).to(dtype) for _ in range(2))
-        found, factor = tables(g, len(counts)), torch.rand(channels, generator=g) + 0.5 if i % 2 else None
-        for plain in ("exact", "random"):
-            rest = (channels // groups) * high * wide
-            if plain == "exact" and rest % 10:
-                continue
-            size, eps, silu = (batch * groups, rest), 0.0 if plain == "exact" else 1e-5, plain != "exact"
-            x = exact(size, g) if plain == "exact" else torch.randn(size, generator=g) + 2
-            x = x.reshape(batch, channels, high, wide).to(dtype)
-            args = (x, weight, bias, groups, eps, silu, *found, list(counts), 255, frame, factor)
-            made = norm_ops._group_norm_cuda(*args), norm_ops._group_norm_plain(*args)
-            yield f"group {plain}", *(channels_of(codes, counts) for codes in made)
-
-
-def geglus() -> Iterator[Result]:
-    """GEGLU, also of the largest and smallest gates."""
-    for i, (channels, dtype) in enumerate(((40, FLOATS[1]), (64, FLOATS[2]), (96, FLOATS[0]))):
-        g = drawn(80 + i)
-        x = torch.randn((3, 11, 2 * channels), generator=g) * 3
-        x[0, 0, channels:] = torch.linspace(-40, 40, channels)
-        args = (x.to(dtype), *tables(g, 1), 255, torch.rand(channels, generator=g) if i else None)
-        yield "geglu random", norm_ops._geglu_cuda(*args), norm_ops._geglu_plain(*args)
-
-
-def encodes() -> Iterator[Result]:
-    """The encode alone: every row of a frame, which the tests of products see through sums only."""
-    for i, (counts, batch, high, wide, pad) in enumerate((
-        ((64,), 2, 5, 7, 1), ((33, 7), 1, 4, 3, 1), ((40,), 3, 3, 2, 2),
-    )):
-        g = drawn(90 + i)
-        x = torch.randn((batch, sum(counts), high, wide), generator=g) * 4
-        inverse, zero, times = tables(g, len(counts))
-        x = torch.where(torch.rand(x.shape, generator=g) < 0.1, (x.round() + 0.5) / inverse[2, 0], x)  # ties
-        x[0, 0, 0, :2] = torch.tensor([3e9, -1.26e7])  # past what an addition rounds
-        args = (x, inverse, zero, times, 0, list(counts), 255, None,
-                [batch, high, wide, 2 * pad + 1, 2 * pad + 1, pad, 1, 1], 1, None)
-        yield "encode exact", *(channels_of(make(*args), counts) for make in (int8_ops._encode_cuda,
-                                                                             int8_ops._encode_plain))
 
 
 def merged() -> float:
     """Largest error of mean and deviation, of deviations, where the mean is 1000 of them."""
-    g = drawn(99)
+    g = norm_cases.drawn(99)
     x = torch.randn((2, 40, 9, 31), generator=g) + 1000
     mean, square, chunk = triton_norm.group_sums(x.contiguous(memory_format=torch.channels_last), 4)
     pixels = 9 * 31
@@ -176,17 +71,12 @@ def main() -> None:
     """Print what was compared, and the worst of it."""
     if len(sys.argv) > 1:
         plant(sys.argv[1])
-    out: dict[str, dict[str, float]] = {}
-    for make in (layer_norms, group_norms, geglus, encodes):
-        for name, found, want in make():
-            entry = out.setdefault(name, {"cases": 0, "codes": 0, "unequal": 0, "most": 0, "distinct": 0})
-            off = (found.int() - want.int()).abs()
-            entry["cases"] += 1
-            entry["codes"] += off.numel()
-            entry["unequal"] += int((off > 0).sum())
-            entry["most"] = max(entry["most"], int(off.max()))
-            entry["distinct"] = max(entry["distinct"], len(want.unique()))
-    sys.stdout.write(json.dumps({"results": out, "merged": merged()}) + "\n")
+
+    def run(op: str, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        home, name = (int8_ops, "encode") if op == "int8_encode" else (norm_ops, op.removesuffix("_encode"))
+        return getattr(home, f"_{name}_cuda")(*args), getattr(home, f"_{name}_plain")(*args)
+
+    sys.stdout.write(json.dumps({"results": norm_cases.compared(run), "merged": merged()}) + "\n")
 
 
 if __name__ == "__main__":

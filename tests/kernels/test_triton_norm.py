@@ -16,12 +16,13 @@ import pytest
 from bitbrush.kernels.triton_encode import places
 from bitbrush.kernels.triton_norm import PIECE, VECTOR, column_blocks, row_cut, sum_block
 
-SOURCE = Path(__file__).resolve().parents[2] / "src"
+TESTS = Path(__file__).resolve().parents[1]
+SOURCE = TESTS.parent / "src"
 TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 
 def _interpreted(*args: str) -> tuple[dict[str, dict[str, int]], float]:
-    env = {**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(SOURCE), str(TESTS))), "OMP_NUM_THREADS": "1"}
     file = str(Path(__file__).with_name("interpreted_norm.py"))
     done = subprocess.run([sys.executable, file, *args], capture_output=True, text=True, env=env, timeout=300,
                           check=False)
