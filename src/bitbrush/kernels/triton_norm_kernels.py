@@ -1,7 +1,7 @@
 """The Triton code of `bitbrush.kernels.triton_norm`. Importing this module imports Triton.
 
 Parameters have no annotations but Triton's own: it takes every other one for a global variable that the kernel reads.
-Sums are float32; a division that decides about exact inputs is an IEEE one.
+Sums are float32; divisions are exact where a quotient is a number.
 """
 
 from __future__ import annotations
@@ -67,6 +67,13 @@ def gelu(v):
     return v * tl.where(v < 0.0, tail, 1.0 - tail)
 
 
+@triton.jit
+def _share(total, COUNT: tl.constexpr):
+    """``total / COUNT`` of float32, exact where the quotient is a number; an IEEE division would branch."""
+    first = total * (1.0 / COUNT)
+    return tl.fma(tl.fma(first, -1.0 * COUNT, total), 1.0 / COUNT, first)
+
+
 # ---- LayerNorm -------------------------------------------------------------------------------------------------------
 @triton.jit(do_not_specialize=("rows",))
 def layer_norm(
@@ -93,19 +100,19 @@ def layer_norm(
     each = column + tl.zeros((BR, 1, 1), dtype=tl.int32)  # every thread loads what it multiplies
     weight, bias, steps = each, each, tl.tuple([])
     if WEIGHT:
-        weight = tl.load(weight_ptr + each, mask=real, other=0.0)
+        weight = tl.load(weight_ptr + column, mask=real, other=0.0)
     if BIAS:
-        bias = tl.load(bias_ptr + each, mask=real, other=0.0)
+        bias = tl.load(bias_ptr + column, mask=real, other=0.0)
     for p in tl.static_range(len(TOPS)):
         time = tl.load(tables[p][2])
         steps += (tl.load(tables[p][0] + time), tl.load(tables[p][1] + time))
-    mean = tl.div_rn(tl.sum(tl.sum(x, 1, True), 2, True), CHANNELS + 0.0)
-    x = tl.where(real, x - mean, 0.0)
-    variance = tl.div_rn(tl.sum(tl.sum(x * x, 1, True), 2, True), CHANNELS + 0.0)
-    x = x * tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
-    if WEIGHT:
+    x = tl.where(real, x - _share(tl.sum(tl.sum(x, 1, True), 2, True), CHANNELS), 0.0)
+    x = x * tl.rsqrt(_share(tl.sum(tl.sum(x * x, 1, True), 2, True), CHANNELS) + eps)
+    if WEIGHT and BIAS:
+        x = tl.fma(x, weight.to(tl.float32), bias.to(tl.float32))
+    elif WEIGHT:
         x = x * weight.to(tl.float32)
-    if BIAS:
+    elif BIAS:
         x = x + bias.to(tl.float32)
     x = rounded(x, x_ptr.dtype.element_ty)
     for p in tl.static_range(len(TOPS)):
