@@ -148,6 +148,10 @@ def encodes(record: Record, device: str, *, smoke: bool) -> None:
         kind = "GroupNorm + SiLU" if len(size) == 4 else "LayerNorm"
         record.measure(f"{kind} + encode {_text(size)}", 0 if smoke else 15,
                        lambda size=size: norm_encode(size, device, smoke=smoke))
+    for size in sizes["gated"][-1:]:  # queries, keys and values have a scale each
+        size = (*size[:-1], size[-1] // 4)
+        record.measure(f"LayerNorm + encode for 3 layers {_text(size)}", 0 if smoke else 15,
+                       lambda size=size: norm_encode(size, device, consumers=3, smoke=smoke))
     for size in sizes["gated"]:
         record.measure(f"GEGLU and encode {_text(size)}", 0 if smoke else 15,
                        lambda size=size: geglu_encode(size, device, smoke=smoke))
@@ -187,7 +191,7 @@ def encode(size: Sequence[int], device: str, *, smoke: bool) -> Item:
     return _encoded({"kernel": lambda x: ours.encode(x, *tables, where)}, _inputs(size, device, dtype), device)
 
 
-def norm_encode(size: Sequence[int], device: str, *, smoke: bool) -> Item:
+def norm_encode(size: Sequence[int], device: str, *, smoke: bool, consumers: int = 1) -> Item:
     """GroupNorm + SiLU (pictures) or LayerNorm (tokens), then the encode: as a compiled model has them, and as one."""
     dtype = torch.float32 if smoke else torch.bfloat16
     tables = _tables(device)
@@ -198,14 +202,17 @@ def norm_encode(size: Sequence[int], device: str, *, smoke: bool) -> Item:
     def written(x: Tensor) -> Tensor:
         if x.ndim == 4:
             return ours.encode_in_graph(F.silu(F.group_norm(x, NORM_GROUPS, w, b)), inverse, zero, where)
-        return ours.encode_in_graph(F.layer_norm(x, (channels,), w, b), inverse, zero, where)
+        normed = F.layer_norm(x, (channels,), w, b)
+        each = [ours.encode_in_graph(normed, inverse / (i + 1), zero, where) for i in range(consumers)]
+        return each[0] if consumers == 1 else torch.cat(each)
 
     def joined(x: Tensor, *, definition: bool = False) -> Tensor:
-        return ours.norm_encode(x, w, b, NORM_GROUPS, *tables, where, definition=definition)
+        return ours.norm_encode(x, w, b, NORM_GROUPS, *tables, where, consumers=consumers, definition=definition)
 
     compiled = torch.compile(written, dynamic=False, backend="eager" if smoke else "inductor")
-    inputs = _inputs(size, device, dtype)
-    return {**_encoded({"compiled": compiled, "kernel": joined}, inputs, device), **_differing(joined, inputs[0])}
+    inputs, works = _inputs(size, device, dtype), {"compiled": compiled, "kernel": joined}
+    made = _encoded(works, inputs, device, consumers * inputs[0].numel())
+    return {**made, **_differing(joined, inputs[0])}
 
 
 def geglu_encode(size: Sequence[int], device: str, *, smoke: bool) -> Item:
@@ -237,8 +244,8 @@ def _differing(joined: Callable[..., Tensor], x: Tensor) -> Item:
 def _encoded(
     works: dict[str, Callable[[Tensor], Any]], inputs: Sequence[Tensor], device: str, written: int = 0
 ) -> Item:
-    """Times and bytes a second: the input read once, one byte a number written (``written``, or as many as are read); a
-    copy of as many bytes beside them."""
+    """Times and bytes a second: the input read once, one byte a number written (``written`` numbers, or as many as are
+    read); a copy of as many bytes beside them."""
     moved = inputs[0].numel() * inputs[0].element_size() + (written or inputs[0].numel())
     halves = [(torch.empty(moved // 2, dtype=torch.uint8, device=device),
                torch.ones(moved // 2, dtype=torch.uint8, device=device)) for _ in inputs]

@@ -170,10 +170,14 @@ def encode(x: Tensor, inverse: Tensor, zero: Tensor, times: Tensor, where: list[
 
 def norm_encode(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, inverse: Tensor, zero: Tensor, times: Tensor,
-    where: list[int], *, definition: bool = False,
+    where: list[int], *, consumers: int = 1, definition: bool = False,
 ) -> Tensor:
     """int8 codes of a picture after GroupNorm and SiLU, or of tokens after LayerNorm, by the kernel or by what defines
-    it (in plain torch on any device). For the rest see `encode`."""
+    it (in plain torch on any device). For the rest see `encode`.
+
+    Args:
+        consumers: Of tokens: how many layers get codes of their own, one below the other.
+    """
     ops = importlib.import_module("bitbrush.kernels.norm_ops")
     if where:
         group = ops._group_norm_plain if definition else torch.ops.bitbrush.group_norm_encode
@@ -181,7 +185,8 @@ def norm_encode(
         pictures: Tensor = group(x, weight, bias, groups, EPS, True, *tables, where, None)
         return pictures
     layer = ops._layer_norm_plain if definition else torch.ops.bitbrush.layer_norm_encode
-    rows: Tensor = layer(x, weight, bias, EPS, [inverse], [zero], [times], [TOP], [None])
+    tables = ([table] * consumers for table in (inverse, zero, times))
+    rows: Tensor = layer(x, weight, bias, EPS, *tables, [TOP] * consumers, [None] * consumers)
     return rows
 
 
