@@ -118,11 +118,12 @@ def overhead(bench: Bench) -> dict[str, Any]:
 
     plain()  # warm
     seconds = {"drawing": [], "evaluating": []}  # type: dict[str, list[float]]
-    for _ in range(1 if bench.smoke else 3):
+    for _ in range(1 if bench.smoke else 2):
         for key, run in (("drawing", plain), ("evaluating", whole)):
             start = bench.synchronize()
             run()
             seconds[key].append(round(bench.synchronize() - start, 3))
+            print(key, seconds[key][-1], "s", flush=True)
     ratio = min(seconds["evaluating"]) / min(seconds["drawing"]) - 1
     return {"n": n, "steps": steps, "metrics": metrics, "seconds": seconds, "overhead": round(ratio, 4),
             "bar": MOST_OVERHEAD, "met": ratio <= MOST_OVERHEAD}

@@ -67,8 +67,8 @@ def test_codes_written_out_in_a_graph_are_those_of_the_operation(builder: Module
         if gpu.unable(packed) is not None or gpu.leaves(packed, x):
             continue
         with packed.input._clock[0].at(builder.timestep(case)), torch.no_grad():
-            given = gpu._input(packed, x)
-            want, got = gpu._codes(packed, x, given), gpu.codes_in_graph(packed, x, given.frame)
+            given = gpu.given_input(packed, x)
+            want, got = gpu.input_rows(packed, x, given), gpu.codes_in_graph(packed, x, given.frame)
         if given.frame is not None and not given.frame.shared:  # below the last picture nothing is ever read
             count = given.frame.batch * given.frame.height * given.frame.pitch
             want, got = want[:count], got[:count]
@@ -179,8 +179,8 @@ def test_shapes_for_tracing_are_those_that_come_out(builder: ModuleType) -> None
         if gpu.unable(packed) is not None or gpu.leaves(packed, x):
             continue
         with packed.input._clock[0].at(builder.timestep(case)), torch.no_grad():
-            given = gpu._input(packed, x)
-            a, w = gpu._codes(packed, x, given), gpu.int8_weight(packed)
+            given = gpu.given_input(packed, x)
+            a, w = gpu.input_rows(packed, x, given), gpu.int8_weight(packed)
             tables = (given.scale, given.zero_point, given.times, given.kind, packed.weight_scale,
                       gpu.weight_sum(packed))
             rest = (list(int8_ops.packing.padded(packed.segments)), int8_ops.numbers_of(given.frame), given.per_sample,

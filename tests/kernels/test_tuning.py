@@ -66,6 +66,13 @@ def test_nothing_is_measured_where_times_do_not_count(file: Path, monkeypatch: p
     assert len(measured) >= 12 and file.exists()
 
 
+def test_the_rule_gathers_convolutions_of_ragged_segments() -> None:
+    frame = Frame(2, 128, 128, (3, 3), 1, 1)
+    cuts = [by_rule(Problem.of(2 * 128 * 128, 640, (width,), frame)) for width in (320, 640)]
+    assert [(cut.bm, cut.bk, cut.tma) for cut in cuts] == [(128, 64, False), (64, 128, True)]
+    assert by_rule(Problem.of(8192, 640, (320,), None)) == Config()
+
+
 @pytest.mark.parametrize("text", ["", "[]", '{"x": 3}', '{"x": {"unknown": 1}}'])
 def test_a_broken_cache_is_measured_anew(file: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     file.parent.mkdir(parents=True)

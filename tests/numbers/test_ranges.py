@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitbrush.numbers.codec import decode, encode, reciprocal
 from bitbrush.numbers.grid import Grid
@@ -19,6 +20,27 @@ METHODS = ("minmax", "percentile", "mse")
 def _round_trip(values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid) -> torch.Tensor:
     s, z = scale[:, None], zero[:, None]
     return decode(encode(values, reciprocal(s), z, grid.levels - 1), s, z)
+
+
+class _Divisors(TorchDispatchMode):
+    """Collects what tensors are divided by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[object] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func.overloadpacket is torch.ops.aten.div:
+            self.found.append(args[1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_no_scale_is_divided_by_a_number(grid: Grid) -> None:
+    """CUDA multiplies with the number's rounded reciprocal, the CPU divides: scales would differ by device."""
+    with _Divisors() as divisors:
+        affine_parameters(torch.tensor([-1.0]), torch.tensor([2.0]), grid)
+    assert divisors.found and all(isinstance(each, torch.Tensor) for each in divisors.found)
 
 
 def _rows(seed: int, rows: int = 12, length: int = 64) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """How a packed layer is computed: one reference on every device, and kernels that must agree with it.
 
 `run` is what a packed layer calls. `use` chooses the kernel for every layer of a model and returns which runs where and
-why; a forward chooses nothing.
+why; a forward chooses nothing. Where layers run on int8 codes, the blocks that hold them pass codes on (`blocks`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from bitbrush.errors import InputError
-from bitbrush.kernels import cpu, cpu_lookup, gpu, gpu_decode, reference
+from bitbrush.kernels import blocks, cpu, cpu_lookup, gpu, gpu_decode, reference
 
 if TYPE_CHECKING:
     from bitbrush.network.layers import QuantLayer
@@ -86,6 +86,7 @@ def use(model: nn.Module, name: str, device_type: str | None = None) -> dict[str
         Layer name to ``name``, or to the reason why the reference runs instead.
     """
     answer: dict[str, str] = {}
+    blocks.unfuse(model)
     if device_type is None:
         kind = name.partition("-")[0]
         device_type = kind if kind in BEST else next((t.device.type for t in model.buffers()), "cpu")
@@ -98,6 +99,8 @@ def use(model: nn.Module, name: str, device_type: str | None = None) -> dict[str
         module.kernel = name if name == AUTO or reason is None else "reference"
         answer[layer_name] = wanted if reason is None else f"reference: {reason}"
         prepare(module)
+    if name in (AUTO, blocks.KERNEL):
+        blocks.fuse(model)
     return answer
 
 

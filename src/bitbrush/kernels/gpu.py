@@ -7,6 +7,7 @@ product that unpacks within itself costs more (each tile of the output would unp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -59,10 +60,10 @@ def leaves(layer: QuantLayer, x: Tensor) -> bool:
 
 
 @dataclass(frozen=True)
-class _Input:
-    """An input as rows, and what encodes it: tables ``[T, S]`` and which row of them serves what (`triton_int8`)."""
+class Given:
+    """How an input lies in memory, and what encodes it: tables ``[T, S]`` and which row of them serves what
+    (`triton_int8`)."""
 
-    rows: Tensor
     frame: Frame | None
     per_sample: int
     scale: Tensor
@@ -76,29 +77,56 @@ def run(layer: QuantLayer, x: Tensor) -> Tensor:
     """Output of a packed layer from exact integer products, in the dtype of ``x``."""
     if layer.input is None or leaves(layer, x):
         return reference.run(layer, x)
-    given = _input(layer, x)
+    given = given_input(layer, x)
+    return layer.with_branch(multiply(layer, input_rows(layer, x, given), given, x), x)
+
+
+def multiply(
+    layer: QuantLayer, codes: Tensor, given: Given, x: Tensor, *, shared: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """The layer's output for codes, in the dtype of ``x``, and what is added to it before the one rounding.
+
+    Args:
+        codes: Rows or a frame, as `input_rows` gives them.
+        given: What they were encoded by.
+        x: The input (of its shape and dtype; values are not looked at).
+        shared: ``[samples, N]``: the same for all places of a sample.
+        residual: Like the output.
+    """
+    conv = isinstance(layer, nn.Conv2d)
+    if residual is not None:
+        residual = (residual.permute(0, 2, 3, 1) if conv else residual).contiguous()
     y: Tensor = _OPS.int8_product(
-        _codes(layer, x, given), int8_weight(layer), given.scale, given.zero_point, given.times, given.kind,
-        layer.weight_scale, weight_sum(layer), list(packing.padded(layer.segments)), int8_ops.numbers_of(given.frame),
-        given.per_sample, layer.bias, None, None, x.dtype,
+        codes, int8_weight(layer), given.scale, given.zero_point, given.times, given.kind, layer.weight_scale,
+        weight_sum(layer), list(packing.padded(layer.segments)), int8_ops.numbers_of(given.frame), given.per_sample,
+        layer.bias, shared, residual, x.dtype,
     )
-    if not isinstance(layer, nn.Conv2d):
-        return layer.with_branch(y.reshape(*x.shape[:-1], -1), x)
+    if not conv:
+        return y.reshape(*x.shape[:-1], -1)
     if given.frame is None:
         y = y.reshape(x.shape[0], *x.shape[2:], -1)
-    return layer.with_branch(y.permute(0, 3, 1, 2), x)
+    return y.permute(0, 3, 1, 2)
 
 
-def _input(layer: QuantLayer, x: Tensor) -> _Input:
+def given_input(layer: QuantLayer, x: Tensor) -> Given:
+    """How an input of this shape lies in memory and what encodes it now; of a linear layer, the last size of ``x`` does
+    not matter."""
     pointwise = isinstance(layer, nn.Conv2d) and _pointwise(layer)
     scale, inverse, zero, times, kind = _tables(layer, x)
     if isinstance(layer, nn.Conv2d) and not pointwise:
         pad, stride = int(layer._reversed_padding_repeated_twice[0]), int(layer.stride[0])
         frame = Frame(x.shape[0], x.shape[2], x.shape[3], layer.kernel_hw, pad, stride, kind == ONE_ROW)
-        return _Input(x, frame, 1, scale, inverse, zero, times, kind)
-    rows = (x.permute(0, 2, 3, 1) if pointwise else x).reshape(-1, layer.in_channels_)
-    samples = x.shape[0] if x.ndim > 1 else 1
-    return _Input(rows, None, max(1, rows.shape[0] // max(1, samples)), scale, inverse, zero, times, kind)
+        return Given(frame, 1, scale, inverse, zero, times, kind)
+    places = x.shape[2:] if pointwise else x.shape[1:-1]
+    return Given(None, max(1, math.prod(places)), scale, inverse, zero, times, kind)
+
+
+def _rows(layer: QuantLayer, x: Tensor, frame: Frame | None) -> Tensor:
+    """The input as rows of channels, where it is not framed."""
+    if frame is not None:
+        return x
+    return (x.permute(0, 2, 3, 1) if isinstance(layer, nn.Conv2d) else x).reshape(-1, layer.in_channels_)
 
 
 def _pointwise(layer: Any) -> bool:
@@ -143,13 +171,13 @@ def _kept(layer: QuantLayer, what: str, make: Callable[[], Tensor]) -> Tensor:
     return found
 
 
-def _codes(layer: QuantLayer, x: Tensor, given: _Input) -> Tensor:
+def input_rows(layer: QuantLayer, x: Tensor, given: Given) -> Tensor:
     """The codes less 128: by one kernel, or written out where a compiler can join it with what stands before."""
     if layer.input is None:
         raise ValueError("the input of this layer is not quantized")
     if torch.compiler.is_compiling():
         return codes_in_graph(layer, x, given.frame)
-    rows, factor = given.rows, layer.input_scale
+    rows, factor = _rows(layer, x, given.frame), layer.input_scale
     if layer.spec.rotation != "none":
         rows, factor = layer.prepare(x).reshape(rows.shape), None
     tops = layer.input.row_tops()
@@ -177,8 +205,8 @@ def codes_in_graph(layer: QuantLayer, x: Tensor, frame: Frame | None) -> Tensor:
 
 def input_codes(layer: QuantLayer, x: Tensor) -> Tensor:
     """The activation codes that the products are made from, uint8, shape of ``x``."""
-    given = _input(layer, x)
-    a, parts, start = _codes(layer, x, given), [], 0
+    given = given_input(layer, x)
+    a, parts, start = input_rows(layer, x, given), [], 0
     for count, width in zip(layer.segments, packing.padded(layer.segments), strict=True):
         parts.append(a[:, start : start + count])
         start += width
@@ -195,8 +223,8 @@ def input_codes(layer: QuantLayer, x: Tensor) -> Tensor:
 
 def accumulators(layer: QuantLayer, x: Tensor) -> list[Tensor]:
     """int32 sums of ``(code_a - zero_a) * (code_w - zero_w)`` of each segment, shapes as `cpu.accumulators`."""
-    given, widths = _input(layer, x), packing.padded(layer.segments)
-    a, w = _codes(layer, x, given), int8_weight(layer)
+    given, widths = given_input(layer, x), packing.padded(layer.segments)
+    a, w = input_rows(layer, x, given), int8_weight(layer)
     tables = Tables(given.scale, given.zero_point, given.times, given.kind, layer.weight_scale, weight_sum(layer))
     if x.is_cuda:
         count = len(a) if given.frame is None else given.frame.batch * given.frame.out[0] * given.frame.out[1]

@@ -30,17 +30,22 @@ def affine_parameters(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Te
     low, high = low.float().clamp_max(0), high.float().clamp_min(0)
     if grid.signed:
         bound = torch.maximum(-low, high)
-        scale = bound / max(grid.mid - 1, 1)
+        scale = _divided(bound, max(grid.mid - 1, 1))
         flat, size = bound <= 0, bound
         zero_point = torch.full_like(scale, grid.mid)
     else:
-        scale = (high - low).clamp_max(_LARGEST) / (grid.levels - 1)  # the difference may pass float32's range
+        scale = _divided((high - low).clamp_max(_LARGEST), grid.levels - 1)  # the difference may pass float32's range
         size = torch.maximum(-low, high)
         flat = size <= 0
         zero_point = torch.round(-low * reciprocal(scale.clamp_min(_TINY))).clamp(0, grid.levels - 1)
     scale = torch.where(scale < _TINY, size, scale)  # a range below the smallest normal number: one step spans it
     scale = torch.where(flat | (scale < _TINY), torch.ones_like(scale), scale)
     return scale, zero_point
+
+
+def _divided(values: Tensor, by: int) -> Tensor:
+    """The quotient, rounded once on every device: by a number, CUDA multiplies with its rounded reciprocal."""
+    return values / torch.full((), by, dtype=torch.float32, device=values.device)
 
 
 def flat_parameters(value: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,150 @@
+"""Blocks of diffusers on codes: what stands before a product gives int8, what stands behind it is part of it.
+
+    ResnetBlock2D            GroupNorm, SiLU and encode in one pass; the time embedding and the shortcut are added where
+                             the convolutions round
+    BasicTransformerBlock    LayerNorm and encode in one pass; queries, keys and values as one product; GEGLU and the
+                             encode behind it in the product's epilogue; residuals are added where products round
+    Transformer2DModel       the GroupNorm and encode before its first projection; the picture that came in is added
+                             where its last one rounds
+
+`fuse` gives a block whose parts are all plain a class that derives from its own (as PyTorch's parametrizations do) and
+has its name, which libraries look for. Its forward takes the fused way while every layer in it runs by ``cuda-int8``
+and nothing asks for what lies between: a hook on a part, a gradient, an attention mask, a processor or adapter put in
+later, samples at different times. Otherwise it is the class's own forward.
+
+The fused way rounds less: to half precision after a norm, an activation and a product's sum, but not between a product
+and what is added to it. Norms sum in another order than torch's. So outputs differ from the unfused in last bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from bitbrush.kernels import gpu
+from bitbrush.kernels.triton_int8 import ONE_ROW
+
+if TYPE_CHECKING:
+    from bitbrush.network.layers import QuantLayer
+
+Parts = dict[str, nn.Module]
+KERNEL = "cuda-int8"
+
+
+class FusedBlock(nn.Module):
+    """What the class of a fused block is mixed with.
+
+    Attributes:
+        joined: Layers joined to one product, by what they are for; made where the weights are.
+    """
+
+    plain_class: type[nn.Module]
+    joined: dict[str, Any]
+
+    def join(self) -> None:
+        """Make what is kept of several layers, where their weights are."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self.join()
+        return self
+
+
+@cache
+def _kinds() -> dict[type[nn.Module], tuple[type[FusedBlock], Callable[[Any], str | None]]]:
+    """diffusers' classes, what each is mixed with, and what says why a block cannot be fused."""
+    from diffusers.models.attention import BasicTransformerBlock
+    from diffusers.models.resnet import ResnetBlock2D
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
+
+    from bitbrush.kernels import block_resnet, block_spatial, block_transformer
+
+    return {ResnetBlock2D: (block_resnet.FusedResnet, block_resnet.unfit),
+            BasicTransformerBlock: (block_transformer.FusedTransformer, block_transformer.unfit),
+            Transformer2DModel: (block_spatial.FusedSpatial, block_spatial.unfit)}  # fmt: skip
+
+
+@cache
+def _mixed(base: Any) -> Any:
+    """The class of a fused block: it has the name of diffusers' class."""
+    return type(base.__name__, (_kinds()[base][0], base), {"plain_class": base, "__module__": base.__module__})
+
+
+def fuse(model: nn.Module) -> dict[str, str]:
+    """Let every block that can be compute on codes.
+
+    Returns:
+        Block name to ``fused``, or to the reason why not.
+    """
+    answer: dict[str, str] = {}
+    if not any(hasattr(module, "declare_packed") for module in model.modules()):
+        return answer
+    for name, block in model.named_modules():
+        if type(block) not in _kinds():
+            continue
+        reason = _kinds()[type(block)][1](block)
+        answer[name] = reason or "fused"
+        if reason is None:
+            made: Any = block
+            made.__class__, made.joined = _mixed(made.__class__), {}
+            made.join()
+    return answer
+
+
+def unfuse(model: nn.Module) -> None:
+    """Give every block its own class back."""
+    found: list[Any] = [block for block in model.modules() if isinstance(block, FusedBlock)]
+    for block in found:
+        block.__class__ = block.plain_class
+        del block.joined
+
+
+def fused(model: nn.Module) -> list[str]:
+    """Names of the blocks that compute on codes."""
+    return [name for name, block in model.named_modules() if isinstance(block, FusedBlock)]
+
+
+# ---- what can be fused -----------------------------------------------------------------------------------------------
+def unfit_layer(layer: Any, name: str) -> str | None:
+    """Why a layer's input cannot be encoded by what stands before it, whatever kernel runs it."""
+    if not hasattr(layer, "declare_packed"):
+        return f"{name} is not a packed layer"
+    if layer.face != "packed" or layer.input is None or layer.spec.weight is None:
+        return f"{name} has a weight or an input that is not quantized"
+    spec = layer.input.spec
+    if spec.mode != "static" or spec.time_bits or layer.input.group_of is not None:
+        return f"{name} has scales that change with the input, or bits that change with time"
+    if layer.spec.rotation != "none" or layer.low_rank is not None:
+        return f"{name} has a rotation or a low-rank branch"
+    if not isinstance(layer, nn.Conv2d) and len(layer.segments) > 1:
+        return f"{name} is a linear layer of several segments"
+    reason = gpu.unable(layer)
+    return reason and f"{name}: {reason}"
+
+
+def first_reason(layers: Parts) -> str | None:
+    """The first layer that is unfit, and why."""
+    return next(filter(None, (unfit_layer(layer, name) for name, layer in layers.items())), None)
+
+
+def watched(parts: Iterable[nn.Module]) -> bool:
+    """Whether a hook wants to see what goes into or out of a part."""
+    return any(part._forward_hooks or part._forward_pre_hooks for part in parts)
+
+
+def ready(layers: Iterable[QuantLayer], x: Tensor) -> bool:
+    """Whether every layer is run by this kernel now, by one row of its table for all samples of an input like ``x``."""
+    from bitbrush import kernels
+
+    if torch.is_grad_enabled() and x.requires_grad:
+        return False
+    for layer in layers:
+        if not hasattr(layer, "declare_packed") or kernels.taken(layer, x) != KERNEL:
+            return False
+        if gpu.given_input(layer, x).kind != ONE_ROW:
+            return False
+    return True

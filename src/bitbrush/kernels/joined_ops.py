@@ -1,0 +1,112 @@
+"""Products that take a neighbour's work with them, as torch ops: Triton on CUDA, the definition elsewhere.
+
+    bitbrush::int8_joined    layers of one input and one size as one product: queries, keys and values
+    bitbrush::int8_gated     a product, GEGLU of its two halves, and the codes of the next layer
+
+Both are for linear layers of one segment whose activation tables have one row at a time (ONE_ROW): `scale` and
+`inverse` float32 ``[T, 1]``, `zero_point` uint8 or float32 ``[T, 1]``, `times` int64 ``[1]``. They give the same
+integers and the same roundings as `int8_ops` one after the other, which is their definition here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu
+
+from bitbrush.kernels import int8_ops
+from bitbrush.kernels.triton_int8 import ONE_ROW
+from bitbrush.numbers import packing
+
+_LIBRARY = torch.library.Library("bitbrush", "FRAGMENT")
+_LIBRARY.define(
+    "int8_joined(Tensor a, Tensor w, Tensor[] scale, Tensor[] zero_point, Tensor[] times, Tensor weight_scale, "
+    "Tensor weight_sum, int width, int parts, Tensor? bias, ScalarType dtype) -> Tensor"
+)
+_LIBRARY.define(
+    "int8_gated(Tensor a, Tensor w, Tensor scale, Tensor zero_point, Tensor times, Tensor weight_scale, "
+    "Tensor weight_sum, int width, Tensor? bias, Tensor next_inverse, Tensor next_zero_point, Tensor next_times, "
+    "int next_top, Tensor? factor, ScalarType dtype) -> Tensor"
+)
+
+
+# ---- joined ----------------------------------------------------------------------------------------------------------
+def _joined_plain(
+    a: Tensor, w: Tensor, scale: list[Tensor], zero_point: list[Tensor], times: list[Tensor], weight_scale: Tensor,
+    weight_sum: Tensor, width: int, parts: int, bias: Tensor | None, dtype: torch.dtype,
+) -> Tensor:
+    """Part by part.
+
+    Args:
+        a: int8 ``[M, K]`` where one table serves all parts, else ``[parts * M, K]``: the codes of part p are rows
+            ``p * M`` and following.
+        w: int8 ``[parts * N, K]``.
+        scale, zero_point, times: Of each part's codes, or one of each for all.
+        weight_scale: float32 ``[parts * N, 1]``.
+        weight_sum: int32 ``[1, parts * N]``.
+        width: K, padded.
+        bias: ``[parts * N]``.
+
+    Returns:
+        ``[M, parts * N]``.
+    """
+    inputs, (n, left) = a.chunk(len(scale)), divmod(w.shape[0], parts)
+    if left or len(scale) not in (1, parts):
+        raise ValueError(f"{parts} parts of {w.shape[0]} rows with {len(scale)} tables")
+    out = []
+    for p in range(parts):
+        q, rows = p % len(scale), slice(p * n, (p + 1) * n)
+        out.append(int8_ops._product_plain(
+            inputs[q], w[rows], scale[q], zero_point[q], times[q], ONE_ROW, weight_scale[rows], weight_sum[:, rows],
+            [width], [], 1, None if bias is None else bias[rows], None, None, dtype,
+        ))
+    return torch.cat(out, 1)
+
+
+# ---- gated -----------------------------------------------------------------------------------------------------------
+def _gated_plain(
+    a: Tensor, w: Tensor, scale: Tensor, zero_point: Tensor, times: Tensor, weight_scale: Tensor, weight_sum: Tensor,
+    width: int, bias: Tensor | None, next_inverse: Tensor, next_zero_point: Tensor, next_times: Tensor, next_top: int,
+    factor: Tensor | None, dtype: torch.dtype,
+) -> Tensor:
+    """Product, GEGLU, encode: each with its own rounding to ``dtype``.
+
+    Args:
+        a: int8 ``[M, K]``.
+        w: int8 ``[2 N, K]``: N rows of hidden channels, then N of gates.
+        bias: ``[2 N]``.
+        next_inverse, next_zero_point, next_times, next_top, factor: Of the next layer's encode (`int8_encode`).
+
+    Returns:
+        Codes less 128 of ``hidden * gelu(gate)``, int8 ``[M, padded(N)]``.
+    """
+    both = int8_ops._product_plain(a, w, scale, zero_point, times, ONE_ROW, weight_scale, weight_sum, [width], [], 1,
+                                   bias, None, None, dtype)
+    hidden, gate = both.chunk(2, 1)
+    return int8_ops._encode_plain(hidden * gelu(gate), next_inverse, next_zero_point, next_times, ONE_ROW,
+                                  [hidden.shape[1]], next_top, None, [], 1, factor)
+
+
+# ---- shapes ----------------------------------------------------------------------------------------------------------
+def _joined_shape(
+    a: Tensor, w: Tensor, scale: list[Tensor], zero_point: list[Tensor], times: list[Tensor], weight_scale: Tensor,
+    weight_sum: Tensor, width: int, parts: int, bias: Tensor | None, dtype: torch.dtype,
+) -> Tensor:
+    return a.new_empty((a.shape[0] // len(scale), w.shape[0]), dtype=dtype)
+
+
+def _gated_shape(
+    a: Tensor, w: Tensor, scale: Tensor, zero_point: Tensor, times: Tensor, weight_scale: Tensor, weight_sum: Tensor,
+    width: int, bias: Tensor | None, next_inverse: Tensor, next_zero_point: Tensor, next_times: Tensor, next_top: int,
+    factor: Tensor | None, dtype: torch.dtype,
+) -> Tensor:
+    return a.new_empty((a.shape[0], packing.padded((w.shape[0] // 2,))[0]), dtype=torch.int8)
+
+
+for _name, _cuda, _plain, _shape in (
+    ("int8_joined", _joined_plain, _joined_plain, _joined_shape),
+    ("int8_gated", _gated_plain, _gated_plain, _gated_shape),
+):
+    _LIBRARY.impl(_name, _cuda, "CUDA")
+    _LIBRARY.impl(_name, _plain, "CPU")
+    torch.library.register_fake(f"bitbrush::{_name}", _shape, lib=_LIBRARY)

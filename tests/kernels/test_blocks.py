@@ -1,0 +1,276 @@
+"""Blocks on codes: the same values as layer by layer, and the class's own way wherever something is asked of them."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bitbrush import kernels
+from bitbrush.kernels import blocks, gpu, gpu_decode
+from bitbrush.network import wrap
+from bitbrush.network.layers import QuantLayer, QuantLinear
+from bitbrush.numbers import packing
+from bitbrush.numbers.grid import ActivationSpec, Grid, LayerSpec, Plan, WeightSpec
+
+TIMES = (1.0, 500.0, 999.0)
+FUSED = {"group_norm_encode": 30, "layer_norm_encode": 18, "int8_joined": 12, "int8_gated": 6}
+"""Operations of one call of `network`: 12 residual blocks, 6 transformer blocks with projections around them."""
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations of this package."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        space, _, name = str(function).removesuffix(".default").partition(".")
+        self.count[name] += space == "bitbrush"
+        return function(*args, **(kwargs or {}))
+
+
+def fill(layer: QuantLayer, generator: torch.Generator) -> None:
+    """Random codes and tables of a packed layer."""
+    weight, buffers = layer.spec.weight, layer._buffers
+    bits, middle = weight.grid.bits, weight.grid.mid
+    shape = (layer.out_channels_, layer.in_channels_, *layer.kernel_hw)
+    codes = torch.randint(0, 1 << bits, shape, dtype=torch.uint8, generator=generator)
+    layer.weight_zero_point.fill_(middle)
+    layer.weight_scale.copy_((torch.rand(layer.weight_scale.shape, generator=generator) + 0.5) / (middle * 30))
+    rows = packing.weight_rows(codes, layer.segments, layer.weight_zero_point)
+    buffers[f"codes{bits}"] = packing.pack_class(rows, bits, weight)
+    table = layer.input
+    table.set_scale(torch.rand(table.scale.shape, generator=generator) * 0.01 + 0.03,
+                    torch.randint(110, 140, table.scale.shape, generator=generator))
+    if layer.input_scale is not None:
+        layer.input_scale.copy_(torch.rand(layer.input_scale.shape, generator=generator) + 0.5)
+
+
+def network(bits: int = 4, linear: bool = True, **options: Any) -> UNet2DConditionModel:
+    """A small UNet with cross-attention, packed with random codes; a row of scales a timestep."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(32, 64), layers_per_block=2,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=24, attention_head_dim=8, norm_num_groups=8, use_linear_projection=linear,
+    ).eval().requires_grad_(False)  # fmt: skip
+    spec = LayerSpec(
+        weight=WeightSpec(grid=Grid(bits=bits, signed=bits == 8)),
+        activation=ActivationSpec(timed=True, **options.pop("activation", {})), **options,
+    )
+    kinds = (nn.Linear, nn.Conv2d)
+    layers = {name: spec for name, module in unet.named_modules() if isinstance(module, kinds)}
+    wrap.declare(unet, Plan(layers=layers, timesteps=TIMES))
+    generator = torch.Generator().manual_seed(1)
+    for layer in wrap.layers(unet).values():
+        fill(layer, generator)
+    return unet
+
+
+@pytest.fixture(autouse=True)
+def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel for GPUs, on the CPU: its operations have a plain form there."""
+    monkeypatch.setattr(gpu_decode, "has_triton_package", lambda: True)
+    monkeypatch.setattr(gpu, "why_not", lambda layer, kind: gpu.unable(layer))
+
+
+def inputs(batch: int = 2, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents, a timestep, the prompt's embedding."""
+    generator = torch.Generator().manual_seed(2)
+    x, prompt = (torch.randn(size, generator=generator).to(dtype) for size in ((batch, 4, 8, 8), (batch, 5, 24)))
+    return x, torch.tensor(500), prompt
+
+
+def called(unet: nn.Module, *given: Any, **more: Any) -> tuple[Tensor, Counter[str]]:
+    """Output and operations."""
+    operations = Operations()
+    with operations:
+        out = unet(*given, **more).sample
+    return out, operations.count
+
+
+def recorded(unet: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
+    """Every block with what it was given and gave, layer by layer."""
+    found: dict[str, Any] = {}
+    hooks = [
+        block.register_forward_hook(
+            lambda _, args, kwargs, out, name=name: found.__setitem__(name, (args, kwargs, out)), with_kwargs=True)
+        for name, block in unet.named_modules() if type(block) in blocks._kinds()
+    ]  # fmt: skip
+    with torch.no_grad():
+        unet(*inputs())
+    for hook in hooks:
+        hook.remove()
+    return ((name, unet.get_submodule(name), values) for name, values in found.items())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("other", [False, True])
+def test_a_fused_block_gives_what_its_layers_give(bits: int, other: bool) -> None:
+    unet = network(bits, linear=not other, input_scale=other)
+    kernels.use(unet, "cuda-int8")
+    blocks.unfuse(unet)
+    given = list(recorded(unet))
+    assert set(blocks.fuse(unet).values()) == {"fused"} and len(given) == len(blocks.fused(unet)) == 24
+    clock = next(iter(wrap.layers(unet).values())).input._clock[0]
+    operations = Operations()
+    for name, block, (args, kwargs, want) in given:
+        with operations, clock.at(torch.tensor(500)), torch.no_grad():
+            got = block(*args, **kwargs)
+        got, want = (out[0] if isinstance(out, tuple) else out for out in (got, want))
+        changed = (got - want).abs() > 1e-4 * want.abs().max()  # a code at an edge may fall to its other side
+        assert got.shape == want.shape and changed.float().mean() < 0.05, name
+    assert all(operations.count[name] >= count for name, count in FUSED.items())
+
+
+@torch.no_grad()
+def test_the_whole_network_is_as_near_to_float_as_without() -> None:
+    unet = network(8)
+    reference, _ = called(unet, *inputs())
+    kernels.use(unet, "cuda-int8")
+    got, count = called(unet, *inputs())
+    assert {name: count[name] for name in FUSED} == FUSED
+    assert float((got - reference).norm() / reference.norm()) < 0.1
+    kernels.use(unet, "reference")
+    again, count = called(unet, *inputs())
+    assert torch.equal(again, reference) and not blocks.fused(unet) and count["int8_gated"] == 0
+
+
+@torch.no_grad()
+def test_half_precision_and_channels_last() -> None:
+    unet = network(4).to(torch.bfloat16)
+    reference, _ = called(unet, *inputs(dtype=torch.bfloat16))
+    kernels.use(unet, "cuda-int8")
+    x, time, prompt = inputs(dtype=torch.bfloat16)
+    outputs = [called(unet, each, time, prompt)[0] for each in (x, x.to(memory_format=torch.channels_last))]
+    assert all(out.dtype == torch.bfloat16 for out in outputs)
+    assert float((outputs[0] - outputs[1]).float().norm() / outputs[0].float().norm()) < 0.1
+    assert float((outputs[0] - reference).float().norm() / reference.float().norm()) < 0.2
+
+
+@torch.no_grad()
+def test_whatever_asks_for_more_gets_the_classes_own_way() -> None:
+    unet = network()
+    kernels.use(unet, "cuda-int8")
+    x, time, prompt = inputs()
+    _, plain = called(unet, x, time, prompt)
+    ran = 0
+    _, count = called(unet, x, torch.tensor([500, 1]), prompt)  # samples at different times
+    assert not any(count[name] for name in FUSED)
+    mask = torch.ones(2, 5)
+    _, count = called(unet, x, time, prompt, encoder_attention_mask=mask)
+    assert count["int8_gated"] == 0 and count["group_norm_encode"] == FUSED["group_norm_encode"]
+    block = unet.down_blocks[0].attentions[0].transformer_blocks[0]
+    for part in (block.norm1, block.attn1, block.ff.net[0], block.attn2.to_k):
+        seen: list[Any] = []
+        hook = part.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        _, count = called(unet, x, time, prompt)
+        hook.remove()
+        assert seen and count["int8_gated"] == plain["int8_gated"] - 1
+        ran += 1
+    block.attn1.set_processor(AttnProcessor())
+    _, count = called(unet, x, time, prompt)
+    assert count["int8_gated"] == plain["int8_gated"] - 1
+    layer = block.attn2.to_q
+    layer.input.enabled = False
+    _, count = called(unet, x, time, prompt)
+    assert count["int8_gated"] == plain["int8_gated"] - 1 and ran == 4
+
+
+def test_gradients_take_the_reference() -> None:
+    unet = network()
+    kernels.use(unet, "cuda-int8")
+    x, time, prompt = inputs()
+    out, count = called(unet, x.requires_grad_(), time, prompt)
+    assert not any(count[name] for name in FUSED) and out.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"activation": {"mode": "dynamic", "granularity": "token"}}, "scales that change"),
+        ({"low_rank": 2}, "low-rank branch"),
+        ({"rotation": "hadamard"}, "rotation"),
+    ],
+)
+def test_reasons_by_name(options: dict[str, Any], reason: str) -> None:
+    assert reason in (blocks.unfit_layer(_layer(options), "to_q") or "")
+    assert "not a packed layer" in (blocks.unfit_layer(nn.Linear(2, 2), "to_q") or "")
+
+
+def _layer(options: dict[str, Any]) -> QuantLayer:
+    spec = LayerSpec(
+        weight=WeightSpec(grid=Grid(bits=4)), activation=ActivationSpec(**options.pop("activation", {})), **options
+    )
+    layer = QuantLinear.wrap(nn.Linear(32, 32), spec, None, 1)
+    layer.declare_packed()
+    return layer
+
+
+@torch.no_grad()
+def test_joined_layers_share_their_bytes_wherever_they_are(tmp_path: Path) -> None:
+    unet = network(8)
+    before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
+    size = sum(tensor.untyped_storage().nbytes() for tensor in _storages(unet))
+    kernels.use(unet, "cuda-int8")
+    for moved in (unet, copy.deepcopy(unet), unet.to(torch.bfloat16).to(torch.float32)):
+        block = moved.down_blocks[0].attentions[0].transformer_blocks[0]
+        whole = block.joined["queries, keys and values"].codes
+        starts = [layer.codes8.data_ptr() for layer in (block.attn1.to_q, block.attn1.to_k)]
+        assert whole.data_ptr() == starts[0] < starts[1] < whole.data_ptr() + whole.numel()
+        assert sum(tensor.untyped_storage().nbytes() for tensor in _storages(moved)) == size
+    after = unet.state_dict()
+    assert after.keys() == before.keys() and len(before) > 500
+    codes = [name for name in before if "codes" in name]
+    assert len(codes) > 100 and all(torch.equal(after[name], before[name]) for name in codes)
+
+
+def _storages(model: nn.Module) -> list[Tensor]:
+    return list({tensor.untyped_storage().data_ptr(): tensor for tensor in model.state_dict().values()}.values())
+
+
+def test_a_network_is_one_graph_and_a_small_one() -> None:
+    unet = network()
+    nodes, frames = [], []
+    for fused in (False, True):
+        kernels.use(unet, "cuda-int8")
+        if not fused:
+            blocks.unfuse(unet)
+        counter = CompileCounter()
+        torch._dynamo.reset()
+        graph = torch.compile(unet, backend=counter, fullgraph=True)
+        x, _, prompt = inputs()
+        with torch.no_grad():
+            for time in (999, 500, 1):
+                given = (x, torch.tensor(time), prompt)
+                assert torch.equal(graph(*given).sample, unet(*given).sample)
+                frames.append(counter.frame_count)
+        nodes.append(counter.op_count)
+    assert len(set(frames)) == 1  # nothing is compiled again at another timestep
+    assert nodes[1] < 0.7 * nodes[0]
+
+
+def test_classes_keep_their_names_and_come_back() -> None:
+    unet = network()
+    kinds = [type(module) for module in unet.modules()]
+    kernels.use(unet, "auto")
+    named = [type(module).__name__ for module in unet.modules()]
+    assert named == [kind.__name__ for kind in kinds] and len(blocks.fused(unet)) == 24
+    assert all(isinstance(module, kind) for module, kind in itertools.zip_longest(unet.modules(), kinds))
+    kernels.use(unet, "auto")  # twice is once
+    assert len(blocks.fused(unet)) == 24
+    kernels.use(unet, "reference")
+    assert [type(module) for module in unet.modules()] == kinds

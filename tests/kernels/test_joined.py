@@ -1,0 +1,81 @@
+"""Joined and gated products: their definitions against single products, GEGLU and encode; shapes for tracing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bitbrush.kernels import joined_ops
+from bitbrush.kernels.triton_int8 import ONE_ROW
+
+OPS = torch.ops.bitbrush
+assert joined_ops.__doc__  # its import makes the operations
+
+
+def _int8(g: torch.Generator, *shape: int) -> Tensor:
+    return torch.randint(-128, 128, shape, dtype=torch.int8, generator=g)
+
+
+def _table(g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """(scale, zero-point, times) of a table of four rows."""
+    zero = torch.randint(90, 166, (4, 1), generator=g).to(torch.uint8)
+    return torch.rand((4, 1), generator=g) * 0.005 + 0.001, zero, torch.randint(0, 4, (1,), generator=g)
+
+
+def _weight(g: torch.Generator, rows: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(w, scale, sum, bias)."""
+    w = _int8(g, rows, width)
+    scale, bias = torch.rand((rows, 1), generator=g) * 0.01, torch.randn(rows, generator=g)
+    return w, scale, w.sum(1, dtype=torch.int32)[None], bias
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("parts, tables, biased", [(3, 3, False), (3, 1, False), (2, 2, True), (2, 1, True)])
+def test_joined_is_each_product_beside_the_next(parts: int, tables: int, biased: bool, dtype: torch.dtype) -> None:
+    g, n, m = torch.Generator().manual_seed(parts), 40, 7
+    a, (w, scale_w, total, bias) = _int8(g, tables * m, 64), _weight(g, parts * n, 64)
+    scales, zeros, times = (list(t) for t in zip(*(_table(g) for _ in range(tables)), strict=True))
+    got = OPS.int8_joined(a, w, scales, zeros, times, scale_w, total, 64, parts, bias if biased else None, dtype)
+    assert got.shape == (m, parts * n) and got.dtype == dtype and len(got.unique()) > 100
+    for p in range(parts):
+        q, rows = p % tables, slice(p * n, (p + 1) * n)
+        want = OPS.int8_product(
+            a[q * m : (q + 1) * m], w[rows], scales[q], zeros[q], times[q], ONE_ROW, scale_w[rows], total[:, rows],
+            [64], [], 1, bias[rows] if biased else None, None, None, dtype,
+        )
+        assert torch.equal(got[:, rows], want)
+
+
+def test_joined_refuses_what_does_not_divide() -> None:
+    g = torch.Generator().manual_seed(1)
+    a, (w, scale_w, total, _), table = _int8(g, 6, 32), _weight(g, 6, 32), _table(g)
+    for parts, tables in ((4, 1), (3, 2)):
+        with pytest.raises(ValueError, match=f"{parts} parts of 6 rows with {tables} tables"):
+            OPS.int8_joined(a, w, *([t] * tables for t in table), scale_w, total, 32, parts, None, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("n, scaled", [(40, False), (64, True)])
+def test_gated_is_product_geglu_and_encode(n: int, scaled: bool, dtype: torch.dtype) -> None:
+    g, m = torch.Generator().manual_seed(n), 9
+    a, (w, scale_w, total, bias), table = _int8(g, m, 32), _weight(g, 2 * n, 32), _table(g)
+    inverse, zero, times = 1 / torch.tensor([[0.01], [0.05]]), torch.tensor([[5.0], [77.0]]), torch.tensor([1])
+    factor = torch.rand(n, generator=g) + 0.5 if scaled else None
+    got = OPS.int8_gated(a, w, *table, scale_w, total, 32, bias, inverse, zero, times, 255, factor, dtype)
+    both = OPS.int8_product(a, w, *table, ONE_ROW, scale_w, total, [32], [], 1, bias, None, None, dtype)
+    y = both[:, :n] * nn.functional.gelu(both[:, n:])
+    want = OPS.int8_encode(y, inverse, zero, times, ONE_ROW, [n], 255, None, [], 1, factor)
+    assert got.dtype == torch.int8 and got.shape == (m, 64) and torch.equal(got, want)
+    assert (got[:, n:] == 77 - 128).all() and len(got[:, :n].unique()) > 50
+
+
+def test_shapes_for_tracing_are_those_of_the_operations() -> None:
+    g = torch.Generator().manual_seed(2)
+    a, (w, scale_w, total, bias), table = _int8(g, 6, 32), _weight(g, 20, 32), _table(g)
+    joined = (a, w, *([t] * 2 for t in table), scale_w, total, 32, 2, bias, torch.bfloat16)
+    gated = (a, w, *table, scale_w, total, 32, bias, *table, 255, None, torch.bfloat16)
+    for op, args in ((OPS.int8_joined.default, joined), (OPS.int8_gated.default, gated)):
+        found = torch.library.opcheck(op, args)
+        assert set(found.values()) == {"SUCCESS"}
+    assert OPS.int8_joined(*joined).shape == (3, 20) and OPS.int8_gated(*gated).shape == (6, 32)
