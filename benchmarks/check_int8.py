@@ -6,8 +6,10 @@
 For every layer of the pairwise grids (bits 1 to 8, mixed and symmetric rows, symmetry, static and timed tables, dynamic
 scales, segments, ragged rows, kernels, strides, layouts, dtypes): codes of the input, int32 sums and the decoded
 weight must equal those of the CPU, where they are tested against int64 arithmetic; outputs are compared in their own
-dtype. Layers that a kernel refuses are counted by reason. Every cut of the product is run on one layer of each kind.
-Norms and GEGLU joined with the encode: codes equal those of the CPU where a norm is exact, and within one elsewhere.
+dtype. Layers that a kernel refuses are counted by reason. Every cut of the product is run on one layer of each kind,
+and of joined and gated products, which must equal single products, and GEGLU and encode after one (erf's last bit may
+move a code by one); these also with kernels launched before the one ahead of them ends, many in a row. Norms and GEGLU
+with the encode: codes equal those of the CPU where a norm is exact, and within one elsewhere.
 """
 
 from __future__ import annotations
@@ -26,10 +28,11 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
+import bitbrush.kernels.joined_ops  # noqa: E402, F401 - makes the operations
 import builder  # noqa: E402
 import norm_cases  # noqa: E402
 from bitbrush.kernels import cpu, cpu_fused, gpu, gpu_decode, int8_ops, triton_int8, tuning  # noqa: E402
-from bitbrush.kernels.triton_int8 import Tables  # noqa: E402
+from bitbrush.kernels.triton_int8 import ONE_ROW, Tables  # noqa: E402
 from bitbrush.numbers import packing  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "kernels"
@@ -87,7 +90,7 @@ def cuts(device: str) -> dict[str, Any]:
                             gpu.weight_sum(there))
             widths = packing.padded(there.segments)
             want = torch.stack(int8_ops.plain_sums(a, w, tables, list(widths), given.frame, given.per_sample))
-            for cut in tuning.CANDIDATES:
+            for cut in (*tuning.CANDIDATES, *tuning.GATHERED):
                 kept = torch.empty_like(want)
                 try:
                     triton_int8.product(a, w, tables, widths, torch.float32, frame=given.frame,
@@ -101,7 +104,7 @@ def cuts(device: str) -> dict[str, Any]:
     return {"ran": ran, "wrong": wrong, "refused": dict(refused)}
 
 
-def joined(device: str) -> dict[str, Any]:
+def norms(device: str) -> dict[str, Any]:
     """Norms, GEGLU and encode on the device beside the CPU."""
     importlib.import_module("bitbrush.kernels.norm_ops")  # registers them
 
@@ -111,6 +114,55 @@ def joined(device: str) -> dict[str, Any]:
         return call(*there).cpu(), call(*args)
 
     return norm_cases.compared(run)
+def weight_of(rows: int, width: int, device: str) -> tuple[torch.Tensor, ...]:
+    """(w, scale, sum, bias) of a random weight."""
+    w = torch.randint(-128, 128, (rows, width), dtype=torch.int8, device=device)
+    return (w, torch.rand((rows, 1), device=device) * 0.01, w.sum(1, dtype=torch.int32)[None],
+            torch.randn(rows, device=device))
+
+
+def chain(device: str, seed: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
+    """Joined, gated and single products, each reading what the one before it wrote, and what each should have given."""
+    torch.manual_seed(seed)
+    ops, (m, n, k, parts) = torch.ops.bitbrush, (190, 320, 160, 3)
+    tables = [(torch.rand((4, 1), device=device) * 0.002 + 0.001, torch.randint(90, 166, (4, 1), device=device).byte(),
+               torch.randint(0, 4, (1,), device=device)) for _ in range(parts)]
+    a = torch.randint(-128, 128, (parts * m, k), dtype=torch.int8, device=device)
+    (w, scale, total, bias), gate, out = (weight_of(*s, device) for s in ((parts * n, k), (2 * n, n), (n, n)))
+    inverse, zero, times = torch.full((4, 1), 3.0, device=device), tables[0][1].float(), tables[0][2]
+    y = ops.int8_joined(a, w, *map(list, zip(*tables, strict=True)), scale, total, k, parts, bias, dtype)
+    codes = ops.int8_encode(y[:, :n], inverse, zero, times, ONE_ROW, [n], 255, None, [], 1, None)
+    found = ops.int8_gated(codes, gate[0], *tables[1], *gate[1:3], n, gate[3], inverse, zero, times, 255, None, dtype)
+    last = ops.int8_product(found, out[0], *tables[2], ONE_ROW, *out[1:3], [n], [], 1, out[3], None, None, dtype)
+    single = torch.cat([ops.int8_product(
+        a[p * m : (p + 1) * m], w[p * n : (p + 1) * n], *tables[p], ONE_ROW, scale[p * n : (p + 1) * n],
+        total[:, p * n : (p + 1) * n], [k], [], 1, bias[p * n : (p + 1) * n], None, None, dtype,
+    ) for p in range(parts)], 1)
+    hidden, opened = ops.int8_product(codes, gate[0], *tables[1], ONE_ROW, *gate[1:3], [n], [], 1, gate[3], None, None,
+                                      dtype).chunk(2, 1)
+    value = hidden * torch.nn.functional.gelu(opened)
+    after = ops.int8_encode(value, inverse, zero, times, ONE_ROW, [n], 255, None, [], 1, None)
+    return {"joined": y, "single": single, "gated": found, "after": after, "last": last}
+
+
+def fused(device: str) -> dict[str, Any]:
+    """Joined and gated products in every cut, in order and launched early."""
+    usual, report = tuning.config, {"ran": 0, "codes": 0, "codes_unequal": 0, "wrong": []}
+    for i, cut in enumerate((*tuning.CANDIDATES, *tuning.GATHERED)):
+        tuning.config = lambda problem, device, run, cut=cut: cut  # type: ignore[assignment]
+        found = chain(device, i)
+        apart = (found["gated"].int() - found["after"].int()).abs()
+        report["ran"], report["codes"] = report["ran"] + 1, report["codes"] + apart.numel()
+        report["codes_unequal"] += int((apart > 0).sum())
+        if not torch.equal(found["joined"], found["single"]) or apart.max() > 1:
+            report["wrong"].append(str(cut))
+        os.environ["BITBRUSH_EARLY"] = "1"
+        again = [chain(device, i) for _ in range(20)]
+        del os.environ["BITBRUSH_EARLY"]
+        if any(not torch.equal(each[name], found[name]) for each in again for name in found):
+            report["wrong"].append(f"launched early: {cut}")
+    tuning.config = usual
+    return report
 
 
 def main() -> None:
@@ -138,8 +190,9 @@ def main() -> None:
         "refused": dict(collections.Counter(row["refused"] for row in rows if "refused" in row)),
         "unequal": [row for row in rows if not all(row.get(key, True) for key in EQUAL)],
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "torch": torch.__version__,
-        "joined": joined(device), "command": "python benchmarks/check_int8.py",
+        "norms": norms(device), "command": "python benchmarks/check_int8.py",
     }
+    report["fused"] = fused(device)
     if device == "cuda":
         report["cuts"] = cuts(device)
     print(json.dumps(report, indent=1))

@@ -1,20 +1,24 @@
-"""Every cut of the int8 product at shapes of SDXL and FLUX, beside cuBLAS and cuDNN in bf16 and ``torch._int_mm``.
+"""Every cut of the int8 products at shapes of SDXL and FLUX, beside cuBLAS and cuDNN in bf16 and ``torch._int_mm``.
 
     python benchmarks/tune_int8.py [--out FOLDER] [--budget SECONDS] [--only TEXT]     # a CUDA device with Triton
     TRITON_INTERPRET=1 python benchmarks/tune_int8.py --smoke                          # tiny shapes in the interpreter
 
-What it is for: to choose `bitbrush.kernels.tuning.CANDIDATES` and its rule. Times are of CUDA graphs of many launches
-(no gaps of the launching), median of five; TOP/s count multiply-adds as two. Written after every shape.
+What it is for: to choose `bitbrush.kernels.tuning.CANDIDATES` and its rule, and to see what joining saves: layers of
+one size as one product beside one product each, and a product with GEGLU and encode in it beside the three in turn
+(GEGLU and encode as operations of their own, and as the compiler joins them). Each time is of a CUDA graph of many
+launches (no gaps of the launching), median of five; ``early`` is the fastest cut's where a kernel is launched before
+the one ahead ends (``BITBRUSH_EARLY``). TOP/s count multiply-adds as two. Written after every shape.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +26,9 @@ import torch
 from torch import Tensor
 
 from bitbrush.kernels import triton_int8
-from bitbrush.kernels.triton_int8 import ONE_ROW, Config, Extra, Frame, Tables, fitting
-from bitbrush.kernels.tuning import CANDIDATES
+from bitbrush.kernels.triton_int8 import JOINED, ONE_ROW, Config, Extra, Frame, Next, Tables, fitting
+from bitbrush.kernels.tuning import CANDIDATES, GATHERED
+from bitbrush.numbers.codec import encode
 from bitbrush.numbers.packing import padded
 
 RESULTS = Path(__file__).parent / "results" / "speed"
@@ -37,10 +42,16 @@ CONVOLUTIONS = (
     (2, 32, 2560, 1280), (2, 64, 320, 640), (2, 128, 640, 320),
 )
 """(batch, side, channels, rows), 3x3."""
-MORE = (Config(128, 128, 128, 8, 8, 3, persistent=True), Config(128, 256, 64, 8, 8, 4),
-        Config(64, 256, 128, 8, 8, 3), Config(256, 64, 128, 8, 8, 4),
-        Config(256, 128, 64, 8, 8, 4), Config(128, 128, 256, 8, 8, 2),
-        Config(256, 256, 64, 8, 8, 3), Config(128, 256, 128, 4, 8, 3), Config(128, 256, 128, 16, 8, 3))
+LAYERS = ((2048, 1280, 1280, 3), (8192, 640, 640, 3), (154, 1280, 2048, 2), (154, 640, 2048, 2))
+"""(M, N, K, layers): queries, keys and values; keys and values of the prompt. Each layer has codes of its own."""
+GATES = ((2048, 10240, 1280), (8192, 5120, 640))
+"""(M, 2 N, K)."""
+MORE = (
+    Config(128, 128, 128, 8, 8, 3, together=1),  # what the limit of registers is worth
+    Config(128, 128, 128, 16, 8, 3), Config(128, 128, 64, 8, 4, 6), Config(128, 64, 128, 8, 4, 3, together=3),
+    Config(64, 256, 64, 8, 4, 3), Config(128, 256, 128, 8, 8, 3, together=1),
+    Config(64, 16, 128, 8, 4, 8, together=1), Config(128, 128, 64, 8, 8, 4, tma=False),
+)  # fmt: skip
 
 
 def graph_time(run: Callable[[], Any], device: str) -> float:
@@ -66,7 +77,7 @@ def graph_time(run: Callable[[], Any], device: str) -> float:
     return statistics.median(times[1:])
 
 
-def tables(rows: int, columns: int, device: str) -> Tables:
+def tables(columns: int, device: str) -> Tables:
     """One segment, one row."""
     scale = torch.rand((1, 1), device=device) * 0.01 + 0.01
     return Tables(scale, torch.full((1, 1), 120, dtype=torch.uint8, device=device),
@@ -81,51 +92,116 @@ def int8(shape: tuple[int, ...], device: str) -> Tensor:
 
 def cuts(widths: tuple[int, ...], frame: Frame | None) -> list[Config]:
     """What is tried, without repetitions."""
-    return list(dict.fromkeys(fitting(c, widths, frame) for c in (*CANDIDATES, *MORE)))
+    return list(dict.fromkeys(fitting(c, widths, frame) for c in (*CANDIDATES, *GATHERED, *MORE)))
 
 
-def measured(a: Tensor, w: Tensor, table: Tables, width: int, frame: Frame | None, small: bool) -> list[dict[str, Any]]:
-    """Time of every cut that runs, fastest first."""
-    device, bias = a.device.type, torch.zeros(w.shape[0], device=a.device)
+def measured(run: Callable[[Config], Any], tried: list[Config], device: str) -> list[dict[str, Any]]:
+    """Time of every cut that runs, fastest first; the first one's also where kernels are launched early."""
     out = []
-    tried = [Config(16, 16, 32, 2, 4, 2)] if small else cuts((width,), frame)
-    for cut in tried:
-        def run(cut: Config = cut) -> Tensor:
-            return triton_int8.product(a, w, table, (width,), torch.bfloat16, frame=frame, extra=Extra(bias),
-                                       config=cut)
-
+    for cut in [Config(16, 32, 32, 2, 4, 2)] if device == "cpu" else tried:
         try:
-            out.append({"us": round(graph_time(run, device), 2), **asdict(cut)})
+            out.append({"us": round(graph_time(lambda cut=cut: run(cut), device), 2), **asdict(cut)})
         except Exception as error:  # noqa: BLE001 - a cut that the GPU cannot hold is a result here
             out.append({"error": f"{type(error).__name__}: {str(error)[:80]}", **asdict(cut)})
             torch.cuda.synchronize() if device == "cuda" else None
-    return sorted(out, key=lambda row: row.get("us", float("inf")))
+    out.sort(key=lambda row: row.get("us", float("inf")))
+    if "us" in out[0]:
+        os.environ["BITBRUSH_EARLY"] = "1"
+        try:
+            out[0]["early_us"] = round(graph_time(lambda: run(chosen(out)), device), 2)
+        finally:
+            del os.environ["BITBRUSH_EARLY"]
+    return out
 
 
-def product(shape: tuple[int, ...], device: str, small: bool) -> dict[str, Any]:
+def chosen(found: list[dict[str, Any]]) -> Config:
+    """The fastest cut."""
+    return Config(**{key: value for key, value in found[0].items() if key in Config.__dataclass_fields__})
+
+
+def bf16(device: str, *shapes: tuple[int, ...]) -> list[Tensor]:
+    """Random values."""
+    return [torch.randn(shape, device=device, dtype=torch.bfloat16) for shape in shapes]
+
+
+def product(shape: tuple[int, ...], device: str) -> dict[str, Any]:
     """One linear shape."""
     m, n, k = shape
-    a, w = int8((m, k), device), int8((n, k), device)
-    found = measured(a, w, tables(m, n, device), k, None, small)
-    x, weight = (torch.randn(s, device=device, dtype=torch.bfloat16) for s in ((m, k), (n, k)))
+    a, w, table = int8((m, k), device), int8((n, k), device), tables(n, device)
+    extra = Extra(torch.zeros(n, device=device))
+    found = measured(lambda cut: triton_int8.product(a, w, table, (k,), torch.bfloat16, extra=extra, config=cut),
+                     cuts((k,), None), device)
+    x, weight = bf16(device, (m, k), (n, k))
     peers = {"bf16": graph_time(lambda: torch.nn.functional.linear(x, weight), device)}
     if m > 16:
         peers["int_mm"] = graph_time(lambda: torch._int_mm(a, w.t()), device)
     return {"kind": "product", "shape": shape, "flops": 2 * m * n * k, "peers": peers, "cuts": found}
 
 
-def convolution(shape: tuple[int, ...], device: str, small: bool) -> dict[str, Any]:
+def convolution(shape: tuple[int, ...], device: str) -> dict[str, Any]:
     """One 3x3 shape."""
     batch, side, channels, rows = shape
     frame, width = Frame(batch, side, side, (3, 3), 1, 1), padded((channels,))[0]
-    a, w = int8((frame.rows, width), device), int8((rows, 9 * width), device)
-    found = measured(a, w, tables(1, rows, device), width, frame, small)
-    kind = {"device": device, "dtype": torch.bfloat16}
-    x = torch.randn((batch, channels, side, side), **kind).contiguous(memory_format=torch.channels_last)
-    weight = torch.randn((rows, channels, 3, 3), **kind).contiguous(memory_format=torch.channels_last)
+    a, w, table = int8((frame.rows, width), device), int8((rows, 9 * width), device), tables(rows, device)
+    extra = Extra(torch.zeros(rows, device=device))
+    found = measured(lambda cut: triton_int8.product(a, w, table, (width,), torch.bfloat16, frame=frame, extra=extra,
+                                                     config=cut), cuts((width,), frame), device)
+    x, weight = (t.contiguous(memory_format=torch.channels_last) for t in bf16(
+        device, (batch, channels, side, side), (rows, channels, 3, 3)))
     peers = {"bf16": graph_time(lambda: torch.nn.functional.conv2d(x, weight, padding=1), device)}
     flops = 2 * batch * side * side * rows * channels * 9
     return {"kind": "convolution", "shape": shape, "flops": flops, "peers": peers, "cuts": found}
+
+
+def joined(shape: tuple[int, ...], device: str) -> dict[str, Any]:
+    """Layers of one size as one product; beside it one product each, in the cut that is the fastest for them."""
+    m, n, k, parts = shape
+    a, w, one, dtype = int8((parts * m, k), device), int8((parts * n, k), device), tables(n, device), torch.bfloat16
+    each = [(one.scale, one.zero_point, one.times)] * (parts - 1)
+    table = replace(tables(parts * n, device), kind=JOINED, others=tuple(each))
+    found = measured(lambda cut: triton_int8.product(a, w, table, (k,), dtype, config=cut), cuts((k,), None), device)
+    left, right = a.chunk(parts), w.chunk(parts)
+    single = chosen(measured(lambda cut: triton_int8.product(left[0], right[0], one, (k,), dtype, config=cut),
+                             cuts((k,), None), device))
+
+    def in_turn() -> None:
+        for p in range(parts):
+            triton_int8.product(left[p], right[p], one, (k,), dtype, config=single)
+
+    x, weight = bf16(device, (m, k), (parts * n, k))
+    peers = {"in turn": graph_time(in_turn, device),
+             "bf16 joined": graph_time(lambda: torch.nn.functional.linear(x, weight), device)}
+    return {"kind": "joined", "shape": shape, "flops": 2 * m * n * k * parts, "peers": peers, "cuts": found}
+
+
+def gated(shape: tuple[int, ...], device: str) -> dict[str, Any]:
+    """A product with GEGLU and the next layer's encode in it; beside it the three in turn."""
+    m, n, k = shape
+    a, w, table, bias = int8((m, k), device), int8((n, k), device), tables(n, device), torch.zeros(n, device=device)
+    dtype, half = torch.bfloat16, (n // 2,)
+    then = Next(1 / table.scale, table.zero_point, table.times, 255)
+    found = measured(lambda cut: triton_int8.gated(a, w, table, k, dtype, then, bias=bias, config=cut),
+                     cuts((k,), None), device)
+    single = chosen(measured(lambda cut: triton_int8.product(a, w, table, (k,), dtype, extra=Extra(bias), config=cut),
+                             cuts((k,), None), device))
+
+    def values() -> Tensor:
+        return triton_int8.product(a, w, table, (k,), dtype, extra=Extra(bias), config=single)
+
+    def written_out(both: Tensor) -> Tensor:
+        hidden, gate = both.chunk(2, 1)
+        y = hidden * torch.nn.functional.gelu(gate)
+        return (encode(y, then.inverse, then.zero_point.float(), 255) - 128).to(torch.int8)
+
+    def in_turn() -> Tensor:
+        hidden, gate = values().chunk(2, 1)
+        return triton_int8.encode(hidden * torch.nn.functional.gelu(gate), then.inverse, then.zero_point, then.times,
+                                  ONE_ROW, half, padded(half), 255)
+
+    after = torch.compile(written_out) if device == "cuda" else written_out
+    peers = {"in turn": graph_time(in_turn, device), "compiled": graph_time(lambda: after(values()), device),
+             "product alone": graph_time(values, device)}
+    return {"kind": "gated", "shape": shape, "flops": 2 * m * n * k, "peers": peers, "cuts": found}
 
 
 def line(row: dict[str, Any]) -> str:
@@ -134,7 +210,7 @@ def line(row: dict[str, Any]) -> str:
     if best is None:
         return f"{row['kind']:12s} {row['shape']!s:28s} nothing ran: {row['cuts'][0]['error']}"
     cut = "x".join(str(best[k]) for k in ("bm", "bn", "bk"))
-    cut += f" w{best['warps']} s{best['stages']}" + " tma" * best["tma"] + " persistent" * best["persistent"]
+    cut += f" w{best['warps']} s{best['stages']}" + " tma" * best["tma"] + f", early {best['early_us']:.1f} us"
     peers = "  ".join(f"{k} {v:.1f} us ({v / best['us']:.2f} x)" for k, v in row["peers"].items())
     return (f"{row['kind']:12s} {row['shape']!s:28s} {best['us']:9.1f} us {row['flops'] / best['us'] / 1e6:7.0f} TOP/s"
             f"  {peers}   {cut}")
@@ -145,20 +221,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--budget", type=float, default=500, help="seconds after which no new shape is begun")
-    parser.add_argument("--only", default="", help="product or convolution")
+    parser.add_argument("--only", default="", help="product, convolution, joined or gated")
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
     device = "cpu" if args.smoke else "cuda"
     torch.backends.cudnn.benchmark = True
-    small: tuple[Any, ...] = (((40, 24, 64),), ((1, 6, 32, 16),))
-    shapes = [(product, s) for s in (small[0] if args.smoke else PRODUCTS)]
-    shapes += [(convolution, s) for s in (small[1] if args.smoke else CONVOLUTIONS)]
+    shapes: list[tuple[Callable[..., dict[str, Any]], tuple[int, ...]]] = []
+    for kind, small, given in ((gated, (40, 48, 64), GATES), (joined, (40, 24, 64, 3), LAYERS),
+                               (product, (40, 24, 64), PRODUCTS), (convolution, (1, 6, 32, 16), CONVOLUTIONS)):
+        shapes += [(kind, shape) for shape in ((small,) if args.smoke else given)]
     rows: list[dict[str, Any]] = []
     start = time.monotonic()
     for measure, shape in shapes:
         if time.monotonic() - start > args.budget or args.only not in measure.__name__:
             continue
-        rows.append(measure(shape, device, args.smoke))
+        rows.append(measure(shape, device))
         print(line(rows[-1]), flush=True)
         if not args.smoke:
             args.out.mkdir(parents=True, exist_ok=True)

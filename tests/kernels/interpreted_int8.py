@@ -168,8 +168,8 @@ def cases() -> list[tuple[Case, Config, bool]]:
     """Layers, how the product is cut, and whether everything is added."""
     out: list[tuple[Case, Config, bool]] = []
     seeds = itertools.count(1)
-    for tma, persistent in ((False, False), (True, False), (False, True)):
-        config = Config(**SMALL, tma=tma, persistent=persistent)
+    for tma in (False, True):
+        config = Config(**SMALL, tma=tma)
         for kind in (ONE_ROW, BY_SAMPLE, BY_ROW):
             out.append((Case((37,), 21, 4, kind, next(seeds)), config, True))
         out.append((Case((64, 32), 17, 8, ONE_ROW, next(seeds)), config, False))
@@ -177,6 +177,8 @@ def cases() -> list[tuple[Case, Config, bool]]:
         for kind in (ONE_ROW, BY_SAMPLE):
             frame = Frame(2, 5, 4, (3, 3), 1, 1, shared=kind == ONE_ROW)
             out.append((Case((33,), 18, 4, kind, next(seeds), frame), config, True))
+        wide = Config(**{**SMALL, "bk": 64}, tma=tma)  # 352 channels: the last block goes beyond their end
+        out.append((Case((352,), 7, 8, ONE_ROW, next(seeds), Frame(1, 3, 4, (3, 3), 1, 1)), wide, True))
         out.append((Case((32, 5), 8, 2, ONE_ROW, next(seeds), Frame(1, 6, 7, (3, 3), 1, 2)), config, True))
         out.append((Case((32,), 8, 8, ONE_ROW, next(seeds), Frame(2, 3, 3, (1, 1), 0, 1)), config, False))
     return out

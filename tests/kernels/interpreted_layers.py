@@ -59,7 +59,7 @@ def main() -> None:
         _, packed, _ = builder.build(case, i)
         if gpu.unable(packed) is not None:
             continue
-        cut = Config(16, 16, 32, 2, 4, 2, tma=i % 2 == 0, persistent=i % 3 == 0)
+        cut = Config(16, 16, 32, 2, 4, 2, tma=i % 2 == 0)
         tuning.config = lambda problem, device, run, cut=cut: cut  # type: ignore[assignment]
         x = builder.make_input(case, i)
         with packed.input._clock[0].at(builder.timestep(case)), torch.no_grad():

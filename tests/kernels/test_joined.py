@@ -1,14 +1,25 @@
-"""Joined and gated products: their definitions against single products, GEGLU and encode; shapes for tracing."""
+"""Joined and gated products: their definitions against single products, GEGLU and encode; shapes for tracing; the
+kernels in Triton's interpreter against the definitions."""
 
 from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from bitbrush.kernels import joined_ops
-from bitbrush.kernels.triton_int8 import ONE_ROW
+from bitbrush.kernels import int8_ops, joined_ops
+from bitbrush.kernels.triton_int8 import ONE_ROW, Frame
 
+SOURCE = Path(__file__).resolve().parents[2] / "src"
+TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 OPS = torch.ops.bitbrush
 assert joined_ops.__doc__  # its import makes the operations
 
@@ -70,6 +81,26 @@ def test_gated_is_product_geglu_and_encode(n: int, scaled: bool, dtype: torch.dt
     assert (got[:, n:] == 77 - 128).all() and len(got[:, :n].unique()) > 50
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("spatial", [False, True])
+def test_what_is_added_to_a_product_is_added_before_its_one_rounding(spatial: bool, dtype: torch.dtype) -> None:
+    g, n = torch.Generator().manual_seed(3), 24
+    frame = Frame(2, 3, 4, (3, 3), 1, 1) if spatial else None
+    a = _int8(g, frame.rows if frame else 24, 32)
+    (w, scale_w, total, bias), table = _weight(g, n, 32 * (9 if frame else 1)), _table(g)
+    shared, residual = (torch.randn(shape, generator=g).to(dtype) for shape in ((2, n), (24, n)))
+
+    def product(*added: Tensor | None, kind: torch.dtype) -> Tensor:
+        found = OPS.int8_product(a, w, *table, ONE_ROW, scale_w, total, [32], int8_ops.numbers_of(frame), 12, bias,
+                                 *added, kind)
+        return found.reshape(24, n)
+
+    plain = product(None, None, kind=torch.float32)
+    got = product(shared, residual.reshape(2, 3, 4, n) if spatial else residual, kind=dtype)
+    assert torch.equal(got, (plain + shared.float().repeat_interleave(12, 0) + residual.float()).to(dtype))
+    assert not torch.equal(got, product(shared, None, kind=dtype)) and got.isfinite().all()
+
+
 def test_shapes_for_tracing_are_those_of_the_operations() -> None:
     g = torch.Generator().manual_seed(2)
     a, (w, scale_w, total, bias), table = _int8(g, 6, 32), _weight(g, 20, 32), _table(g)
@@ -79,3 +110,30 @@ def test_shapes_for_tracing_are_those_of_the_operations() -> None:
         found = torch.library.opcheck(op, args)
         assert set(found.values()) == {"SUCCESS"}
     assert OPS.int8_joined(*joined).shape == (3, 20) and OPS.int8_gated(*gated).shape == (6, 32)
+
+
+def _interpreted(*args: str) -> dict[str, Any]:
+    env = {**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}
+    file = str(Path(__file__).with_name("interpreted_joined.py"))
+    done = subprocess.run([sys.executable, file, *args], capture_output=True, text=True, env=env, timeout=300,
+                          check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+@TRITON
+def test_kernels_give_what_the_definitions_give() -> None:
+    found = _interpreted()
+    assert len(found["joined"]) == len(found["gated"]) == 6
+    assert sum(f["count"] for f in found["joined"]) > 10_000 and sum(f["inner"] for f in found["gated"]) > 2_000
+    assert all(f["unequal"] == 0 for f in found["joined"])
+    assert all(f["unequal"] <= 0.002 * f["count"] and f["worst"] <= 1 for f in found["gated"])  # erf's last bit
+
+
+@TRITON
+@pytest.mark.parametrize("fault", ["third-as-second", "rows-of-the-first", "halves", "stale"])
+def test_a_planted_fault_shows(fault: str) -> None:
+    found = _interpreted(fault)
+    kind = "joined" if "-" in fault else "gated"
+    assert sum(f["unequal"] > 0.1 * f["count"] for f in found[kind]) >= 2

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,15 +17,16 @@ POINTERS = {
     "y_ptr": "*bf16", "acc_ptr": "*bf16", "bias_ptr": "*fp32", "residual_ptr": "*bf16", "shared_ptr": "*bf16",
     "scale_a_ptr": "*fp32", "zero_a_ptr": "*u8", "times_ptr": "*i64", "scale_w_ptr": "*fp32", "sum_w_ptr": "*i32",
     "x_ptr": "*bf16", "factor_ptr": "*fp32", "inverse_ptr": "*fp32", "tops_ptr": "*fp32", "data": "*u8",
-    "weight_ptr": "*bf16", "mean_ptr": "*fp32", "square_ptr": "*fp32",
+    "weight_ptr": "*bf16", "mean_ptr": "*fp32", "square_ptr": "*fp32", "next_times_ptr": "*i64",
     "zero_ptr": "*u8", "order_ptr": "*i16", "book_ptr": "*fp16", "a": "*i8", "w": "*i8",
 }
 DIVISIBLE = {"m_count", "n_count", "length_a", "length_w", "stride_row", "length", "stride", "columns", "four", "two",
-             "one", "count"}
+             "one", "count", "width", "length_y", "part_rows"}
 
 
-def _built(kernel: Any, constants: dict[str, Any], warps: int = 4, stages: int = 3, **pointers: str) -> str:
-    """PTX of a kernel, with the specialisations that its arguments have in use."""
+def _built(kernel: Any, constants: dict[str, Any], warps: int = 4, stages: int = 3, registers: int | None = None,
+           **pointers: Any) -> str:
+    """PTX of a kernel, with the specialisations that its arguments have in use. A tuple of types: of pointers."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
@@ -40,41 +43,128 @@ def _built(kernel: Any, constants: dict[str, Any], warps: int = 4, stages: int =
             continue
         else:
             signature[name] = "fp32" if name in ("top", "eps") else "i32"
-        if signature[name].startswith("*") or name in DIVISIBLE - set(constants):
+        if isinstance(signature[name], tuple):
+            attributes |= {(i, j): [["tt.divisibility", 16]] for j in range(len(signature[name]))}
+        elif signature[name].startswith("*") or name in DIVISIBLE - set(constants):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
+    options = {"num_warps": warps, "num_stages": stages, "maxnreg": registers, "enable_fp_fusion": False}
     built = compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     ptx: str = built.asm["ptx"]
     return ptx
 
 
-def _product(config: Any, spatial: int, widths: tuple[int, ...], taps: tuple[int, int], table: int) -> str:
+def _tiles(config: Any, early: bool = False) -> dict[str, Any]:
+    return {"TMA": config.tma, "BIAS": True, "BM": config.bm, "BN": config.bn, "BK": config.bk, "GROUP": config.group,
+            "EARLY": early, "THREADS": 32 * config.warps}
+
+
+def _described(config: Any, right: str) -> dict[str, str]:
+    if not config.tma:
+        return {}
+    return {"a": f"tensordesc<i8[{config.bm}, {config.bk}]>", "w": f"tensordesc<i8[{right}, {config.bk}]>"}
+
+
+def _product(config: Any, spatial: int, widths: tuple[int, ...], taps: tuple[int, int], table: int,
+             parts: int = 1, early: bool = False, residual: bool = False) -> str:
     from bitbrush.kernels import triton_int8_kernels as kernels
 
     constants = {
-        "WIDTHS": widths, "KH": taps[0], "KW": taps[1], "TABLE": table, "SPATIAL": spatial, "TMA": config.tma,
-        "BIAS": True, "RESIDUAL": False, "SHARED": False, "KEEP": False, "BM": config.bm, "BN": config.bn,
-        "BK": config.bk, "GROUP": config.group, "PROGRAMS": 132 if config.persistent else 0,
+        "WIDTHS": widths, "KH": taps[0], "KW": taps[1], "TABLE": table, "PARTS": parts, "SPATIAL": spatial,
+        "RESIDUAL": residual, "SHARED": residual, "KEEP": False, **_tiles(config, early),
     }
-    described = {"a": f"tensordesc<i8[{config.bm}, {config.bk}]>", "w": f"tensordesc<i8[{config.bn}, {config.bk}]>"}
-    return _built(kernels.product, constants, config.warps, config.stages, **(described if config.tma else {}))
+    tables = {"scale_a_ptr": ("*fp32",) * parts, "zero_a_ptr": ("*u8",) * parts, "times_ptr": ("*i64",) * parts}
+    return _built(kernels.product, constants, config.warps, config.stages, config.registers,
+                  **_described(config, str(config.bn)), **(tables if parts > 1 else {}))
+
+
+def _gated(config: Any) -> str:
+    import triton.language as tl
+
+    from bitbrush.kernels import triton_int8_kernels as kernels
+
+    constants = {"FACTOR": True, "TYPE": tl.bfloat16, **_tiles(config)}
+    return _built(kernels.gated, constants, config.warps, config.stages, config.registers, y_ptr="*i8",
+                  zero_ptr="*fp32", **_described(config, f"2, {config.bn // 2}"))
+
+
+def _multiplies_in_flight(ptx: str, tma: bool) -> bool:
+    """On the tensor cores, from copies in flight."""
+    assert "wgmma.mma_async.sync.aligned" in ptx and ".s32.s8.s8" in ptx and "mma.sync.aligned.m" not in ptx
+    return ("cp.async.bulk.tensor" in ptx) == tma and ("cp.async.c" in ptx) != tma
 
 
 def test_products_multiply_on_the_tensor_cores_from_copies_in_flight() -> None:
-    from bitbrush.kernels.triton_int8 import FLAT, GATHERED, LINEAR, Config
+    from bitbrush.kernels.triton_int8 import FLAT, GATHERED, JOINED, LINEAR, Config
 
     built = 0
-    for config, spatial, widths, taps, table in (
-        (Config(), LINEAR, (1280,), (1, 1), 0), (Config(tma=False), LINEAR, (1280,), (1, 1), 2),
-        (Config(persistent=True), LINEAR, (640,), (1, 1), 1), (Config(bk=64), FLAT, (320,), (3, 3), 0),
-        (Config(bk=64, tma=False), GATHERED, (320,), (3, 3), 0), (Config(128, 64, 64), LINEAR, (640, 320), (1, 1), 0),
+    for config, spatial, widths, taps, table, parts in (
+        (Config(), LINEAR, (0,), (1, 1), 0, 1), (Config(tma=False), LINEAR, (0,), (1, 1), 2, 1),
+        (Config(64, 128, warps=4), LINEAR, (0,), (1, 1), 1, 1), (Config(bk=64), FLAT, (320,), (3, 3), 0, 1),
+        (Config(bk=64, tma=False), GATHERED, (320,), (3, 3), 0, 1),
+        (Config(128, 64, 64), LINEAR, (640, 320), (1, 1), 0, 1), (Config(), LINEAR, (0,), (1, 1), JOINED, 3),
     ):
-        ptx = _product(config, spatial, widths, taps, table)
-        assert "wgmma.mma_async.sync.aligned" in ptx and ".s32.s8.s8" in ptx and "mma.sync.aligned.m" not in ptx
-        assert ("cp.async.bulk.tensor" in ptx) == config.tma and ("cp.async.c" in ptx) != config.tma
+        assert _multiplies_in_flight(_product(config, spatial, widths, taps, table, parts), config.tma)
         built += 1
-    assert built == 6
+    assert built == 7
+
+
+def test_gated_products_do_so_with_both_halves_of_the_weight() -> None:
+    from bitbrush.kernels.triton_int8 import Config
+
+    for config in (Config(), Config(64, 128, warps=4), Config(tma=False)):
+        ptx = _gated(config)
+        assert _multiplies_in_flight(ptx, config.tma)
+        assert set(re.findall(r"wgmma\.mma_async\S+\.(m\d+n\d+)k", ptx)) == {"m64n128"}  # both in one instruction
+        assert set(re.findall(r"st\.global\.(\S+?)\s", ptx)) <= {"v4.b32", "v2.b32"}
+
+
+def test_a_kernel_that_is_launched_early_waits_before_it_reads_or_writes() -> None:
+    from bitbrush.kernels.triton_int8 import LINEAR, Config
+
+    early, usual = (_product(Config(), LINEAR, (0,), (1, 1), 0, early=on) for on in (True, False))
+    assert "griddepcontrol" not in usual
+    wait, launch = (early.index(f"griddepcontrol.{what};") for what in ("wait", "launch_dependents"))
+    touched = [found.start() for found in re.finditer(r"(ld|st)\.global|cp\.async\.bulk\.tensor", early)]
+    assert len(touched) > 15 and wait < launch < min(touched)
+
+
+def _needs(ptx: str, file: Path) -> tuple[int, int]:
+    """(registers of a thread, bytes spilled) by the assembler that comes with Triton."""
+    import triton
+
+    source = file / "kernel.ptx"
+    source.write_text(ptx)
+    assembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    done = subprocess.run([assembler, "-v", "--gpu-name=sm_90a", source, "-o", file / "kernel.cubin"],
+                          capture_output=True, text=True, check=True)
+    registers, spilled = (re.search(what, done.stderr) for what in (r"Used (\d+) reg", r"(\d+) bytes spill stores"))
+    assert registers and spilled
+    return int(registers[1]), int(spilled[1])
+
+
+def test_programs_fit_a_processor_as_they_are_meant_to(tmp_path: Path) -> None:
+    from bitbrush.kernels.triton_int8 import FLAT, JOINED, LINEAR, Config
+
+    for config in (Config(), Config(64, 128, warps=4, together=3)):
+        for ptx, most in (
+            (_product(config, LINEAR, (0,), (1, 1), 0), 0), (_product(config, FLAT, (640,), (3, 3), 0), 0),
+            (_product(config, LINEAR, (0,), (1, 1), JOINED, 3), 0), (_gated(config), 96),
+            (_product(config, LINEAR, (0,), (1, 1), 0, residual=True), 32),
+        ):
+            registers, spilled = _needs(ptx, tmp_path)
+            blocks = -(-registers // 8) * 8 * 32 * config.warps  # given out eight a thread at a time
+            assert spilled <= most and blocks * config.together <= 65536, (config, registers, spilled)
+
+
+def test_what_belongs_to_columns_is_read_before_the_sums_and_once_a_thread() -> None:
+    from bitbrush.kernels.triton_int8 import LINEAR, Config
+
+    for config in (Config(), Config(64, 128, warps=4), Config(64, 32, warps=4)):
+        ptx = _product(config, LINEAR, (0,), (1, 1), 0)
+        before, after = ptx[: ptx.index("wgmma")], ptx[ptx.rindex("wgmma") :]
+        assert len(re.findall(r"ld\.global", before)) == 4  # scale, sum, bias; the time
+        assert len(re.findall(r"ld\.global", after)) == 2  # scale and zero-point of the activation
 
 
 def test_one_pass_kernels_move_sixteen_bytes_at_a_time() -> None:

@@ -31,7 +31,7 @@ def _interpreted(*args: str) -> dict[str, Any]:
 @TRITON
 def test_sums_are_equal_and_outputs_within_their_rounding() -> None:
     found = _interpreted()
-    assert found["cases"] == 27 and found["sums"] > 10_000
+    assert found["cases"] == 20 and found["sums"] > 7_000
     assert found["unequal"] == 0 and found["codes"] and found["mixed_rows"]
     assert 0 < found["ratio"] <= 1
 
@@ -76,7 +76,9 @@ def test_a_frame_has_every_neighbour_at_the_same_distance(
 def test_blocks_of_columns_fit_the_segments() -> None:
     taps = Frame(1, 8, 8, (3, 3), 1, 1)
     assert fitting(Config(bk=128), (320,), None).bk == 128  # the end of a row is cut off by bounds
-    assert fitting(Config(bk=128), (320,), taps).bk == 64
+    assert fitting(Config(bk=128, stages=3), (320,), taps) == Config(bk=64, stages=6)
     assert fitting(Config(bk=128), (640, 320), None).bk == 64
     assert fitting(Config(bk=128), (96,), taps).bk == 32
+    assert fitting(Config(bk=128), (960,), taps).bk == 128  # a fifteenth more, beyond the end
+    assert fitting(Config(bk=128), (960, 320), taps).bk == 64  # beyond the end of a segment lies the next one
     assert not fitting(Config(), (64,), Frame(1, 8, 8, (3, 3), 1, 2)).tma  # strides are gathered

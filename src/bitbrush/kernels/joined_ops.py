@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu
 
-from bitbrush.kernels import int8_ops
-from bitbrush.kernels.triton_int8 import ONE_ROW
+from bitbrush.kernels import int8_ops, triton_int8, tuning
+from bitbrush.kernels.triton_int8 import JOINED, ONE_ROW, Config, Extra, Next, Tables
 from bitbrush.numbers import packing
 
 _LIBRARY = torch.library.Library("bitbrush", "FRAGMENT")
@@ -31,6 +31,26 @@ _LIBRARY.define(
 
 
 # ---- joined ----------------------------------------------------------------------------------------------------------
+def _joined_cuda(
+    a: Tensor, w: Tensor, scale: list[Tensor], zero_point: list[Tensor], times: list[Tensor], weight_scale: Tensor,
+    weight_sum: Tensor, width: int, parts: int, bias: Tensor | None, dtype: torch.dtype,
+) -> Tensor:
+    _divides(w, scale, parts)
+    kind, (first, *others) = JOINED if len(scale) > 1 else ONE_ROW, list(zip(scale, zero_point, times, strict=True))
+    tables = Tables(*first, kind, weight_scale, weight_sum, tuple(others))
+
+    def run(config: Config) -> Tensor:
+        return triton_int8.product(a, w, tables, (width,), dtype, extra=Extra(bias), config=config)
+
+    problem = tuning.Problem(a.shape[0] // len(scale), w.shape[0], (width,), 1, 1, len(scale))
+    return run(tuning.config(problem, a.device, run))
+
+
+def _divides(w: Tensor, scale: list[Tensor], parts: int) -> None:
+    if w.shape[0] % parts or len(scale) not in (1, parts):
+        raise ValueError(f"{parts} parts of {w.shape[0]} rows with {len(scale)} tables")
+
+
 def _joined_plain(
     a: Tensor, w: Tensor, scale: list[Tensor], zero_point: list[Tensor], times: list[Tensor], weight_scale: Tensor,
     weight_sum: Tensor, width: int, parts: int, bias: Tensor | None, dtype: torch.dtype,
@@ -50,10 +70,8 @@ def _joined_plain(
     Returns:
         ``[M, parts * N]``.
     """
-    inputs, (n, left) = a.chunk(len(scale)), divmod(w.shape[0], parts)
-    if left or len(scale) not in (1, parts):
-        raise ValueError(f"{parts} parts of {w.shape[0]} rows with {len(scale)} tables")
-    out = []
+    _divides(w, scale, parts)
+    inputs, n, out = a.chunk(len(scale)), w.shape[0] // parts, []
     for p in range(parts):
         q, rows = p % len(scale), slice(p * n, (p + 1) * n)
         out.append(int8_ops._product_plain(
@@ -64,6 +82,21 @@ def _joined_plain(
 
 
 # ---- gated -----------------------------------------------------------------------------------------------------------
+def _gated_cuda(
+    a: Tensor, w: Tensor, scale: Tensor, zero_point: Tensor, times: Tensor, weight_scale: Tensor, weight_sum: Tensor,
+    width: int, bias: Tensor | None, next_inverse: Tensor, next_zero_point: Tensor, next_times: Tensor, next_top: int,
+    factor: Tensor | None, dtype: torch.dtype,
+) -> Tensor:
+    tables = Tables(scale, zero_point, times, ONE_ROW, weight_scale, weight_sum)
+    then = Next(next_inverse, next_zero_point, next_times, next_top, factor)
+
+    def run(config: Config) -> Tensor:
+        return triton_int8.gated(a, w, tables, width, dtype, then, bias=bias, config=config)
+
+    problem = tuning.Problem(a.shape[0], w.shape[0], (width,), 1, 1, gated=True)
+    return run(tuning.config(problem, a.device, run))
+
+
 def _gated_plain(
     a: Tensor, w: Tensor, scale: Tensor, zero_point: Tensor, times: Tensor, weight_scale: Tensor, weight_sum: Tensor,
     width: int, bias: Tensor | None, next_inverse: Tensor, next_zero_point: Tensor, next_times: Tensor, next_top: int,
@@ -104,8 +137,8 @@ def _gated_shape(
 
 
 for _name, _cuda, _plain, _shape in (
-    ("int8_joined", _joined_plain, _joined_plain, _joined_shape),
-    ("int8_gated", _gated_plain, _gated_plain, _gated_shape),
+    ("int8_joined", _joined_cuda, _joined_plain, _joined_shape),
+    ("int8_gated", _gated_cuda, _gated_plain, _gated_shape),
 ):
     _LIBRARY.impl(_name, _cuda, "CUDA")
     _LIBRARY.impl(_name, _plain, "CPU")

@@ -1,8 +1,10 @@
-"""Launches the int8 kernels: product (linear layers and convolutions), unpack. The encode: `triton_encode`.
+"""Launches the int8 kernels: products (linear layers and convolutions), unpack. The encode: `triton_encode`.
 
 **Product.** ``a`` holds int8 codes less 128, rows of ``length_a`` bytes; ``w`` int8 ``[N, K]``, K in the order
 (segment, kh, kw, channel) of a packed row. Each segment has an int32 accumulator and a scale of its own; the epilogue
-is float32 and adds bias, a row a sample (a time embedding) and a residual before the one rounding.
+is float32 and adds bias, a row a sample (a time embedding) and a residual before the one rounding. Layers of one size
+that read the same input, or inputs of one shape, can be one product (JOINED); GEGLU and the next layer's encode can be
+part of it (`gated`).
 
 **Convolutions** read a *frame*: the input's pixels in channels-last order with a border that holds the zero-point's
 code. Rows of pixels share their border: a frame has ``pad`` pixels before each row of pixels and ``pad`` rows before
@@ -15,6 +17,7 @@ Importing this module does not import Triton.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate
@@ -23,11 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitbrush.numbers.packing import plane_starts
+from bitbrush.numbers.packing import padded, plane_starts
 
 LINEAR, FLAT, GATHERED = 0, 1, 2
-ONE_ROW, BY_SAMPLE, BY_ROW = 0, 1, 2
-"""Which row of the activation's tables serves an output: the same for all, one a sample, one a row."""
+ONE_ROW, BY_SAMPLE, BY_ROW, JOINED = 0, 1, 2, 3
+"""Which row of the activation's tables serves an output: the same for all, one a sample, one a row, or the same for all
+outputs of a layer where several are joined."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,8 @@ class Frame:
 
 @dataclass(frozen=True)
 class Config:
-    """How a product is cut: tile sizes, rows of tiles that share a column, warps, pipeline stages, copies by the tensor
-    memory accelerator, and whether a program goes through several tiles."""
+    """How a product is cut: tile sizes, rows of tiles that share a column, warps, pipeline stages, whether the tensor
+    memory accelerator copies, and how many programs are to fit a processor at once."""
 
     bm: int = 128
     bn: int = 128
@@ -88,7 +92,14 @@ class Config:
     warps: int = 8
     stages: int = 3
     tma: bool = True
-    persistent: bool = False
+    together: int = 2
+
+    @property
+    def registers(self) -> int | None:
+        """Of a thread, at most, where the compiler has to be told: it takes 130 of them for convolutions in tiles of
+        128 x 128, and of 65536 in a processor that leaves one program what two could share."""
+        most = 65536 // (32 * self.warps * self.together)
+        return most if most <= 128 else None
 
 
 @dataclass(frozen=True)
@@ -97,10 +108,11 @@ class Tables:
 
     Args:
         scale, zero_point: Of the activation, float32 and uint8 or float32 ``[T, S]``, or ``[rows, S]`` (BY_ROW).
-        times: int64: ``[1]`` (ONE_ROW), ``[samples]`` (BY_SAMPLE).
-        kind: ONE_ROW, BY_SAMPLE or BY_ROW.
+        times: int64: ``[1]`` (ONE_ROW, JOINED), ``[samples]`` (BY_SAMPLE).
+        kind: ONE_ROW, BY_SAMPLE, BY_ROW or JOINED.
         weight_scale: float32 ``[N, S]``.
         weight_sum: int32 ``[S, N]``: of ``code - zero_point`` over each segment.
+        others: (scale, zero_point, times) of the layers after the first (JOINED, one segment).
     """
 
     scale: Tensor
@@ -109,6 +121,7 @@ class Tables:
     kind: int
     weight_scale: Tensor
     weight_sum: Tensor
+    others: tuple[tuple[Tensor, Tensor, Tensor], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -120,15 +133,31 @@ class Extra:
     residual: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Next:
+    """What encodes the output of a gated product for the layer that follows: `encode` with one row of the tables."""
+
+    inverse: Tensor
+    zero_point: Tensor
+    times: Tensor
+    top: int
+    factor: Tensor | None = None
+
+
 def fitting(config: Config, widths: tuple[int, ...], frame: Frame | None) -> Config:
-    """The config with a block of columns that the segments can be cut into, and without what they do not allow."""
-    taps = 1 if frame is None else frame.kernel[0] * frame.kernel[1]
+    """The config with a block of columns that the segments can be cut into, and without what they do not allow.
+
+    A block may go beyond the end of a single segment, where ``a`` has bounds: convolutions pay for it at every tap, so
+    they do where it is at most a tenth. Of narrower blocks more are on their way, up to eight.
+    """
+    taps, alone = 1 if frame is None else frame.kernel[0] * frame.kernel[1], len(widths) == 1
     bk = config.bk
-    if taps > 1 or len(widths) > 1:
-        while any(width % bk for width in widths):
-            bk //= 2
+    while any(width % bk for width in widths) and not (
+        alone and (taps == 1 or -(-widths[0] // bk) * bk * 10 <= widths[0] * 11)
+    ):
+        bk //= 2
     tma = config.tma and (frame is None or frame.stride == 1) and bk >= 32
-    return replace(config, bk=bk, tma=tma)
+    return replace(config, bk=bk, tma=tma, stages=max(config.stages, min(config.stages * config.bk // bk, 8)))
 
 
 def product(
@@ -138,7 +167,7 @@ def product(
     """The output of a linear layer ``[M, N]`` or a convolution ``[B, H', W', N]``.
 
     Args:
-        a: int8 ``[M, length_a]``, or a frame ``[frame.rows, length_a]``.
+        a: int8 ``[M, length_a]``, or a frame ``[frame.rows, length_a]``; the rows of each layer in turn (JOINED).
         w: int8 ``[N, length_w]``.
         widths: Padded channels of each segment.
         per_sample: Rows of a sample (linear layers).
@@ -147,9 +176,9 @@ def product(
     from bitbrush.kernels import triton_int8_kernels as kernels
 
     extra, config = extra or Extra(), fitting(config or Config(), widths, frame)
-    n = w.shape[0]
+    n, parts, given = w.shape[0], 1 + len(tables.others), (tables.scale, tables.zero_point, tables.times)
     if frame is None:
-        m = out_rows = a.shape[0]
+        m = out_rows = a.shape[0] // parts
         shape: tuple[int, ...] = (m, n)
         spatial, (out_h, out_w), place = LINEAR, (1, 1), Frame(1, 1, 1)
     else:
@@ -160,31 +189,87 @@ def product(
     y = torch.empty(shape, dtype=dtype, device=a.device)
     if not y.numel():
         return y
+    columns = n // parts
     left, right = _operands(a, w, config)
-    tiles = -(-m // config.bm) * -(-n // config.bn)
-    programs = min(tiles, processors(a.device)) if config.persistent else 0
     with torch.cuda.device_of(a):
-        kernels.product[(programs or tiles,)](
+        kernels.product[(-(-m // config.bm) * -(-columns // config.bn) * parts,)](
             left, right, y, y if sums is None else sums, *(y if t is None else t for t in (
                 extra.bias, extra.residual, extra.shared)),
-            tables.scale, tables.zero_point, tables.times, tables.weight_scale, tables.weight_sum,
-            m, n, out_rows, per_sample, place.pitch, place.height, out_h, out_w, place.stride, a.stride(0), w.stride(0),
-            WIDTHS=widths, KH=place.kernel[0], KW=place.kernel[1], TABLE=tables.kind, SPATIAL=spatial, TMA=config.tma,
-            BIAS=extra.bias is not None, RESIDUAL=extra.residual is not None, SHARED=extra.shared is not None,
-            KEEP=sums is not None, BM=config.bm, BN=config.bn, BK=config.bk, GROUP=config.group, PROGRAMS=programs,
-            num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False,
+            *(zip(given, *tables.others, strict=True) if tables.kind == JOINED else given), tables.weight_scale,
+            tables.weight_sum, m, columns, out_rows, m if parts > 1 else 0, per_sample, place.pitch, place.height,
+            out_h, out_w, place.stride, a.stride(0), w.stride(0), widths[0],
+            WIDTHS=widths if frame is not None or len(widths) > 1 else (0,), KH=place.kernel[0], KW=place.kernel[1],
+            TABLE=tables.kind, PARTS=parts, SPATIAL=spatial, TMA=config.tma, BIAS=extra.bias is not None,
+            RESIDUAL=extra.residual is not None, SHARED=extra.shared is not None, KEEP=sums is not None,
+            **_cut(config, a.device),
         )
     return y
 
 
-def _operands(a: Tensor, w: Tensor, config: Config) -> tuple[Any, Any]:
+def gated(
+    a: Tensor, w: Tensor, tables: Tables, width: int, dtype: torch.dtype, then: Next, *, bias: Tensor | None = None,
+    config: Config | None = None,
+) -> Tensor:
+    """Codes less 128 of ``hidden * gelu(gate)``, int8 ``[M, padded(N)]``.
+
+    Args:
+        a: int8 ``[M, width]``.
+        w: int8 ``[2 N, width]``: N rows of hidden channels, then N of gates; ``bias`` ``[2 N]`` likewise.
+        tables: ONE_ROW.
+        dtype: To which product, gelu and their product are rounded.
+    """
+    import triton.language as tl
+
+    from bitbrush.kernels import triton_int8_kernels as kernels
+
+    config = fitting(config or Config(), (width,), None)
+    m, n = a.shape[0], w.shape[0] // 2
+    y = torch.empty((m, padded((n,))[0]), dtype=torch.int8, device=a.device)
+    if not y.numel():
+        return y
+    left, right = _operands(a, w, config, paired=True)
+    with torch.cuda.device_of(a):
+        kernels.gated[(-(-m // config.bm) * -(-y.shape[1] // (config.bn // 2)),)](
+            left, right, y, y if bias is None else bias, tables.scale, tables.zero_point, tables.times,
+            tables.weight_scale, tables.weight_sum, y if then.factor is None else then.factor, then.inverse,
+            then.zero_point, then.times, float(then.top), m, n, a.stride(0), w.stride(0), y.stride(0), width,
+            TMA=config.tma, BIAS=bias is not None, FACTOR=then.factor is not None,
+            TYPE=getattr(tl, str(dtype).removeprefix("torch.")), **_cut(config, a.device),
+        )
+    return y
+
+
+def _cut(config: Config, device: torch.device) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "BM": config.bm, "BN": config.bn, "BK": config.bk, "GROUP": config.group, "THREADS": 32 * config.warps,
+        "EARLY": early(device), "num_warps": config.warps, "num_stages": config.stages, "maxnreg": config.registers,
+        "enable_fp_fusion": False,
+    }
+    return {**options, "launch_pdl": True} if options["EARLY"] else options
+
+
+def early(device: torch.device) -> bool:
+    """Whether a kernel is launched while the one before it still runs, for whose end it then waits itself: this hides
+    the time of a launch. ``BITBRUSH_EARLY=1``, on GPUs that can."""
+    return os.environ.get("BITBRUSH_EARLY") == "1" and device.type == "cuda" and _capability(device) >= (9, 0)
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def _operands(a: Tensor, w: Tensor, config: Config, paired: bool = False) -> tuple[Any, Any]:
+    """Pointers or descriptors of copies: of two halves of w's rows at once where they are paired."""
     if not config.tma:
         return a, w
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    return (
-        TensorDescriptor.from_tensor(a, [config.bm, config.bk]), TensorDescriptor.from_tensor(w, [config.bn, config.bk])
-    )
+    left = TensorDescriptor.from_tensor(a, [config.bm, config.bk])
+    if paired:
+        halves = w.unflatten(0, (2, -1))
+        return left, TensorDescriptor.from_tensor(halves, [2, config.bn // 2, config.bk])
+    return left, TensorDescriptor.from_tensor(w, [config.bn, config.bk])
 
 
 def unpack(

@@ -7,11 +7,22 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from bitbrush.kernels.triton_decode_kernels import codes
+from bitbrush.kernels.triton_encode_kernels import centred
+from bitbrush.kernels.triton_norm_kernels import gelu, rounded
 
 
 # ---- the product -----------------------------------------------------------------------------------------------------
+@triton.jit
+def _begin(EARLY: tl.constexpr):
+    """With EARLY the kernel was launched before the one ahead of it ended: wait for that, let the next one launch."""
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
 @triton.jit
 def _place(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
     """(row, column) of a tile. GROUP rows of tiles share a column before the next one, so both operands stay in L2."""
@@ -41,28 +52,37 @@ def _geometry(m, pitch, height, out_h, out_w, stride, per_sample, SPATIAL: tl.co
 
 @triton.jit
 def _segment_sum(
-    a, w, rows, first, n, m_ok, n_ok, a_start, w_start, pitch, length_a, length_w,
-    WIDTH: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, TMA: tl.constexpr,
+    a, w, rows, first, n, m_ok, n_ok, a_start, w_start, pitch, length_a, length_w, width,
+    KH: tl.constexpr, KW: tl.constexpr, TMA: tl.constexpr, PAIRED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):
-    """int32 ``[BM, BN]``: the sum over one segment's columns and all kernel positions."""
-    PER_TAP: tl.constexpr = (WIDTH + BK - 1) // BK
+    """int32 ``[BM, BN]``: the sum over one segment's columns and all kernel positions.
+
+    PAIRED: the copy of ``w`` has three dimensions, half of a tile's columns each from one half of its rows.
+    """
+    per_tap = (width + BK - 1) // BK
     acc = tl.zeros((BM, BN), dtype=tl.int32)
-    for step in range(KH * KW * PER_TAP):
-        tap, column = step // PER_TAP, (step % PER_TAP) * BK
+    for step in range(KH * KW * per_tap):
+        if KH * KW == 1:
+            tap, column = 0, step * BK
+        else:
+            tap, column = step // per_tap, (step % per_tap) * BK
         offset = (tap // KW) * pitch + tap % KW
         if TMA:
             left = a.load([first + offset, a_start + column])
-            right = w.load([n, w_start + tap * WIDTH + column])
+            if PAIRED:
+                right = tl.reshape(w.load([0, n, w_start + column]), (BN, BK))
+            else:
+                right = w.load([n, w_start + tap * width + column])
         else:
             k = column + tl.arange(0, BK)
-            inside = k < WIDTH
+            inside = k < width
             left = tl.load(
                 a + (rows + offset).to(tl.int64)[:, None] * length_a + (a_start + k)[None, :],
                 mask=m_ok[:, None] & inside[None, :], other=0,
             )
             right = tl.load(
-                w + n.to(tl.int64)[:, None] * length_w + (w_start + tap * WIDTH + k)[None, :],
+                w + n.to(tl.int64)[:, None] * length_w + (w_start + tap * width + k)[None, :],
                 mask=n_ok[:, None] & inside[None, :], other=0,
             )
         acc = tl.dot(left, tl.trans(right), acc, out_dtype=tl.int32)
@@ -70,93 +90,208 @@ def _segment_sum(
 
 
 @triton.jit
-def _tile(
-    a, w, y_ptr, acc_ptr, bias_ptr, residual_ptr, shared_ptr, scale_a_ptr, zero_a_ptr, times_ptr, scale_w_ptr,
-    sum_w_ptr, m0, n0, m_count, n_count, out_rows, per_sample, pitch, height, out_h, out_w, stride, length_a, length_w,
-    WIDTHS: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, TABLE: tl.constexpr, SPATIAL: tl.constexpr,
-    TMA: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SHARED: tl.constexpr, KEEP: tl.constexpr,
+def _time(times_ptr, sample, where, kept, part, TABLE: tl.constexpr, PARTS: tl.constexpr):
+    """The row of the activation's tables: a number, or ``[BM]``. See `Tables.kind`; 3: of each part's own tables."""
+    if TABLE == 0:
+        return tl.load(times_ptr)
+    elif TABLE == 1:
+        return tl.load(times_ptr + sample, mask=kept, other=0)
+    elif TABLE == 2:
+        return where.to(tl.int64)
+    else:
+        chosen = times_ptr[0]
+        for p in tl.static_range(1, PARTS):
+            if part == p:
+                chosen = times_ptr[p]
+        return tl.load(chosen)
+
+
+@triton.jit
+def _activation(scale_ptr, zero_ptr, time, s, kept, part, COUNT: tl.constexpr, TABLE: tl.constexpr,
+                PARTS: tl.constexpr):
+    """(scale, zero-point) of segment s: numbers, or ``[BM, 1]``."""
+    at = time * COUNT + s
+    if TABLE == 0:
+        return tl.load(scale_ptr + at), tl.load(zero_ptr + at).to(tl.int32)
+    elif TABLE == 3:
+        scale, zero = tl.load(scale_ptr[0] + at, mask=part == 0, other=0.0), 0
+        zero += tl.load(zero_ptr[0] + at, mask=part == 0, other=0).to(tl.int32)
+        for p in tl.static_range(1, PARTS):
+            scale += tl.load(scale_ptr[p] + at, mask=part == p, other=0.0)
+            zero += tl.load(zero_ptr[p] + at, mask=part == p, other=0).to(tl.int32)
+        return scale, zero
+    else:
+        return (tl.load(scale_ptr + at, mask=kept, other=0.0)[:, None],
+                tl.load(zero_ptr + at, mask=kept, other=128).to(tl.int32)[:, None])
+
+
+@triton.jit
+def _asked(ptr, n, n_ok, TIMES: tl.constexpr):
+    """What belongs to a tile's columns, read before the sums, so that nothing waits for memory after them.
+
+    One number a thread, with TIMES threads a column: of fewer numbers than threads the compiler makes one read for each
+    register in which a sum lies, and has to hold them all.
+    """
+    if TIMES == 1:
+        return tl.load(ptr + n, mask=n_ok, other=0)
+    else:
+        copy = tl.arange(0, TIMES)[:, None]
+        return tl.load(ptr + n[None, :] + 0 * copy, mask=n_ok[None, :] & (copy == 0), other=0)
+
+
+@triton.jit
+def _column(asked, TIMES: tl.constexpr):
+    """What `_asked` reads, ``[1, BN]``, once it is needed."""
+    return (asked if TIMES == 1 else tl.sum(asked, 0))[None, :]
+
+
+@triton.jit
+def _values(
+    a, w, acc_ptr, bias_ptr, scale_a_ptr, zero_a_ptr, times_ptr, scale_w_ptr, sum_w_ptr, first, n0, rows, where,
+    sample, m_ok, kept, n, n_ok, part, columns, out_rows, pitch, length_a, length_w, width,
+    WIDTHS: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, TABLE: tl.constexpr, PARTS: tl.constexpr,
+    TMA: tl.constexpr, PAIRED: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr, THREADS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):
-    """One tile of the output: integer sums, and the epilogue in float32 (the order is that of docs/numerics.md)."""
+    """float32 ``[BM, BN]`` of a tile: integer sums, scaled, with the bias (the order is that of docs/numerics.md).
+
+    WIDTHS: padded channels of each segment; a single 0: one segment of ``width`` (so that layers share a build).
+    """
     COUNT: tl.constexpr = len(WIDTHS)
-    m, n = m0 + tl.arange(0, BM), n0 + tl.arange(0, BN)
-    n_ok = n < n_count
-    rows, where, sample, output = _geometry(m, pitch, height, out_h, out_w, stride, per_sample, SPATIAL)
-    m_ok = m < m_count
-    kept = m_ok & output
-    if TABLE == 1:  # a row of the table a sample
-        time = tl.load(times_ptr + sample, mask=kept, other=0)
-    elif TABLE == 2:  # one a row
-        time = where.to(tl.int64)
-    else:
-        time = tl.load(times_ptr)
+    TIMES: tl.constexpr = THREADS // BN if THREADS > BN else 1
     total = tl.zeros((BM, BN), dtype=tl.float32)
+    time = _time(times_ptr, sample, where, kept, part, TABLE, PARTS)
+    if BIAS:
+        bias = _asked(bias_ptr, n, n_ok, TIMES)
     a_start = 0
     w_start = 0
     for s in tl.static_range(COUNT):
+        wide = WIDTHS[s] if WIDTHS[s] > 0 else width
+        sums = _asked(sum_w_ptr + s * columns, n, n_ok, TIMES)
+        scale_w = _asked(scale_w_ptr + s, n * COUNT, n_ok, TIMES)
         acc = _segment_sum(
-            a, w, rows, m0, n0 if TMA else n, m_ok, n_ok, a_start, w_start, pitch, length_a, length_w,
-            WIDTHS[s], KH, KW, TMA, BM, BN, BK,
+            a, w, rows, first, n0 if TMA else n, m_ok, n_ok, a_start, w_start, pitch, length_a, length_w, wide,
+            KH, KW, TMA, PAIRED, BM, BN, BK,
         )
-        sums = tl.load(sum_w_ptr + s * n_count + n, mask=n_ok, other=0)
-        scale_w = tl.load(scale_w_ptr + n * COUNT + s, mask=n_ok, other=0.0)
-        if TABLE == 0:
-            acc += (128 - tl.load(zero_a_ptr + time * COUNT + s).to(tl.int32)) * sums[None, :]
-            part = (acc.to(tl.float32) * tl.load(scale_a_ptr + time * COUNT + s)) * scale_w[None, :]
-        else:
-            zero = tl.load(zero_a_ptr + time * COUNT + s, mask=kept, other=128).to(tl.int32)
-            acc += (128 - zero)[:, None] * sums[None, :]
-            scale = tl.load(scale_a_ptr + time * COUNT + s, mask=kept, other=0.0)
-            part = (acc.to(tl.float32) * scale[:, None]) * scale_w[None, :]
+        scale, zero = _activation(scale_a_ptr, zero_a_ptr, time, s, kept, part, COUNT, TABLE, PARTS)
+        acc += (128 - zero) * _column(sums, TIMES)
+        scaled = (acc.to(tl.float32) * scale) * _column(scale_w, TIMES)
         if s == 0:
-            total = part
+            total = scaled
         else:
-            total += part
-        at = where.to(tl.int64)[:, None] * n_count + n[None, :]
+            total += scaled
         if KEEP:
-            tl.store(acc_ptr + s * out_rows.to(tl.int64) * n_count + at, acc, mask=kept[:, None] & n_ok[None, :])
-        a_start += WIDTHS[s]
-        w_start += WIDTHS[s] * KH * KW
-    inside = kept[:, None] & n_ok[None, :]
-    at = where.to(tl.int64)[:, None] * n_count + n[None, :]
+            at = where.to(tl.int64)[:, None] * columns + n[None, :]
+            tl.store(acc_ptr + s * out_rows.to(tl.int64) * columns + at, acc, mask=kept[:, None] & n_ok[None, :])
+        a_start += wide
+        w_start += wide * KH * KW
     if BIAS:
-        total += tl.load(bias_ptr + n, mask=n_ok, other=0.0).to(tl.float32)[None, :]
+        total += _column(bias, TIMES).to(tl.float32)
+    return total
+
+
+@triton.jit
+def _halves(values, BM: tl.constexpr, HALF: tl.constexpr):
+    """Columns 0 .. HALF - 1 and the rest: of sums as they lie in registers nothing moves."""
+    return tl.split(tl.permute(tl.reshape(values, (BM, 2, HALF)), (0, 2, 1)))
+
+
+@triton.jit
+def _store(
+    values, y_ptr, residual_ptr, shared_ptr, where, sample, kept, first, end, columns,
+    RESIDUAL: tl.constexpr, SHARED: tl.constexpr, BN: tl.constexpr,
+):
+    """What is added, in this order, and the one rounding."""
+    n = first + tl.arange(0, BN)
+    inside = kept[:, None] & (n < end)[None, :]
+    at = where.to(tl.int64)[:, None] * columns + n[None, :]
     if SHARED:
-        total += tl.load(shared_ptr + sample.to(tl.int64)[:, None] * n_count + n[None, :], mask=inside,
-                         other=0.0).to(tl.float32)
+        values += tl.load(shared_ptr + sample.to(tl.int64)[:, None] * columns + n[None, :], mask=inside,
+                          other=0.0).to(tl.float32)
     if RESIDUAL:
-        total += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=inside)
+        values += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at, values.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def product(
     a, w, y_ptr, acc_ptr, bias_ptr, residual_ptr, shared_ptr, scale_a_ptr, zero_a_ptr, times_ptr, scale_w_ptr,
-    sum_w_ptr, m_count, n_count, out_rows, per_sample, pitch, height, out_h, out_w, stride, length_a, length_w,
-    WIDTHS: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, TABLE: tl.constexpr, SPATIAL: tl.constexpr,
-    TMA: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SHARED: tl.constexpr, KEEP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
+    sum_w_ptr, m_count, n_count, out_rows, part_rows, per_sample, pitch, height, out_h, out_w, stride, length_a,
+    length_w, width,
+    WIDTHS: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, TABLE: tl.constexpr, PARTS: tl.constexpr,
+    SPATIAL: tl.constexpr, TMA: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SHARED: tl.constexpr,
+    KEEP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,
+    THREADS: tl.constexpr,
 ):
-    """Tiles of ``y``: one a program, or with PROGRAMS > 0 every PROGRAMS-th, so that a tile's end and the next one's
-    loads overlap."""
-    tiles_m, tiles_n = tl.cdiv(m_count, BM), tl.cdiv(n_count, BN)
-    if PROGRAMS > 0:
-        for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=TMA):
-            row, column = _place(tile, tiles_m, tiles_n, GROUP)
-            _tile(
-                a, w, y_ptr, acc_ptr, bias_ptr, residual_ptr, shared_ptr, scale_a_ptr, zero_a_ptr, times_ptr,
-                scale_w_ptr, sum_w_ptr, row * BM, column * BN, m_count, n_count, out_rows, per_sample, pitch, height,
-                out_h, out_w, stride, length_a, length_w, WIDTHS, KH, KW, TABLE, SPATIAL, TMA, BIAS, RESIDUAL, SHARED,
-                KEEP, BM, BN, BK,
-            )
+    """A tile of ``y [rows, PARTS * n_count]``. Part p multiplies the rows of ``a`` from ``p * part_rows`` on."""
+    _begin(EARLY)
+    tiles = tl.cdiv(n_count, BN)
+    row, column = _place(tl.program_id(0), tl.cdiv(m_count, BM), tiles * PARTS, GROUP)
+    part, columns = 0, n_count * PARTS
+    m0, n0, end = row * BM, column * BN, n_count
+    if PARTS > 1:
+        part = column // tiles
+        n0 = part * n_count + (column % tiles) * BN
+        end = (part + 1) * n_count
+    m, n = m0 + tl.arange(0, BM), n0 + tl.arange(0, BN)
+    n_ok = n < end
+    rows, where, sample, output = _geometry(m, pitch, height, out_h, out_w, stride, per_sample, SPATIAL)
+    m_ok = m < m_count
+    kept = m_ok & output
+    begin = part * part_rows
+    total = _values(
+        a, w, acc_ptr, bias_ptr, scale_a_ptr, zero_a_ptr, times_ptr, scale_w_ptr, sum_w_ptr, begin + m0, n0,
+        begin + rows, where, sample, m_ok, kept, n, n_ok, part, columns, out_rows, pitch, length_a, length_w, width,
+        WIDTHS, KH, KW, TABLE, PARTS, TMA, False, BIAS, KEEP, THREADS, BM, BN, BK,
+    )
+    if RESIDUAL or SHARED:  # half the columns at a time: what is added and where from need fewer registers
+        HALF: tl.constexpr = BN // 2
+        left, right = _halves(total, BM, HALF)
+        _store(left, y_ptr, residual_ptr, shared_ptr, where, sample, kept, n0, end, columns, RESIDUAL, SHARED, HALF)
+        _store(right, y_ptr, residual_ptr, shared_ptr, where, sample, kept, n0 + HALF, end, columns, RESIDUAL, SHARED,
+               HALF)
     else:
-        row, column = _place(tl.program_id(0), tiles_m, tiles_n, GROUP)
-        _tile(
-            a, w, y_ptr, acc_ptr, bias_ptr, residual_ptr, shared_ptr, scale_a_ptr, zero_a_ptr, times_ptr,
-            scale_w_ptr, sum_w_ptr, row * BM, column * BN, m_count, n_count, out_rows, per_sample, pitch, height,
-            out_h, out_w, stride, length_a, length_w, WIDTHS, KH, KW, TABLE, SPATIAL, TMA, BIAS, RESIDUAL, SHARED,
-            KEEP, BM, BN, BK,
-        )
+        _store(total, y_ptr, residual_ptr, shared_ptr, where, sample, kept, n0, end, columns, False, False, BN)
+
+
+# ---- the gated product -----------------------------------------------------------------------------------------------
+@triton.jit
+def _geglu(hidden, gate, TYPE: tl.constexpr):
+    """``hidden * gelu(gate)`` with the roundings of separate operations in TYPE."""
+    return rounded(rounded(hidden, TYPE) * rounded(gelu(rounded(gate, TYPE)), TYPE), TYPE)
+
+
+@triton.jit
+def gated(
+    a, w, y_ptr, bias_ptr, scale_a_ptr, zero_a_ptr, times_ptr, scale_w_ptr, sum_w_ptr, factor_ptr, inverse_ptr,
+    zero_ptr, next_times_ptr, top, m_count, n_count, length_a, length_w, length_y, width,
+    TMA: tl.constexpr, BIAS: tl.constexpr, FACTOR: tl.constexpr, TYPE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,
+    THREADS: tl.constexpr,
+):
+    """Codes less 128 of the next layer: a tile has BN / 2 hidden channels and their gates, ``n_count`` rows of w on."""
+    _begin(EARLY)
+    HALF: tl.constexpr = BN // 2
+    row, column = _place(tl.program_id(0), tl.cdiv(m_count, BM), tl.cdiv(length_y, HALF), GROUP)
+    m, n0 = row * BM + tl.arange(0, BM), column * HALF
+    both = tl.arange(0, BN)
+    pair = n0 + both % HALF
+    m_ok = m < m_count
+    time = tl.load(next_times_ptr)
+    total = _values(
+        a, w, y_ptr, bias_ptr, scale_a_ptr, zero_a_ptr, times_ptr, scale_w_ptr, sum_w_ptr, row * BM, n0, m, m, m,
+        m_ok, m_ok, pair + (both // HALF) * n_count, pair < n_count, 0, 2 * n_count, m_count, 0, length_a, length_w,
+        width, (0,), 1, 1, 0, 1, TMA, True, BIAS, False, THREADS, BM, BN, BK,
+    )
+    hidden, gate = _halves(total, BM, HALF)
+    value = _geglu(hidden, gate, TYPE)
+    n = n0 + tl.arange(0, HALF)
+    if FACTOR:
+        value = value * tl.load(factor_ptr + n, mask=n < n_count, other=0.0)[None, :]
+    zero = tl.load(zero_ptr + time).to(tl.float32)
+    value = tl.where((n < n_count)[None, :], value, 0.0)
+    tl.store(y_ptr + m.to(tl.int64)[:, None] * length_y + n[None, :],
+             centred(value, tl.load(inverse_ptr + time), zero, top), mask=m_ok[:, None] & (n < length_y)[None, :])
 
 
 # ---- unpack ----------------------------------------------------------------------------------------------------------

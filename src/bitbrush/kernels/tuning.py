@@ -21,18 +21,30 @@ from typing import Any
 import torch
 
 from bitbrush.kernels.triton_int8 import Config, Frame, fitting
+from bitbrush.kernels.triton_int8 import processors as _processors
 
 CANDIDATES = (
-    Config(128, 128, 128, 8, 8, 3), Config(64, 128, 128, 8, 4, 4), Config(128, 256, 128, 8, 8, 3),
-    Config(256, 128, 128, 8, 8, 3), Config(128, 256, 128, 8, 8, 3, persistent=True), Config(128, 128, 128, 8, 4, 3),
-    Config(128, 64, 128, 8, 4, 4), Config(64, 64, 128, 8, 4, 5),
-    Config(128, 128, 64, 8, 4, 4, tma=False), Config(128, 128, 128, 8, 8, 4, tma=False),
-    Config(64, 128, 128, 8, 4, 4, tma=False), Config(128, 64, 64, 8, 4, 5, tma=False),
-    Config(64, 64, 64, 8, 4, 5, tma=False),
+    Config(128, 128, 128, 8, 8, 3), Config(128, 128, 128, 8, 4, 3),
+    Config(64, 128, 128, 8, 4, 3, together=3), Config(64, 128, 128, 8, 4, 4),
+    Config(128, 256, 128, 8, 8, 4, together=1),
+    Config(64, 64, 128, 8, 4, 8, together=1), Config(64, 32, 128, 8, 4, 8),
 )  # fmt: skip
-"""What was within a few percent of the fastest at some shape of SDXL or FLUX on an H200, or may be at others. Triton
-3.6 and 3.7 wait for each step's product where sums are int32 (only float32 sums stay in flight), so two programs a
-multiprocessor mostly beat one with a larger tile."""
+"""With copies by the tensor memory accelerator. The products of a step are waited for before those of the next begin
+(Triton keeps none with int32 sums in flight), so what hides a program's waits is another program on its processor: two
+of 128 x 128, three of 64 x 128 with three stages. Few rows leave a processor one program: small tiles, deep pipelines.
+Never the fastest at 13 shapes on an H200 and gone: 256 rows, 256 columns of 4 warps, 64 columns beside 128 rows, blocks
+of 256 columns or of 64 with these copies, programs that go through several tiles."""
+GATHERED = (
+    Config(128, 128, 64, 8, 4, 4, tma=False), Config(64, 128, 128, 8, 4, 3, tma=False, together=3),
+    Config(64, 64, 64, 8, 4, 5, tma=False, together=4),
+)  # fmt: skip
+"""With pointers: for convolutions with a stride, and beside the others for those without (at 320 channels the fastest
+by 14 %; for linear layers never by 2 %)."""
+WORSE, ALONE = 1.35, 1.35
+"""Cuts are tried whose `cost` is at most WORSE times the least. A program that has its processor alone takes ALONE
+times as long: 128 x 256 beside 128 x 128 at 2048 x 10240 x 1280 on an H200."""
+SHARED = 227 * 1024
+"""Bytes of a processor."""
 RUNS, REPEATS = 8, 4
 _UNTIMED: ContextVar[bool] = ContextVar("untimed", default=False)
 
@@ -49,13 +61,15 @@ def untimed() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Problem:
-    """What a cut depends on."""
+    """What a cut depends on. parts: layers in one product that have codes of their own; gated: `triton_int8.gated`."""
 
     rows: int
     columns: int
     widths: tuple[int, ...]
     taps: int
     stride: int
+    parts: int = 1
+    gated: bool = False
 
     @classmethod
     def of(cls, rows: int, columns: int, widths: tuple[int, ...], frame: Frame | None) -> Problem:
@@ -65,18 +79,38 @@ class Problem:
 
     def key(self) -> str:
         """As it stands on disk."""
-        return f"{self.rows}x{self.columns}x{'+'.join(map(str, self.widths))}x{self.taps}/{self.stride}"
+        kind = (f"*{self.parts}" if self.parts > 1 else "") + "g" * self.gated
+        return f"{self.rows}x{self.columns}x{'+'.join(map(str, self.widths))}x{self.taps}/{self.stride}{kind}"
 
 
-def by_rule(problem: Problem) -> Config:
-    """A cut that is never far off: large tiles where every multiprocessor gets one. Convolutions are gathered where
-    128 bytes are no part of a segment, and take lower tiles where they are: more programs share a multiprocessor."""
-    if -(-problem.rows // 128) * -(-problem.columns // 128) < 132:
-        return Config(64, 64, 128, 8, 4, 4)
-    if problem.taps == 1:
-        return Config()
-    whole = not any(width % 128 for width in problem.widths)
-    return Config(64, 128, 128, 8, 4, 4) if whole else Config(128, 128, 64, 8, 4, 4, tma=False)
+def cuts(problem: Problem, processors: int) -> list[Config]:
+    """What is worth trying, as it fits the problem: the cheapest by `cost` first."""
+    place = Frame(1, 1, 1, (problem.taps, 1), 0, problem.stride) if problem.taps > 1 or problem.stride > 1 else None
+    given = GATHERED if problem.stride > 1 else CANDIDATES if place is None else (*CANDIDATES, *GATHERED)
+    found = dict.fromkeys(fitting(cut, problem.widths, place) for cut in given)
+    costs = {cut: cost(cut, problem, processors) for cut in found}
+    return sorted((cut for cut in found if costs[cut] <= WORSE * min(costs.values())), key=costs.__getitem__)
+
+
+def cost(cut: Config, problem: Problem, processors: int) -> float:
+    """How long a cut takes, in no unit, from what its tiles multiply and copy and the rounds of tiles on a processor.
+
+    For each column a tile takes ``bm * bn / 4096`` (int8 products of a processor a cycle), ``(bm + bn) / 32`` (bytes
+    copied) and 1 (waiting), one after the other, as is fitting for products that are waited for. Pointers take 1.15
+    times as long, copies of rows of less than 128 bytes 1.3 times. Fitted to 13 shapes on an H200
+    (benchmarks/tune_int8.py).
+    """
+    tiles = -(-problem.rows // cut.bm) * problem.parts * -(-problem.columns // (problem.parts * cut.bn))
+    rounds = -(-tiles // processors)
+    together = min(rounds, cut.together, SHARED // (cut.stages * (cut.bm + cut.bn) * cut.bk))
+    copies = (1.0 if cut.bk >= 128 else 1.3) if cut.tma else 1.15
+    return rounds * (cut.bm * cut.bn / 4096 + (cut.bm + cut.bn) / 32 + 1) * copies * (1 if together > 1 else ALONE)
+
+
+@cache
+def by_rule(problem: Problem, processors: int = 132) -> Config:
+    """A cut that is never far off: the one of least `cost`."""
+    return cuts(problem, processors)[0]
 
 
 def config(problem: Problem, device: torch.device, run: Callable[[Config], Any]) -> Config:
@@ -85,24 +119,15 @@ def config(problem: Problem, device: torch.device, run: Callable[[Config], Any])
     found = known.get(problem.key())
     if found is None:
         if _UNTIMED.get() or os.environ.get("BITBRUSH_TUNE") == "0" or torch.cuda.is_current_stream_capturing():
-            return by_rule(problem)
-        found = known[problem.key()] = _fastest(problem, run)
+            return by_rule(problem, _processors(device))
+        found = known[problem.key()] = _fastest(problem, device, run)
         _keep(_file(device), known)
     return found
 
 
-def _fastest(problem: Problem, run: Callable[[Config], Any]) -> Config:
-    best, least, tried = by_rule(problem), float("inf"), set()
-    for candidate in CANDIDATES:
-        place = Frame(1, 1, 1, (problem.taps, 1), 0, problem.stride) if problem.taps > 1 or problem.stride > 1 else None
-        cut = fitting(candidate, problem.widths, place)
-        if cut in tried:
-            continue
-        tried.add(cut)
-        time = _time(cut, run)
-        if time < least:
-            best, least = cut, time
-    return best
+def _fastest(problem: Problem, device: torch.device, run: Callable[[Config], Any]) -> Config:
+    times = {cut: _time(cut, run) for cut in cuts(problem, _processors(device))}
+    return min(times, key=times.__getitem__)
 
 
 def _time(cut: Config, run: Callable[[Config], Any]) -> float:
