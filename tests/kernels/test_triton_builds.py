@@ -120,13 +120,17 @@ def test_gated_products_do_so_with_both_halves_of_the_weight() -> None:
 
 
 def test_a_kernel_that_is_launched_early_waits_before_it_reads_or_writes() -> None:
+    from bitbrush.kernels import triton_norm_kernels
     from bitbrush.kernels.triton_int8 import LINEAR, Config
 
     early, usual = (_product(Config(), LINEAR, (0,), (1, 1), 0, early=on) for on in (True, False))
+    size = {"CHANNELS": 640, "LENGTH": 640, "FACTOR": False, "CHUNKS": 128, "EARLY": True}
+    geglu = _built(triton_norm_kernels.geglu, size, out_ptr="*i8")
     assert "griddepcontrol" not in usual
-    wait, launch = (early.index(f"griddepcontrol.{what};") for what in ("wait", "launch_dependents"))
-    touched = [found.start() for found in re.finditer(r"(ld|st)\.global|cp\.async\.bulk\.tensor", early)]
-    assert len(touched) > 15 and wait < launch < min(touched)
+    for text, least in ((early, 15), (geglu, 5)):
+        wait, launch = (text.index(f"griddepcontrol.{what};") for what in ("wait", "launch_dependents"))
+        touched = [found.start() for found in re.finditer(r"(ld|st)\.global|cp\.async\.bulk\.tensor", text)]
+        assert len(touched) > least and wait < launch < min(touched)
 
 
 def _needs(ptx: str, file: Path) -> tuple[int, int]:
@@ -171,7 +175,7 @@ def test_one_pass_kernels_move_sixteen_bytes_at_a_time() -> None:
     from bitbrush.kernels import triton_decode_kernels, triton_encode_kernels, triton_int8_kernels
 
     flat = {"PLACES": ((0, 0, 640), (640, 0, 960)), "CHANNELS": 960, "LENGTH": 960, "TABLE": 0, "FACTOR": False,
-            "TOPS": False, "CHUNKS": 128}
+            "TOPS": False, "CHUNKS": 128, "EARLY": False}
     rows = {"ENDS": (1280,), "BITS": 4, "ORDER": False, "HALVED": False, "BK": 256}
     ptx = {
         "encode": _built(triton_encode_kernels.encode, {**flat, "SPATIAL": False}, out_ptr="*i8"),
@@ -197,16 +201,18 @@ def test_norms_are_read_in_sixteen_bytes_and_use_no_slow_conversion() -> None:
 
     size = {"CHANNELS": 640, "LENGTH": 640}
     group = {"CHANNELS": 640, "SIZE": 20, "GROUPS": 32}
-    rows = {"TOPS": (255, 255), "WEIGHT": True, "BIAS": True, "FACTORS": (False, True), "VECTOR": 8}
+    rows = {"TOPS": (255, 255), "WEIGHT": True, "BIAS": True, "FACTORS": (False, True), "VECTOR": 8,
+            "EARLY": False}
     ptx = {
         "layer": _built(kernels.layer_norm, {**size, **rows, "PARTS": 4, "BR": 2, "INNER": 256}, out_ptr="*i8",
                         bias_ptr="*bf16", warps=1),
         "group": _built(kernels.group_norm, {
             **group, "LENGTH": 640, "BLOCKS": ((0, 0, 0, 640, 640),), "SILU": True, "FACTOR": False, "SPATIAL": True,
-            "MOST": 64, "BG": 8, "BC": 64, "BR": ROWS}, out_ptr="*i8", bias_ptr="*bf16"),
-        "geglu": _built(kernels.geglu, {**size, "FACTOR": False, "CHUNKS": 128}, out_ptr="*i8"),
+            "MOST": 64, "BG": 8, "BC": 64, "BR": ROWS, "EARLY": False}, out_ptr="*i8", bias_ptr="*bf16"),
+        "geglu": _built(kernels.geglu, {**size, "FACTOR": False, "CHUNKS": 128, "EARLY": False}, out_ptr="*i8"),
         "sums": _built(kernels.group_sums, {
-            **group, "BLOCK": 8, "BG": 8, "BC": 256, "LANES": 8, "DEEP": 8, "EVEN": True}, warps=SUM_WARPS),
+            **group, "BLOCK": 8, "BG": 8, "BC": 256, "LANES": 8, "DEEP": 8, "EVEN": True, "EARLY": False,
+        }, warps=SUM_WARPS),
     }  # fmt: skip
     for name, text in ptx.items():
         assert "ld.global.v4.b32" in text, name

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bitbrush.kernels.triton_int8 import Frame
+from bitbrush.kernels.triton_int8 import Frame, launched
 from bitbrush.numbers import packing
 
 CHUNK = 16
@@ -65,5 +65,6 @@ def encode(
             place.pad, place.high, place.wide,
             PLACES=places(counts), CHANNELS=sum(counts), LENGTH=length, TABLE=kind, SPATIAL=frame is not None,
             FACTOR=factor is not None, TOPS=tops is not None, CHUNKS=CHUNKS, num_warps=WARPS, enable_fp_fusion=False,
+            **launched(x.device),
         )
     return out

@@ -7,6 +7,15 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def in_turn(EARLY: tl.constexpr):
+    """With EARLY the kernel was launched before the one ahead of it ended: wait for that, let the next one launch."""
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit
@@ -45,7 +54,7 @@ def encode(
     x_ptr, out_ptr, factor_ptr, inverse_ptr, zero_ptr, times_ptr, tops_ptr, top, rows, samples, per_sample, pitch,
     height, pad, high, wide,
     PLACES: tl.constexpr, CHANNELS: tl.constexpr, LENGTH: tl.constexpr, TABLE: tl.constexpr, SPATIAL: tl.constexpr,
-    FACTOR: tl.constexpr, TOPS: tl.constexpr, CHUNKS: tl.constexpr,
+    FACTOR: tl.constexpr, TOPS: tl.constexpr, CHUNKS: tl.constexpr, EARLY: tl.constexpr,
 ):
     """``code - 128`` int8 of CHUNKS times 16 channels; padding holds the zero-point's code.
 
@@ -53,6 +62,7 @@ def encode(
     divided by anything that is not known here. The input is asked for first, then the tables, whose address waits for
     the row of them that counts.
     """
+    in_turn(EARLY)
     PER_ROW: tl.constexpr = LENGTH // 16
     chunk = tl.program_id(0) * CHUNKS + tl.arange(0, CHUNKS)
     at, column = chunk // PER_ROW, (chunk % PER_ROW) * 16

@@ -240,12 +240,16 @@ def gated(
 
 
 def _cut(config: Config, device: torch.device) -> dict[str, Any]:
-    options: dict[str, Any] = {
+    return {
         "BM": config.bm, "BN": config.bn, "BK": config.bk, "GROUP": config.group, "THREADS": 32 * config.warps,
-        "EARLY": early(device), "num_warps": config.warps, "num_stages": config.stages, "maxnreg": config.registers,
-        "enable_fp_fusion": False,
+        "num_warps": config.warps, "num_stages": config.stages, "maxnreg": config.registers,
+        "enable_fp_fusion": False, **launched(device),
     }
-    return {**options, "launch_pdl": True} if options["EARLY"] else options
+
+
+def launched(device: torch.device) -> dict[str, Any]:
+    """Options of a kernel that can be launched `early`."""
+    return {"EARLY": True, "launch_pdl": True} if early(device) else {"EARLY": False}
 
 
 def early(device: torch.device) -> bool:

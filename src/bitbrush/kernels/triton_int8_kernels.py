@@ -7,22 +7,13 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from bitbrush.kernels.triton_decode_kernels import codes
-from bitbrush.kernels.triton_encode_kernels import centred
+from bitbrush.kernels.triton_encode_kernels import centred, in_turn
 from bitbrush.kernels.triton_norm_kernels import gelu, rounded
 
 
 # ---- the product -----------------------------------------------------------------------------------------------------
-@triton.jit
-def _begin(EARLY: tl.constexpr):
-    """With EARLY the kernel was launched before the one ahead of it ended: wait for that, let the next one launch."""
-    if EARLY:
-        gdc_wait()
-        gdc_launch_dependents()
-
-
 @triton.jit
 def _place(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
     """(row, column) of a tile. GROUP rows of tiles share a column before the next one, so both operands stay in L2."""
@@ -224,7 +215,7 @@ def product(
     THREADS: tl.constexpr,
 ):
     """A tile of ``y [rows, PARTS * n_count]``. Part p multiplies the rows of ``a`` from ``p * part_rows`` on."""
-    _begin(EARLY)
+    in_turn(EARLY)
     tiles = tl.cdiv(n_count, BN)
     row, column = _place(tl.program_id(0), tl.cdiv(m_count, BM), tiles * PARTS, GROUP)
     part, columns = 0, n_count * PARTS
@@ -270,7 +261,7 @@ def gated(
     THREADS: tl.constexpr,
 ):
     """Codes less 128 of the next layer: a tile has BN / 2 hidden channels and their gates, ``n_count`` rows of w on."""
-    _begin(EARLY)
+    in_turn(EARLY)
     HALF: tl.constexpr = BN // 2
     row, column = _place(tl.program_id(0), tl.cdiv(m_count, BM), tl.cdiv(length_y, HALF), GROUP)
     m, n0 = row * BM + tl.arange(0, BM), column * HALF

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bitbrush.kernels.triton_encode import CHUNK, CHUNKS, WARPS, border_lines
-from bitbrush.kernels.triton_int8 import Frame, processors
+from bitbrush.kernels.triton_int8 import Frame, launched, processors
 from bitbrush.numbers import packing
 
 MOST_CHUNKS = 64
@@ -68,7 +68,7 @@ def layer_norm(
             tuple((i, z, t, x if f is None else f) for i, z, t, f in tables), eps, rows,
             TOPS=tops, CHANNELS=channels, LENGTH=length, WEIGHT=weight is not None, BIAS=bias is not None,
             FACTORS=tuple(f is not None for *_, f in tables), PARTS=parts, BR=height, INNER=warps * PIECE,
-            VECTOR=VECTOR, num_warps=warps, maxnreg=REGISTERS, enable_fp_fusion=False,
+            VECTOR=VECTOR, num_warps=warps, maxnreg=REGISTERS, enable_fp_fusion=False, **launched(x.device),
         )
     return out
 
@@ -103,7 +103,7 @@ def group_sums(x: Tensor, groups: int) -> tuple[Tensor, Tensor, int]:
         kernels.group_sums[(blocks, chunks, batch)](
             x, mean, square, pixels, chunk, chunks,
             CHANNELS=channels, SIZE=size, GROUPS=groups, BLOCK=block, BG=power(block), BC=columns, LANES=lanes,
-            DEEP=deep, EVEN=pixels % step == 0, num_warps=SUM_WARPS, enable_fp_fusion=False,
+            DEEP=deep, EVEN=pixels % step == 0, num_warps=SUM_WARPS, enable_fp_fusion=False, **launched(x.device),
         )
     return mean, square, chunk
 
@@ -150,7 +150,7 @@ def group_norm(
             BLOCKS=blocks, CHANNELS=channels, LENGTH=length, SIZE=size, GROUPS=groups, SILU=silu,
             FACTOR=factor is not None, SPATIAL=frame is not None, MOST=power(mean.shape[1]),
             BG=power(min(groups, (COLUMNS - 1) // size + 2)), BC=COLUMNS, BR=ROWS, num_warps=WARPS,
-            enable_fp_fusion=False,
+            enable_fp_fusion=False, **launched(x.device),
         )
     return out
 
@@ -170,6 +170,6 @@ def geglu(
         kernels.geglu[(-(-rows * length // CHUNK // CHUNKS),)](
             x, out, inverse, zero_point, times, x if factor is None else factor, float(top), rows,
             CHANNELS=channels, LENGTH=length, FACTOR=factor is not None, CHUNKS=CHUNKS, num_warps=WARPS,
-            enable_fp_fusion=False,
+            enable_fp_fusion=False, **launched(x.device),
         )
     return out

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bitbrush.kernels.triton_encode_kernels import centred
+from bitbrush.kernels.triton_encode_kernels import centred, in_turn
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 """Whether there is no assembler: what is written in PTX below has a plain form beside it."""
@@ -80,6 +80,7 @@ def layer_norm(
     x_ptr, weight_ptr, bias_ptr, out_ptr, tables, eps, rows,
     TOPS: tl.constexpr, CHANNELS: tl.constexpr, LENGTH: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
     FACTORS: tl.constexpr, PARTS: tl.constexpr, BR: tl.constexpr, INNER: tl.constexpr, VECTOR: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """BR whole rows in registers; their codes for each consumer, whose rows lie below those of the one before.
 
@@ -90,6 +91,7 @@ def layer_norm(
     Args:
         tables: (inverse, zero_point, times, factor) of each consumer.
     """
+    in_turn(EARLY)
     row = tl.program_id(0) * BR + tl.arange(0, BR)
     inner = tl.max_contiguous(tl.arange(0, INNER), VECTOR)
     column = tl.arange(0, PARTS)[None, :, None] * INNER + inner[None, None, :]
@@ -126,10 +128,10 @@ def layer_norm(
 
 # ---- GroupNorm -------------------------------------------------------------------------------------------------------
 @triton.jit
-def _pixels(x_ptr, begin, step, channel, mine, limit, CHANNELS: tl.constexpr, EVEN: tl.constexpr):
+def _pixels(x_ptr, first, step, channel, mine, limit, CHANNELS: tl.constexpr, EVEN: tl.constexpr):
     """A tile of pixels; EVEN: all of it lies before ``limit``, or nothing."""
-    place = begin + step
-    there = mine[None, :] & (begin < limit) if EVEN else mine[None, :] & (place < limit)[:, None]
+    place = first + step
+    there = mine[None, :] & (first < limit) if EVEN else mine[None, :] & (place < limit)[:, None]
     return tl.load(x_ptr + place.to(tl.int64)[:, None] * CHANNELS + channel[None, :], mask=there, other=0.0)
 
 
@@ -137,7 +139,7 @@ def _pixels(x_ptr, begin, step, channel, mine, limit, CHANNELS: tl.constexpr, EV
 def group_sums(
     x_ptr, mean_ptr, square_ptr, pixels, chunk, chunks,
     CHANNELS: tl.constexpr, SIZE: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, BG: tl.constexpr,
-    BC: tl.constexpr, LANES: tl.constexpr, DEEP: tl.constexpr, EVEN: tl.constexpr,
+    BC: tl.constexpr, LANES: tl.constexpr, DEEP: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr,
 ):
     """Mean, and sum of squares about it, of BLOCK groups over a chunk of a sample's pixels: float32 ``[B, chunks, G]``.
 
@@ -145,6 +147,7 @@ def group_sums(
     loses at most a factor n of float32's precision, and that only where it is all there is to the variance.
     Each tile is asked for before the one before it is summed. EVEN: chunks are whole tiles of LANES * DEEP pixels.
     """
+    in_turn(EARLY)
     sample, part = tl.program_id(2), tl.program_id(1)
     c, g, step = tl.arange(0, BC), tl.arange(0, BG), tl.arange(0, DEEP * LANES)
     channel, group = tl.program_id(0) * (BLOCK * SIZE) + c, tl.program_id(0) * BLOCK + g
@@ -157,11 +160,11 @@ def group_sums(
     start = tl.load(begin_ptr + (channel // SIZE) * SIZE, mask=mine, other=0.0).to(tl.float32)
     total = tl.zeros((LANES, BC), dtype=tl.float32)
     square = tl.zeros((LANES, BC), dtype=tl.float32)
-    for begin in range(first, limit, DEEP * LANES):
-        ahead = _pixels(x_ptr, begin + DEEP * LANES, step, channel, mine, limit, CHANNELS, EVEN)
+    for here in range(first, limit, DEEP * LANES):
+        ahead = _pixels(x_ptr, here + DEEP * LANES, step, channel, mine, limit, CHANNELS, EVEN)
         v = now.to(tl.float32) - start[None, :]
         if not EVEN:
-            v = tl.where((begin + step < limit)[:, None] & mine[None, :], v, 0.0)
+            v = tl.where((here + step < limit)[:, None] & mine[None, :], v, 0.0)
         v = tl.reshape(v, (DEEP, LANES, BC))  # what a thread holds comes first
         total += tl.sum(v, 0)
         square += tl.sum(v * v, 0)
@@ -244,16 +247,17 @@ def group_norm(
     pixels, chunk, chunks, span, samples, pitch, height, pad, high, wide, below,
     BLOCKS: tl.constexpr, CHANNELS: tl.constexpr, LENGTH: tl.constexpr, SIZE: tl.constexpr, GROUPS: tl.constexpr,
     SILU: tl.constexpr, FACTOR: tl.constexpr, SPATIAL: tl.constexpr, MOST: tl.constexpr, BG: tl.constexpr,
-    BC: tl.constexpr, BR: tl.constexpr,
+    BC: tl.constexpr, BR: tl.constexpr, EARLY: tl.constexpr,
 ):
     """Codes less 128 of BC columns and ``span`` rows of a sample's part of the output, by the sums of `group_sums`.
 
     Rows are pixels, or with SPATIAL the rows of a frame; the last sample has ``below`` rows more.
     """
+    in_turn(EARLY)
     sample = tl.program_id(2)
     lines = height * pitch if SPATIAL else pixels  # of the output, a sample
-    begin = tl.program_id(1) * span
-    limit = tl.minimum(begin + span, lines + tl.where(sample == samples - 1, below, 0))
+    start = tl.program_id(1) * span
+    limit = tl.minimum(start + span, lines + tl.where(sample == samples - 1, below, 0))
     segment, column, channel, end, last = _block_of(tl.program_id(0), BLOCKS, BC)
     time = tl.load(times_ptr) * len(BLOCKS) + segment
     column += tl.arange(0, BC)
@@ -270,7 +274,7 @@ def group_norm(
     shift = shift - tl.sum(tl.where(members, mean[None, :], 0.0), 1) * slope
     inverse, zero = tl.load(inverse_ptr + time), tl.load(zero_ptr + time).to(tl.float32)
     nothing = centred(0.0, inverse, zero, top)
-    for first in range(begin, limit, BR):
+    for first in range(start, limit, BR):
         now, inside = _rows(x_ptr, first, limit, sample, pixels, pitch, pad, high, wide, channel, real, CHANNELS,
                             SPATIAL, BR)
         v = rounded(tl.fma(now.to(tl.float32), slope[None, :], shift[None, :]), x_ptr.dtype.element_ty)
@@ -289,9 +293,10 @@ def group_norm(
 @triton.jit(do_not_specialize=("rows",))
 def geglu(
     x_ptr, out_ptr, inverse_ptr, zero_ptr, times_ptr, factor_ptr, top, rows,
-    CHANNELS: tl.constexpr, LENGTH: tl.constexpr, FACTOR: tl.constexpr, CHUNKS: tl.constexpr,
+    CHANNELS: tl.constexpr, LENGTH: tl.constexpr, FACTOR: tl.constexpr, CHUNKS: tl.constexpr, EARLY: tl.constexpr,
 ):
     """``code - 128`` int8 of ``hidden * gelu(gate)``: CHUNKS times 16 channels, counted as in `encode`."""
+    in_turn(EARLY)
     PER_ROW: tl.constexpr = LENGTH // 16
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     chunk = tl.program_id(0) * CHUNKS + tl.arange(0, CHUNKS)
