@@ -10,6 +10,9 @@ dtype. Layers that a kernel refuses are counted by reason. Every cut of the prod
 and of joined and gated products, which must equal single products, and GEGLU and encode after one (erf's last bit may
 move a code by one); these also with kernels launched before the one ahead of them ends, many in a row. Norms and GEGLU
 with the encode: codes equal those of the CPU where a norm is exact, and within one elsewhere.
+
+Attentions on codes are compared likewise: sums of q and k, sums of the softmax's codes and v, and outputs must be
+equal; a code of the softmax may differ by one, and how many do is counted.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import importlib
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +35,9 @@ sys.path.insert(0, str(ROOT / "tests"))
 import bitbrush.kernels.joined_ops  # noqa: E402, F401 - makes the operations
 import builder  # noqa: E402
 import norm_cases  # noqa: E402
+from attention_cases import Case  # noqa: E402
 from bitbrush.kernels import cpu, cpu_fused, gpu, gpu_decode, int8_ops, triton_int8, tuning  # noqa: E402
+from bitbrush.kernels.triton_attention import Cut  # noqa: E402
 from bitbrush.kernels.triton_int8 import ONE_ROW, Tables  # noqa: E402
 from bitbrush.numbers import packing  # noqa: E402
 
@@ -165,6 +171,34 @@ def fused(device: str) -> dict[str, Any]:
     return report
 
 
+ATTENTIONS = (
+    (2, 4, 1024, 1024, 64), (2, 4, 1024, 77, 64), (2, 2, 4096, 4096, 40), (1, 8, 256, 256, 160), (2, 8, 64, 77, 160),
+    (2, 3, 37, 45, 40), (1, 2, 16, 5, 8), (1, 2, 333, 130, 80), (1, 1, 130, 1000, 256),
+)
+"""(samples, heads, queries, keys, channels of a head): those of SD 1.5 and SDXL, fewer heads, and ragged ones."""
+ATTENTION_CUTS = tuple(Cut(*each) for each in (
+    (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 3), (64, 32, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 4, 3),
+    (128, 128, 8, 2), (128, 128, 8, 3)))  # fmt: skip
+
+
+def attentions() -> dict[str, Any]:
+    """What is equal of attentions on codes, and of one in every cut (CUDA only)."""
+    cases = [(shape, Case(*shape, bits=8 if i % 3 else 6, zero=i % 4 == 3, seed=i), None, dtype)
+             for i, (shape, dtype) in enumerate((shape, dtype) for shape in ATTENTIONS
+                                                for dtype in (torch.float32, torch.bfloat16))]  # fmt: skip
+    for cut in ATTENTION_CUTS:
+        cases += [(shape, Case(*shape, seed=50), cut, torch.float16) for shape in ((1, 2, 333, 130, 40),
+                                                                                  (1, 3, 256, 256, 64))]
+    found, wrong = [], []
+    for shape, case, cut, dtype in cases:
+        found.append(case.compared("cuda", cut, dtype))
+        if not all(found[-1][key] for key in ("sums", "totals", "output")) or found[-1]["most"] > 1:
+            wrong.append({"shape": shape, "cut": str(cut), "dtype": str(dtype), **found[-1]})
+            print(f"attention: {wrong[-1]}", file=sys.stderr, flush=True)
+    return {"cases": len(found), "codes": sum(f["codes"] for f in found), "codes_apart": sum(f["apart"] for f in found),
+            **{f"{key}_equal": sum(f[key] for f in found) for key in ("sums", "totals", "output")}, "wrong": wrong}
+
+
 def main() -> None:
     """Compare, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -190,12 +224,23 @@ def main() -> None:
         "refused": dict(collections.Counter(row["refused"] for row in rows if "refused" in row)),
         "unequal": [row for row in rows if not all(row.get(key, True) for key in EQUAL)],
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "torch": torch.__version__,
-        "norms": norms(device), "command": "python benchmarks/check_int8.py",
+        "command": "python benchmarks/check_int8.py",
     }
-    report["fused"] = fused(device)
+    parts: dict[str, Callable[[], Any]] = {"fused": lambda: fused(device), "norms": lambda: norms(device)}
     if device == "cuda":
-        report["cuts"] = cuts(device)
+        parts |= {"cuts": lambda: cuts(device), "attentions": attentions}
+    write(report, args)
+    for name, work in parts.items():
+        try:
+            report[name] = work()
+        except Exception as error:  # noqa: BLE001 - what else was found is kept
+            report[name] = {"error": f"{type(error).__name__}: {str(error)[:400]}"}
+        write(report, args)
     print(json.dumps(report, indent=1))
+
+
+def write(report: dict[str, Any], args: argparse.Namespace) -> None:
+    """As far as it is known."""
     if not args.smoke:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "int8_gpu.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -93,6 +93,57 @@ def test_outputs_of_the_largest_sums(builder: ModuleType, processor: str, fill: 
     assert float(want.abs().max()) == 255 * (128 - min(weight, 1)) * 576 * 2.0**-11
 
 
+POINTWISE = [
+    {"kind": kind, "kernel": (1, 1), "mode": mode, **width}
+    for kind in ("linear", "conv") for mode in ("static", "timed", "timed_batch")
+    for width in ({"weight_bits": 8, "weight_signed": True}, {"weight_bits": 4}, {"weight_bits": 3}, {"bias": False},
+                  {"weight_bits": 4, "dtype": torch.bfloat16, "rows": 33})
+]  # fmt: skip
+
+
+def test_small_layers_give_what_the_general_way_gives(
+    builder: ModuleType, processor: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    direct = 0
+    for i, case in enumerate(POINTWISE):
+        _, packed, _ = builder.build({**builder.ALWAYS, **case}, i)
+        x = builder.make_input({**builder.ALWAYS, **case}, i)
+        x = x.contiguous(memory_format=torch.channels_last) if case["kind"] == "conv" else x
+        for time in (1.0, 999.0):
+            with packed.input._clock[0].at(builder.timestep(case) if case["mode"] == "timed_batch" else time):
+                got, found = cpu.run(packed, x), cpu_fused._pointwise(packed, x)
+                direct += found is not None
+                with monkeypatch.context() as patch:
+                    patch.setattr(cpu_fused, "_pointwise", lambda layer, x: None)
+                    want = cpu.run(packed, x)
+            assert torch.equal(got, want) and got.stride() == want.stride(), case
+    assert direct == 40  # of 60: samples at different times go the general way
+
+
+def test_what_a_small_layer_keeps_follows_its_tensors(builder: ModuleType) -> None:
+    _, packed, _ = builder.build({**builder.ALWAYS, **EIGHT, "kind": "linear"})
+    x = builder.make_input({"kind": "linear"})
+
+    def answers() -> tuple[Tensor, Tensor]:
+        return cpu.run(packed, x), reference.run(packed, x)
+
+    seen = []
+    for change in (
+        lambda: None,
+        lambda: packed.input.set_scale(packed.input.scale * 2, packed.input.zero_point),
+        lambda: (packed.input.scale.mul_(0.5), packed.input.inverse_scale.mul_(2)),
+        lambda: packed.codes8.copy_(packed.codes8.flip(0)),
+        lambda: packed.weight_scale.mul_(3),
+        lambda: packed.load_state_dict({name: t.clone() for name, t in packed.state_dict().items()}),
+        lambda: (packed.bias.data.copy_(packed.bias.flip(0)), packed._apply(lambda t: t.clone())),
+    ):
+        change()
+        got, want = answers()
+        assert torch.allclose(got, want, atol=1e-4 * float(want.abs().max()))
+        seen.append(got)
+    assert len(seen) == 7 and len({tuple(y.flatten().tolist()) for y in seen}) == 5  # two change nothing in the end
+
+
 def test_the_plain_form_gives_the_same_codes_and_sums(builder: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     for i, case in enumerate(case_grid()[::5]):
         _, packed, _ = builder.build(case, i)

@@ -20,8 +20,14 @@ POINTERS = {
     "weight_ptr": "*bf16", "mean_ptr": "*fp32", "square_ptr": "*fp32", "next_times_ptr": "*i64",
     "zero_ptr": "*u8", "order_ptr": "*i16", "book_ptr": "*fp16", "a": "*i8", "w": "*i8",
 }
+ATTENTION = {
+    "q_ptr": "*i8", "k_ptr": "*i8", "v_ptr": "*i8", "k_sum_ptr": "*i32", "v_sum_ptr": "*i32", "inverse_p_ptr": "*fp32",
+    "sums_ptr": "*bf16", "codes_ptr": "*bf16", "totals_ptr": "*bf16", "root": "fp32",
+    **{f"{what}_{name}_ptr": kind for name in "qkvp" for what, kind in (
+        ("scale", "*fp32"), ("zero", "*u8"), ("times", "*i64"))},
+}
 DIVISIBLE = {"m_count", "n_count", "length_a", "length_w", "stride_row", "length", "stride", "columns", "four", "two",
-             "one", "count", "width", "length_y", "part_rows"}
+             "one", "count", "width", "length_y", "part_rows", "row_q", "row_k", "row_v", "row_turned"}
 
 
 def _built(kernel: Any, constants: dict[str, Any], warps: int = 4, stages: int = 3, registers: int | None = None,
@@ -222,3 +228,24 @@ def test_norms_are_read_in_sixteen_bytes_and_use_no_slow_conversion() -> None:
         assert ("cvt.rn.bf16x2.f32" in text) == (name != "sums"), name
         assert ".local" not in text, name
     assert "ld.shared" not in ptx["layer"] and len(ptx) == 4
+
+
+def test_both_products_of_attention_are_on_the_tensor_cores() -> None:
+    from bitbrush.kernels import triton_attention, triton_attention_kernels
+
+    built = 0
+    for size, heads, queries in ((64, 10, 4096), (40, 8, 4096), (80, 8, 1024), (160, 8, 64)):
+        cut = triton_attention.cut(queries, size)
+        constants = {"HEADS": heads, "SIZE": size, "KEEP": False, "BM": cut.bm, "BN": cut.bn,
+                     "BD": triton_attention.width(size)}
+        ptx = _built(triton_attention_kernels.attention, constants, cut.warps, cut.stages, **ATTENTION)
+        blocks = cut.bm // 64 // (cut.warps // 4)
+        each = blocks * (2 * constants["BD"] // 32 + cut.bn // 32)  # scores twice, then the product with v
+        assert len(re.findall(r"wgmma\.mma_async\.sync\.aligned\S*\.s32\.s8\.s8", ptx)) >= each
+        assert "mma.sync.aligned.m" not in ptx and "cp.async.c" in ptx and "ex2.approx" in ptx
+        assert set(re.findall(r"st\.global\.(\S+?)\s", ptx)) <= {"v4.b32", "v2.b32"}
+        built += 1
+    laid = {"HEADS": 10, "SIZE": 64, "BN": 128, "BD": 64}
+    ptx = _built(triton_attention_kernels.lay_out, laid, **ATTENTION, turned_ptr="*i8")
+    assert "v4.b32" in re.findall(r"st\.global\.(\S+?)\s", ptx) and re.search(r"ld\.global\.v4\.b32", ptx)
+    assert built == 4

@@ -2,17 +2,18 @@
 
 `run` is what a packed layer calls. `use` chooses the kernel for every layer of a model and returns which runs where and
 why; a forward chooses nothing. Where layers run on int8 codes, the blocks that hold them pass codes on (`blocks`).
+Attentions whose operands are quantized are chosen for and named likewise (`attend`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from bitbrush.errors import InputError
-from bitbrush.kernels import blocks, cpu, cpu_lookup, gpu, gpu_decode, reference
+from bitbrush.kernels import attention_ops, blocks, cpu, cpu_lookup, gpu, gpu_decode, reference
 
 if TYPE_CHECKING:
     from bitbrush.network.layers import QuantLayer
@@ -40,8 +41,16 @@ def run(layer: QuantLayer, x: Tensor) -> Tensor:
     return KERNELS[chosen(layer, x.device.type)](layer, x)
 
 
-def chosen(layer: QuantLayer, device_type: str) -> str:
-    """Name of the kernel that runs a layer on a kind of device."""
+def attend(processor: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor | None:
+    """Attention ``[B, heads, L, size]`` of a packed processor by the kernel chosen for it; None: the reference, which
+    is the processor's own."""
+    if chosen(processor, q.device.type) != attention_ops.KERNEL or attention_ops.leaves(processor, q, k, v, mask):
+        return None
+    return attention_ops.run(processor, q, k, v)
+
+
+def chosen(layer: QuantLayer | Any, device_type: str) -> str:
+    """Name of the kernel that runs a layer (or the processor of an attention) on a kind of device."""
     return layer.kernel if layer.kernel != AUTO else layer.kernel_of.get(device_type, "reference")
 
 
@@ -66,16 +75,18 @@ def known(name: str) -> None:
                          try_="bitbrush doctor")
 
 
-def why_not(name: str, layer: QuantLayer, device_type: str) -> str | None:
-    """Why kernel ``name`` cannot run this layer on a device, or None when it can."""
+def why_not(name: str, layer: QuantLayer | Any, device_type: str) -> str | None:
+    """Why kernel ``name`` cannot run this layer (or processor of an attention) on a device, or None when it can."""
     known(name)
+    if attention_ops.has_operands(layer):
+        return attention_ops.why_not(name, layer, device_type)
     refusals = {"cpu-int8": cpu.why_not, "cpu-lookup": cpu_lookup.why_not, "cuda-int8": gpu.why_not,
                 "cuda-decode": gpu_decode.why_not}
     return refusals[name](layer, device_type) if name in refusals else None
 
 
 def use(model: nn.Module, name: str, device_type: str | None = None) -> dict[str, str]:
-    """Choose kernel ``name`` for every packed layer that it can run; the others keep the reference.
+    """Choose kernel ``name`` for every packed layer and attention that it can run; the others keep the reference.
 
     Args:
         name: Of a kernel; ``auto``: on every kind of device the best that can run the layer.
@@ -83,7 +94,8 @@ def use(model: nn.Module, name: str, device_type: str | None = None) -> dict[str
             the kernel is for, or with ``auto`` that on which the model is.
 
     Returns:
-        Layer name to ``name``, or to the reason why the reference runs instead.
+        Name of a layer, or of an attention with quantized operands, to ``name``, or to the reason why the reference
+        runs instead.
     """
     answer: dict[str, str] = {}
     blocks.unfuse(model)
@@ -91,27 +103,30 @@ def use(model: nn.Module, name: str, device_type: str | None = None) -> dict[str
         kind = name.partition("-")[0]
         device_type = kind if kind in BEST else next((t.device.type for t in model.buffers()), "cpu")
     for layer_name, module in model.named_modules():
-        if not hasattr(module, "declare_packed"):
+        if not hasattr(module, "declare_packed") and not attention_ops.has_operands(module):
             continue
         module.kernel_of = best(module) if name == AUTO else {}
         wanted = name if name != AUTO else module.kernel_of.get(device_type, BEST.get(device_type, ("reference",))[0])
         reason = why_not(wanted, module, device_type)
         module.kernel = name if name == AUTO or reason is None else "reference"
-        answer[layer_name] = wanted if reason is None else f"reference: {reason}"
+        answer[layer_name.removesuffix(".processor")] = wanted if reason is None else f"reference: {reason}"
         prepare(module)
     if name in (AUTO, blocks.KERNEL):
         blocks.fuse(model)
     return answer
 
 
-def best(layer: QuantLayer) -> dict[str, str]:
+def best(layer: QuantLayer | Any) -> dict[str, str]:
     """The best kernel that can run a layer, for every kind of device that has one."""
     able = {kind: [name for name in names if why_not(name, layer, kind) is None] for kind, names in BEST.items()}
     return {kind: names[0] for kind, names in able.items() if names}
 
 
-def prepare(layer: QuantLayer) -> None:
+def prepare(layer: QuantLayer | Any) -> None:
     """Make what the chosen kernel keeps of a layer where its weight is now, so that no graph has to."""
+    if attention_ops.has_operands(layer):
+        attention_ops.prepare(layer)
+        return
     if layer.face != "packed" or layer.spec.weight is None:
         return
     if chosen(layer, layer.weight_scale.device.type) == "cuda-int8":

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from bitbrush.kernels import cpu_onednn
-from bitbrush.kernels.cpu_weights import columns, largest, rows, tensors
+from bitbrush.kernels.cpu_weights import columns, largest, plain_rows, rows, tensors
 from bitbrush.numbers import packing
 from bitbrush.numbers.codec import encode_bytes
 
@@ -120,8 +120,108 @@ def run(layer: QuantLayer, x: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         y: Tensor = torch.ops.bitbrush.cpu_int8(*arguments(layer, layer.prepare(x), x.dtype, shape_of(layer)))
         return _unbatched(layer, y, x)
+    found = _pointwise(layer, x)
+    if found is not None:
+        return found
     y = _compute(*arguments(layer, layer.prepare(x), x.dtype, _kept_shape(layer)))
     return _unbatched(layer, y, x)
+
+
+class Small(NamedTuple):
+    """What `_pointwise` needs of a layer, looked up once.
+
+    ``scale``, ``zero``, ``inverse``: the input's table, one entry a row. ``stored``: packed rows; of 8 bits, int8 as
+    they are wanted. ``source``: the tensors that all this was read from or is a view of, and their versions.
+    """
+
+    scale: list[float]
+    zero: list[int]
+    inverse: tuple[Tensor, ...]
+    stored: Tensor
+    bits: int
+    halved: int
+    weight_zero: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+    extremes: list[int]
+    source: tuple[tuple[dict[str, Any], str, Tensor, int], ...]
+
+    def rows(self, length: int) -> Tensor:
+        """The weight, int8 ``[N, length]``."""
+        if self.bits == 8:
+            return self.stored
+        return plain_rows(self.stored, self.bits, self.halved, self.weight_zero, length)
+
+    def stale(self) -> bool:
+        """Whether a tensor was replaced or written to since."""
+        return any(held.get(name) is not t or t._version != version for held, name, t, version in self.source)
+
+
+def _small(layer: QuantLayer) -> Small | None:
+    """Of a linear layer or a 1x1 convolution with a static table of one segment and nothing to pad; else None."""
+    kept: Small | int | None = layer.__dict__.get("_cpu_small", 0)
+    if kept is None or (isinstance(kept, Small) and not kept.stale()):
+        return kept
+    layer.__dict__["_cpu_small"] = found = _looked_up(layer)
+    return found
+
+
+def _looked_up(layer: QuantLayer) -> Small | None:
+    shape, quantizer = _kept_shape(layer), layer.input
+    whole = len(shape.segments) == 1 and shape.segments[0] % packing.SEGMENT_ALIGN == 0 and not any(shape.frame)
+    pointwise = whole and shape.kernel == [1, 1] and shape.stride == [1, 1] and len(shape.bits) == 1
+    if quantizer is None or quantizer.spec.mode != "static" or quantizer.spec.time_bits or not pointwise:
+        return None
+    spec = layer.spec
+    if spec.input_scale or spec.rotation != "none" or spec.weight is None or spec.weight.row_bits:
+        return None
+    bits = shape.bits[0]
+    names: list[tuple[dict[str, Any], str]] = []
+    names += [(quantizer._buffers, name) for name in ("scale", "inverse_scale", "zero_point")]
+    names += [(layer._buffers, name) for name in (f"codes{bits}", "weight_zero_point", "weight_scale")]
+    names += [] if layer.bias is None else [(layer._parameters, "bias")]
+    tensors_of: list[Any] = [held[name] for held, name in names]
+    if any(t.is_inference() for t in tensors_of):
+        return None  # such tensors do not say when they are written to
+    scale, inverse, zero = (t.flatten() for t in tensors_of[:3])
+    stored = packing.int8_rows(tensors_of[3])[:, : layer.row_length] if bits == 8 else tensors_of[3]
+    source = tuple((held, name, t, t._version) for (held, name), t in zip(names, tensors_of, strict=True))
+    return Small(
+        scale.tolist(), [int(z) for z in zero.tolist()], inverse.unbind(), stored, bits, shape.halved[0], tensors_of[4],
+        tensors_of[5].view(-1), None if layer.bias is None else layer.bias.float(), shape.extremes, source,
+    )  # fmt: skip
+
+
+def _pointwise(layer: QuantLayer, x: Tensor) -> Tensor | None:
+    """`run` for linear layers and 1x1 convolutions with one static scale and nothing to pad, without what `_compute`
+    looks up for all others: a small layer waits longer for that than for its product. None where it is no such layer.
+    """
+    small, conv = _small(layer), isinstance(layer, nn.Conv2d)
+    if small is None or layer.input is None or (conv and x.ndim != 4):
+        return None
+    pixels, row = x.permute(0, 2, 3, 1) if conv else x, 0
+    if not pixels.is_contiguous():
+        return None
+    if layer.input.spec.timed:
+        at = layer.input.rows()
+        every = [0] if at is None else at.tolist()
+        if any(r != every[0] for r in every):
+            return None
+        row = every[0]
+    channels, zero = pixels.shape[-1], small.zero[row]
+    flat = pixels.view(-1, channels)
+    few = cpu_onednn.few(flat.shape[0], channels)
+    codes = encode_bytes(flat, small.inverse[row], zero, small.extremes[0], torch.empty_like(flat, dtype=torch.uint8))
+    shift = (zero - (cpu_onednn.OFFSET if few else 0)) % 256
+    codes = codes.add_(shift) if shift else codes
+    weight = small.rows(channels) if few else columns(*tensors(layer))[0]
+    operands = (zero, weight, small.scale[row], small.weight_scale, small.bias)
+    if few:
+        y = cpu_onednn.few_product(codes.view(torch.int8), *operands)
+    else:
+        y = cpu_onednn.product(codes, *operands, cpu_onednn.must_split(*small.extremes))
+    y = (y if x.dtype == torch.float32 else y.to(x.dtype)).view(*pixels.shape[:-1], -1)
+    return y.permute(0, 3, 1, 2) if conv else y
 
 
 def arguments(layer: QuantLayer, prepared: Tensor, dtype: torch.dtype, shape: Shape) -> tuple[Any, ...]:

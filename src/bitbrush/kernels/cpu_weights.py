@@ -73,6 +73,11 @@ def rows(
     return out
 
 
+def plain_rows(stored: Tensor, bits: int, halved: int, zero_point: Tensor, length: int) -> Tensor:
+    """`rows` of one bit class in one segment without padding, ``zero_point`` ``[N, 1]``."""
+    return _unpacked_rows(stored, bits, halved, length).sub(zero_point).view(torch.int8)
+
+
 def columns(
     stored: list[Tensor], bits: list[int], halved: list[int], order: Tensor | None, zero_point: Tensor,
     segments: list[int], taps: int,

@@ -9,6 +9,8 @@ are looked up once, while the clock stands, so a part that is computed again fin
 not quantized, training takes the fused kernels of ``scaled_dot_product_attention``; `softmax_in_training` makes it take
 them although it is.
 
+In packed face `bitbrush.kernels.attention_ops` computes it on codes instead, where that is chosen and can be.
+
 A softmax on a ``log2`` grid has one delta for all heads of a sample. Where the heads of a sample are in several parts,
 a first pass over the parts finds it: scores and softmax are computed twice, and still no more than a part exists at a
 time (`_known`).
@@ -16,8 +18,9 @@ time (`_known`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +58,9 @@ class QuantAttention(nn.Module):
         self.original = original
         self.face: Face = "float"
         self.training_softmax: SoftmaxForm = "exact"
+        self.kernel = "reference"  # how the packed face computes; set by kernels.use
+        self.kernel_of: dict[str, str] = {}  # where that is "auto": by kind of device
+        self.first_rows: dict[str, Tensor] = {}  # by device; see kernels.attention_ops
         for name in OPERANDS:
             spec = specs[name].activation if name in specs else None
             rows = times if spec is not None and spec.timed else 1
@@ -64,6 +70,15 @@ class QuantAttention(nn.Module):
             if quantizer is not None:
                 quantizer.exempt = specs[name].exempt
             self.add_module(name, quantizer)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move the tables, and have what a kernel keeps where they are now."""
+        super()._apply(fn, recurse)
+        if self.kernel != "reference":
+            from bitbrush import kernels
+
+            kernels.prepare(self)
+        return self
 
     def __call__(
         self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
@@ -117,6 +132,12 @@ class QuantAttention(nn.Module):
         quantizers: list[ActivationQuantizer | None] = [getattr(self, name) for name in OPERANDS]
         if any(m is not None and (m._forward_pre_hooks or m._forward_hooks) for m in quantizers):
             return _explicit(q, k, v, mask, *quantizers)  # somebody watches what they are given: in one piece
+        if self.face == "packed":
+            from bitbrush import kernels
+
+            found = kernels.attend(self, q, k, v, mask)
+            if found is not None:
+                return found
         roundings = [self._rounding(name, t) for name, t in zip(OPERANDS, (q, k, v, q), strict=True)]
         of_q, of_k, of_v, of_softmax = roundings
         tables = [t for r in roundings if r is not None and r.tables is not None for t in r.tables]
