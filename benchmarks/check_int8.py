@@ -8,10 +8,8 @@ scales, segments, ragged rows, kernels, strides, layouts, dtypes): codes of the 
 weight must equal those of the CPU, where they are tested against int64 arithmetic; outputs are compared in their own
 dtype. Layers that a kernel refuses are counted by reason. Every cut of the product is run on one layer of each kind,
 and of joined and gated products, which must equal single products, and GEGLU and encode after one (erf's last bit may
-move a code by one); these also with kernels launched before the one ahead of them ends, many in a row.
-
-
-dtype. Layers that a kernel refuses are counted by reason. Every cut of the product is run on one layer of each kind.
+move a code by one); these also with kernels launched before the one ahead of them ends, many in a row. Norms and GEGLU
+with the encode: codes equal those of the CPU where a norm is exact, and within one elsewhere.
 
 Attentions on codes are compared likewise: sums of q and k, sums of the softmax's codes and v, and outputs must be
 equal; a code of the softmax may differ by one, and how many do is counted.
@@ -21,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import importlib
 import json
 import os
 import sys
@@ -35,6 +34,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import bitbrush.kernels.joined_ops  # noqa: E402, F401 - makes the operations
 import builder  # noqa: E402
+import norm_cases  # noqa: E402
 from attention_cases import Case  # noqa: E402
 from bitbrush.kernels import cpu, cpu_fused, gpu, gpu_decode, int8_ops, triton_int8, tuning  # noqa: E402
 from bitbrush.kernels.triton_attention import Cut  # noqa: E402
@@ -110,6 +110,16 @@ def cuts(device: str) -> dict[str, Any]:
     return {"ran": ran, "wrong": wrong, "refused": dict(refused)}
 
 
+def norms(device: str) -> dict[str, Any]:
+    """Norms, GEGLU and encode on the device beside the CPU."""
+    importlib.import_module("bitbrush.kernels.norm_ops")  # registers them
+
+    def run(op: str, args: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        there = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), args)
+        call = getattr(torch.ops.bitbrush, op)
+        return call(*there).cpu(), call(*args)
+
+    return norm_cases.compared(run)
 def weight_of(rows: int, width: int, device: str) -> tuple[torch.Tensor, ...]:
     """(w, scale, sum, bias) of a random weight."""
     w = torch.randint(-128, 128, (rows, width), dtype=torch.int8, device=device)
@@ -216,7 +226,7 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "torch": torch.__version__,
         "command": "python benchmarks/check_int8.py",
     }
-    parts: dict[str, Callable[[], Any]] = {"fused": lambda: fused(device)}
+    parts: dict[str, Callable[[], Any]] = {"fused": lambda: fused(device), "norms": lambda: norms(device)}
     if device == "cuda":
         parts |= {"cuts": lambda: cuts(device), "attentions": attentions}
     write(report, args)

@@ -133,19 +133,28 @@ def _contest(
 
 # ---- encodes -----------------------------------------------------------------------------------------------------
 def encodes(record: Record, device: str, *, smoke: bool) -> None:
-    """Encodes alone, and after a norm as a compiled model has them, at tensors of SDXL."""
+    """Encodes alone, and after a norm or a GEGLU as a compiled model has them and by one kernel, at tensors of SDXL."""
     torch._dynamo.config.recompile_limit = 64
     pictures = (2, 8, 8, 32) if smoke else (2, 128, 128, 320)
     tokens = (2, 16, 64) if smoke else (2, 4096, 640)
-    sizes = {"plain": (tokens, pictures), "norm": (tokens, pictures)}
+    sizes = {"plain": (tokens, pictures), "norm": (tokens, pictures), "gated": (tokens,)}
     if not smoke:
-        sizes["norm"] = (tokens, (2, 1024, 1280), pictures, (2, 64, 64, 640))
+        sizes = {"plain": (tokens, (2, 1024, 1280), (2, 1024, 5120), pictures),
+                 "norm": (tokens, (2, 1024, 1280), pictures, (2, 64, 64, 640), (2, 32, 32, 1280)),
+                 "gated": ((2, 4096, 2560), (2, 1024, 5120))}  # fmt: skip
     for size in sizes["plain"]:
         record.measure(f"encode {_text(size)}", 0 if smoke else 5, lambda size=size: encode(size, device, smoke=smoke))
     for size in sizes["norm"]:
         kind = "GroupNorm + SiLU" if len(size) == 4 else "LayerNorm"
         record.measure(f"{kind} + encode {_text(size)}", 0 if smoke else 15,
                        lambda size=size: norm_encode(size, device, smoke=smoke))
+    for size in sizes["gated"][-1:]:  # queries, keys and values have a scale each
+        size = (*size[:-1], size[-1] // 4)
+        record.measure(f"LayerNorm + encode for 3 layers {_text(size)}", 0 if smoke else 15,
+                       lambda size=size: norm_encode(size, device, consumers=3, smoke=smoke))
+    for size in sizes["gated"]:
+        record.measure(f"GEGLU and encode {_text(size)}", 0 if smoke else 15,
+                       lambda size=size: geglu_encode(size, device, smoke=smoke))
     record.finish()
 
 
@@ -169,35 +178,75 @@ def _frame(size: Sequence[int]) -> list[int]:
     return ours.frame(Shape(batch * high * wide, 9 * channels, channels, 3, 1, high, wide, batch))
 
 
+def _tables(device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(reciprocal of the scale, zero-point, row that is in force) of one tensor's codes."""
+    return (torch.full((1, 1), 1 / ours.SCALE, device=device),
+            torch.full((1, 1), ours.ZERO, device=device, dtype=torch.uint8),
+            torch.zeros(1, dtype=torch.int64, device=device))  # fmt: skip
+
+
 def encode(size: Sequence[int], device: str, *, smoke: bool) -> Item:
     """The encode alone, by our kernel."""
-    dtype = torch.float32 if smoke else torch.bfloat16
-    inverse = torch.full((1, 1), 1 / ours.SCALE, device=device)
-    zero = torch.full((1, 1), ours.ZERO, device=device, dtype=torch.uint8)
-    times, where = torch.zeros(1, dtype=torch.int64, device=device), _frame(size)
-    return _encoded({"kernel": lambda x: ours.encode(x, inverse, zero, times, where)}, size, device, dtype)
+    dtype, tables, where = torch.float32 if smoke else torch.bfloat16, _tables(device), _frame(size)
+    return _encoded({"kernel": lambda x: ours.encode(x, *tables, where)}, _inputs(size, device, dtype), device)
 
 
-def norm_encode(size: Sequence[int], device: str, *, smoke: bool) -> Item:
-    """GroupNorm + SiLU (pictures) or LayerNorm (tokens), then the encode: as a compiled model has them."""
+def norm_encode(size: Sequence[int], device: str, *, smoke: bool, consumers: int = 1) -> Item:
+    """GroupNorm + SiLU (pictures) or LayerNorm (tokens), then the encode: as a compiled model has them, and as one."""
     dtype = torch.float32 if smoke else torch.bfloat16
-    inverse, zero = torch.full((1,), 1 / ours.SCALE, device=device), torch.full((1,), float(ours.ZERO), device=device)
+    tables = _tables(device)
+    inverse, zero = tables[0][0], tables[1][0].float()
     channels, where = size[-1], _frame(size)
     w, b = (torch.randn(channels, device=device).to(dtype) for _ in range(2))
 
     def written(x: Tensor) -> Tensor:
         if x.ndim == 4:
             return ours.encode_in_graph(F.silu(F.group_norm(x, NORM_GROUPS, w, b)), inverse, zero, where)
-        return ours.encode_in_graph(F.layer_norm(x, (channels,), w, b), inverse, zero, where)
+        normed = F.layer_norm(x, (channels,), w, b)
+        each = [ours.encode_in_graph(normed, inverse / (i + 1), zero, where) for i in range(consumers)]
+        return each[0] if consumers == 1 else torch.cat(each)
+
+    def joined(x: Tensor, *, definition: bool = False) -> Tensor:
+        return ours.norm_encode(x, w, b, NORM_GROUPS, *tables, where, consumers=consumers, definition=definition)
 
     compiled = torch.compile(written, dynamic=False, backend="eager" if smoke else "inductor")
-    return _encoded({"compiled": compiled}, size, device, dtype)
+    inputs, works = _inputs(size, device, dtype), {"compiled": compiled, "kernel": joined}
+    made = _encoded(works, inputs, device, consumers * inputs[0].numel())
+    return {**made, **_differing(joined, inputs[0])}
 
 
-def _encoded(works: dict[str, Callable[[Tensor], Any]], size: Sequence[int], device: str, dtype: torch.dtype) -> Item:
-    """Times and bytes a second: the input read once, one byte a number written; a copy of as many bytes beside them."""
-    inputs = _inputs(size, device, dtype)
-    moved = inputs[0].numel() * (inputs[0].element_size() + 1)
+def geglu_encode(size: Sequence[int], device: str, *, smoke: bool) -> Item:
+    """GEGLU of tokens with twice the channels that are encoded: as a compiled model has it, and as one."""
+    dtype, tables = torch.float32 if smoke else torch.bfloat16, _tables(device)
+    inverse, zero = tables[0][0], tables[1][0].float()
+
+    def written(x: Tensor) -> Tensor:
+        hidden, gate = x.chunk(2, -1)
+        return ours.encode_in_graph(hidden * F.gelu(gate), inverse, zero, [])
+
+    def joined(x: Tensor, *, definition: bool = False) -> Tensor:
+        return ours.geglu_encode(x, *tables, definition=definition)
+
+    compiled = torch.compile(written, dynamic=False, backend="eager" if smoke else "inductor")
+    inputs, works = _inputs((*size[:-1], 2 * size[-1]), device, dtype), {"compiled": compiled, "kernel": joined}
+    return {**_encoded(works, inputs, device, inputs[0].numel() // 2), **_differing(joined, inputs[0])}
+
+
+def _differing(joined: Callable[..., Tensor], x: Tensor) -> Item:
+    """Share of the kernel's codes that are not the definition's, and the largest difference."""
+    try:
+        off = (joined(x).int() - joined(x, definition=True).int()).abs()
+    except Exception as error:  # noqa: BLE001 - it is timed all the same
+        return {"differing": told(error)}
+    return {"differing": {"share": float((off > 0).float().mean()), "most": int(off.max())}}
+
+
+def _encoded(
+    works: dict[str, Callable[[Tensor], Any]], inputs: Sequence[Tensor], device: str, written: int = 0
+) -> Item:
+    """Times and bytes a second: the input read once, one byte a number written (``written`` numbers, or as many as are
+    read); a copy of as many bytes beside them."""
+    moved = inputs[0].numel() * inputs[0].element_size() + (written or inputs[0].numel())
     halves = [(torch.empty(moved // 2, dtype=torch.uint8, device=device),
                torch.ones(moved // 2, dtype=torch.uint8, device=device)) for _ in inputs]
     calls: dict[str, Sequence[Callable[[], Any]]] = {"copy": [lambda t=t, s=s: t.copy_(s) for t, s in halves]}

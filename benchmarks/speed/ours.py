@@ -23,7 +23,7 @@ from speed.shapes import Shape
 
 OFFSET = 128
 SCALE, ZERO = 8 / 255, 131
-TOP = 255
+TOP, EPS = 255, 1e-5
 ONE_ROW = 0
 """What ``kind`` of the ops says where one row of scales serves all samples."""
 
@@ -165,6 +165,36 @@ def encode(x: Tensor, inverse: Tensor, zero: Tensor, times: Tensor, where: list[
     out: Tensor = torch.ops.bitbrush.int8_encode(
         rows, inverse, zero, times, ONE_ROW, [channels], TOP, None, where, 1 if where else rows.shape[0], None
     )
+    return out
+
+
+def norm_encode(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, inverse: Tensor, zero: Tensor, times: Tensor,
+    where: list[int], *, consumers: int = 1, definition: bool = False,
+) -> Tensor:
+    """int8 codes of a picture after GroupNorm and SiLU, or of tokens after LayerNorm, by the kernel or by what defines
+    it (in plain torch on any device). For the rest see `encode`.
+
+    Args:
+        consumers: Of tokens: how many layers get codes of their own, one below the other.
+    """
+    ops = importlib.import_module("bitbrush.kernels.norm_ops")
+    if where:
+        group = ops._group_norm_plain if definition else torch.ops.bitbrush.group_norm_encode
+        tables = (inverse, zero, times, [x.shape[1]], TOP)
+        pictures: Tensor = group(x, weight, bias, groups, EPS, True, *tables, where, None)
+        return pictures
+    layer = ops._layer_norm_plain if definition else torch.ops.bitbrush.layer_norm_encode
+    tables = ([table] * consumers for table in (inverse, zero, times))
+    rows: Tensor = layer(x, weight, bias, EPS, *tables, [TOP] * consumers, [None] * consumers)
+    return rows
+
+
+def geglu_encode(x: Tensor, inverse: Tensor, zero: Tensor, times: Tensor, *, definition: bool = False) -> Tensor:
+    """int8 codes of ``hidden * gelu(gate)``, hidden and gate the halves of ``x``. For the rest see `norm_encode`."""
+    ops = importlib.import_module("bitbrush.kernels.norm_ops")
+    gated = ops._geglu_plain if definition else torch.ops.bitbrush.geglu_encode
+    out: Tensor = gated(x, inverse, zero, times, TOP, None)
     return out
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 Script = Callable[[str], ModuleType]
@@ -130,6 +131,23 @@ def test_both_encodes_are_one(script: Script, size: tuple[int, ...]) -> None:
     made = ours.encode(x, inverse, zero, torch.zeros(1, dtype=torch.int64), where)
     assert made.unique().numel() > 50
     assert torch.equal(made, ours.encode_in_graph(x, inverse[0], zero[0].float(), where))
+
+
+@pytest.mark.parametrize("size", [(2, 16, 64), (2, 8, 8, 64)])
+def test_joined_kernels_are_what_is_compiled_beside_them(script: Script, size: tuple[int, ...]) -> None:
+    """In float32 on the CPU the op, its definition and what a compiler is given have the same codes."""
+    ours, kernels = script("speed.ours"), script("speed.kernels")
+    where, x, tables = kernels._frame(size), torch.randn(size), kernels._tables("cpu")
+    inverse, zero = tables[0][0], tables[1][0].float()
+    x, (w, b) = x.permute(0, 3, 1, 2) if where else x, torch.randn(2, 64)
+    normed = F.silu(F.group_norm(x, 32, w, b)) if where else F.layer_norm(x, (64,), w, b)
+    want = ours.encode_in_graph(normed, inverse, zero, where)
+    assert want.unique().numel() > 50
+    for definition in (False, True):
+        assert torch.equal(ours.norm_encode(x, w, b, 32, *tables, where, definition=definition), want)
+    if not where:
+        want = ours.encode_in_graph(x[..., :32] * F.gelu(x[..., 32:]), inverse, zero, [])
+        assert torch.equal(ours.geglu_encode(x, *tables), want)
 
 
 # ---- records -----------------------------------------------------------------------------------------------------

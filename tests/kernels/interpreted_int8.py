@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitbrush.kernels import triton_int8, triton_int8_kernels
+from bitbrush.kernels import triton_encode, triton_encode_kernels, triton_int8
 from bitbrush.kernels.triton_int8 import BY_ROW, BY_SAMPLE, ONE_ROW, Config, Extra, Frame, Tables
 from bitbrush.numbers import packing
 from bitbrush.numbers.codec import encode, reciprocal
@@ -117,8 +117,8 @@ class Case:
 
     def run(self, config: Config, extra: Extra) -> dict[str, Any]:
         """Encode, unpack and multiply by the kernels, and compare."""
-        a = triton_int8.encode(self.x, reciprocal(self.scale), self.zero, self.times, self.kind, self.segments,
-                               self.widths, 255, frame=self.frame, per_sample=self.tokens)
+        a = triton_encode.encode(self.x, reciprocal(self.scale), self.zero, self.times, self.kind, self.segments, 255,
+                                 frame=self.frame, per_sample=self.tokens)
         w = unpacked(self.rows, self.weight_zero, self.bits, self.segments, self.values[0, 0].numel())
         want = self.sums()
         kept = torch.zeros(want.shape, dtype=torch.int32)
@@ -185,9 +185,10 @@ def cases() -> list[tuple[Case, Config, bool]]:
 
 
 @triton.jit
-def half_up(v):  # type: ignore[no-untyped-def]
+def half_up(x, inverse, zero, top):  # type: ignore[no-untyped-def]
     """A fault: rounding that is not half to even."""
-    return tl.floor(v + 0.5)
+    code = tl.floor(x * inverse + 0.5) + zero
+    return (tl.minimum(tl.maximum(code, 0.0), top) - 128.0).to(tl.int8)
 
 
 FAULTS = ("zero-point", "half-up", "border", "segment-order", "nibbles", "stale-time", "tap-order", "sum-of-weights")
@@ -195,7 +196,7 @@ FAULTS = ("zero-point", "half-up", "border", "segment-order", "nibbles", "stale-
 
 def plant(name: str) -> None:
     """A fault in what the kernels are given or do."""
-    product, encoded, pack = triton_int8.product, triton_int8.encode, packing.pack
+    product, encoded, pack = triton_int8.product, triton_encode.encode, packing.pack
 
     def faulty(a: Tensor, w: Tensor, tables: Tables, *rest: Any, **options: Any) -> Tensor:
         change: dict[str, Any] = {
@@ -213,9 +214,9 @@ def plant(name: str) -> None:
         return out
 
     if name == "half-up":
-        triton_int8_kernels.half_even = half_up
+        triton_encode_kernels.centred = half_up
     elif name == "border":
-        triton_int8.encode = borderless
+        triton_encode.encode = borderless
     elif name == "nibbles":
         packing.pack = lambda codes, bits: pack(codes, bits) if bits == 8 else (pack(codes, bits) << 4) | (
             pack(codes, bits) >> 4)

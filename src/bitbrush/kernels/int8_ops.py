@@ -1,6 +1,6 @@
 """The int8 operations as torch ops: Triton on CUDA, the definition in plain torch elsewhere, shapes for tracing.
 
-    bitbrush::int8_encode    an input to codes less 128, rows of channels, or a frame (`triton_int8`) of them
+    bitbrush::int8_encode    an input to codes less 128, rows of channels, or a frame (`triton_int8.Frame`) of them
     bitbrush::int8_weight    packed rows below 8 bits to ``code - zero_point``
     bitbrush::int8_product   the integer product of both, scaled, with what is added to it: one rounding
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bitbrush.kernels import cpu_weights, triton_int8, tuning
+from bitbrush.kernels import cpu_weights, triton_encode, triton_int8, tuning
 from bitbrush.kernels.triton_int8 import BY_ROW, BY_SAMPLE, Extra, Frame, Tables
 from bitbrush.numbers import packing
 from bitbrush.numbers.codec import encode as encode_codes
@@ -57,8 +57,8 @@ def _encode_cuda(
 ) -> Tensor:
     segments, place = tuple(counts), frame_of(frame)
     x = x.contiguous(memory_format=torch.channels_last) if place is not None else x.contiguous()
-    return triton_int8.encode(x, inverse, zero_point, times, kind, segments, packing.padded(segments),
-                              top if tops is None else tops, frame=place, per_sample=per_sample, factor=factor)
+    return triton_encode.encode(x, inverse, zero_point, times, kind, segments, top if tops is None else tops,
+                                frame=place, per_sample=per_sample, factor=factor)
 
 
 def _encode_plain(

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bitbrush.kernels import triton_norm
 from bitbrush.kernels.int8_ops import by_channel, frame_of, laid_out
 from bitbrush.numbers import packing
 from bitbrush.numbers.codec import encode
@@ -57,6 +58,14 @@ def _codes(
 
 
 # ---- LayerNorm -------------------------------------------------------------------------------------------------------
+def _layer_norm_cuda(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, inverse: list[Tensor], zero_point: list[Tensor],
+    times: list[Tensor], tops: list[int], factors: list[Tensor | None],
+) -> Tensor:
+    tables = tuple(zip(inverse, zero_point, times, factors, strict=True))
+    return triton_norm.layer_norm(x.reshape(-1, x.shape[-1]).contiguous(), weight, bias, eps, tables, tuple(tops))
+
+
 def _layer_norm_plain(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, inverse: list[Tensor], zero_point: list[Tensor],
     times: list[Tensor], tops: list[int], factors: list[Tensor | None],
@@ -81,6 +90,14 @@ def _layer_norm_shape(
 
 
 # ---- GroupNorm -------------------------------------------------------------------------------------------------------
+def _group_norm_cuda(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, inverse: Tensor, zero_point: Tensor,
+    times: Tensor, counts: list[int], top: int, frame: list[int], factor: Tensor | None,
+) -> Tensor:
+    return triton_norm.group_norm(x.contiguous(memory_format=torch.channels_last), weight, bias, groups, eps, silu,
+                                  inverse, zero_point, times, tuple(counts), top, frame_of(frame), factor)
+
+
 def _group_norm_plain(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, inverse: Tensor, zero_point: Tensor,
     times: Tensor, counts: list[int], top: int, frame: list[int], factor: Tensor | None,
@@ -106,6 +123,13 @@ def _group_norm_shape(
 
 
 # ---- GEGLU -----------------------------------------------------------------------------------------------------------
+def _geglu_cuda(
+    x: Tensor, inverse: Tensor, zero_point: Tensor, times: Tensor, top: int, factor: Tensor | None
+) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    return triton_norm.geglu(rows, inverse, zero_point, times, top, factor)
+
+
 def _geglu_plain(
     x: Tensor, inverse: Tensor, zero_point: Tensor, times: Tensor, top: int, factor: Tensor | None
 ) -> Tensor:
@@ -121,11 +145,11 @@ def _geglu_shape(
     return x.new_empty((x.numel() // x.shape[-1], *packing.padded((x.shape[-1] // 2,))), dtype=torch.int8)
 
 
-for _name, _plain, _shape in (
-    ("layer_norm_encode", _layer_norm_plain, _layer_norm_shape),
-    ("group_norm_encode", _group_norm_plain, _group_norm_shape),
-    ("geglu_encode", _geglu_plain, _geglu_shape),
+for _name, _cuda, _plain, _shape in (
+    ("layer_norm_encode", _layer_norm_cuda, _layer_norm_plain, _layer_norm_shape),
+    ("group_norm_encode", _group_norm_cuda, _group_norm_plain, _group_norm_shape),
+    ("geglu_encode", _geglu_cuda, _geglu_plain, _geglu_shape),
 ):
-    _LIBRARY.impl(_name, _plain, "CUDA")
+    _LIBRARY.impl(_name, _cuda, "CUDA")
     _LIBRARY.impl(_name, _plain, "CPU")
     torch.library.register_fake(f"bitbrush::{_name}", _shape, lib=_LIBRARY)

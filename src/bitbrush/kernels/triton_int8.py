@@ -1,4 +1,4 @@
-"""Launches the int8 kernels: products (linear layers and convolutions), encode, unpack.
+"""Launches the int8 kernels: products (linear layers and convolutions), unpack. The encode: `triton_encode`.
 
 **Product.** ``a`` holds int8 codes less 128, rows of ``length_a`` bytes; ``w`` int8 ``[N, K]``, K in the order
 (segment, kh, kw, channel) of a packed row. Each segment has an int32 accumulator and a scale of its own; the epilogue
@@ -240,12 +240,16 @@ def gated(
 
 
 def _cut(config: Config, device: torch.device) -> dict[str, Any]:
-    options: dict[str, Any] = {
+    return {
         "BM": config.bm, "BN": config.bn, "BK": config.bk, "GROUP": config.group, "THREADS": 32 * config.warps,
-        "EARLY": early(device), "num_warps": config.warps, "num_stages": config.stages, "maxnreg": config.registers,
-        "enable_fp_fusion": False,
+        "num_warps": config.warps, "num_stages": config.stages, "maxnreg": config.registers,
+        "enable_fp_fusion": False, **launched(device),
     }
-    return {**options, "launch_pdl": True} if options["EARLY"] else options
+
+
+def launched(device: torch.device) -> dict[str, Any]:
+    """Options of a kernel that can be launched `early`."""
+    return {"EARLY": True, "launch_pdl": True} if early(device) else {"EARLY": False}
 
 
 def early(device: torch.device) -> bool:
@@ -272,41 +276,6 @@ def _operands(a: Tensor, w: Tensor, config: Config, paired: bool = False) -> tup
     return left, TensorDescriptor.from_tensor(w, [config.bn, config.bk])
 
 
-def encode(
-    x: Tensor, inverse: Tensor, zero_point: Tensor, times: Tensor, kind: int, counts: tuple[int, ...],
-    widths: tuple[int, ...], top: int | Tensor, *, frame: Frame | None = None, per_sample: int = 1,
-    factor: Tensor | None = None,
-) -> Tensor:
-    """Codes less 128, int8 ``[R, sum(widths)]``, or a frame of them.
-
-    Args:
-        x: ``[R, C]``, or pictures ``[B, C, H, W]`` whose pixels lie one after the other (channels last).
-        inverse, zero_point, times, kind: As in `Tables`.
-        counts, widths: Channels of each segment, and with padding.
-        top: Largest code, or float32 ``[T]``.
-        factor: ``input_scale`` float32 ``[C]``.
-    """
-    from bitbrush.kernels import triton_int8_kernels as kernels
-
-    place = frame or Frame(1, 1, 1)
-    rows = x.shape[0] if frame is None else frame.rows
-    samples = -(-rows // per_sample) if frame is None else frame.batch
-    strides = (x.stride(0), x.stride(1)) if frame is None else (x.stride(3), x.stride(1))
-    out = torch.empty((rows, sum(widths)), dtype=torch.int8, device=x.device)
-    columns = min(256, 1 << (max(widths) - 1).bit_length())
-    height = max(1, 4096 // columns)
-    tops = top if isinstance(top, Tensor) else None
-    with torch.cuda.device_of(x):
-        kernels.encode[(-(-rows // height),)](
-            x, out, x if factor is None else factor, inverse, zero_point, times, x if tops is None else tops,
-            0.0 if isinstance(top, Tensor) else float(top), rows, *strides, out.stride(0), samples, per_sample,
-            place.pitch, place.height, place.pad, place.high, place.wide,
-            COUNTS=counts, WIDTHS=widths, TABLE=kind, SPATIAL=frame is not None, FACTOR=factor is not None,
-            TOPS=tops is not None, BR=height, BC=columns, num_warps=4, enable_fp_fusion=False,
-        )
-    return out
-
-
 def unpack(
     out: Tensor, data: Tensor, bits: int, zero_point: Tensor, order: Tensor | None, counts: tuple[int, ...],
     widths: tuple[int, ...], taps: int, halved: bool,
@@ -330,3 +299,9 @@ def unpack(
             ENDS=ends, REAL=tuple(zip(counts, widths, strict=True)), BITS=bits, ORDER=order is not None,
             HALVED=halved, BR=height, BK=columns, num_warps=4,
         )
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

@@ -7,21 +7,13 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from bitbrush.kernels.triton_decode_kernels import codes
-from bitbrush.kernels.triton_fake_kernels import half_even
+from bitbrush.kernels.triton_encode_kernels import centred, in_turn
+from bitbrush.kernels.triton_norm_kernels import gelu, rounded
 
 
 # ---- the product -----------------------------------------------------------------------------------------------------
-@triton.jit
-def _begin(EARLY: tl.constexpr):
-    """With EARLY the kernel was launched before the one ahead of it ended: wait for that, let the next one launch."""
-    if EARLY:
-        gdc_wait()
-        gdc_launch_dependents()
-
-
 @triton.jit
 def _place(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
     """(row, column) of a tile. GROUP rows of tiles share a column before the next one, so both operands stay in L2."""
@@ -223,7 +215,7 @@ def product(
     THREADS: tl.constexpr,
 ):
     """A tile of ``y [rows, PARTS * n_count]``. Part p multiplies the rows of ``a`` from ``p * part_rows`` on."""
-    _begin(EARLY)
+    in_turn(EARLY)
     tiles = tl.cdiv(n_count, BN)
     row, column = _place(tl.program_id(0), tl.cdiv(m_count, BM), tiles * PARTS, GROUP)
     part, columns = 0, n_count * PARTS
@@ -257,9 +249,7 @@ def product(
 @triton.jit
 def _geglu(hidden, gate, TYPE: tl.constexpr):
     """``hidden * gelu(gate)`` with the roundings of separate operations in TYPE."""
-    gate = gate.to(TYPE).to(tl.float32)
-    gate = (gate * 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))).to(TYPE).to(tl.float32)
-    return (hidden.to(TYPE).to(tl.float32) * gate).to(TYPE).to(tl.float32)
+    return rounded(rounded(hidden, TYPE) * rounded(gelu(rounded(gate, TYPE)), TYPE), TYPE)
 
 
 @triton.jit
@@ -271,7 +261,7 @@ def gated(
     THREADS: tl.constexpr,
 ):
     """Codes less 128 of the next layer: a tile has BN / 2 hidden channels and their gates, ``n_count`` rows of w on."""
-    _begin(EARLY)
+    in_turn(EARLY)
     HALF: tl.constexpr = BN // 2
     row, column = _place(tl.program_id(0), tl.cdiv(m_count, BM), tl.cdiv(length_y, HALF), GROUP)
     m, n0 = row * BM + tl.arange(0, BM), column * HALF
@@ -290,67 +280,9 @@ def gated(
     if FACTOR:
         value = value * tl.load(factor_ptr + n, mask=n < n_count, other=0.0)[None, :]
     zero = tl.load(zero_ptr + time).to(tl.float32)
-    code = half_even(value * tl.load(inverse_ptr + time)) + zero
-    code = tl.where(code < 0.0, 0.0, tl.where(code > top, top, code))
-    code = tl.where((n < n_count)[None, :], code, zero)
-    tl.store(y_ptr + m.to(tl.int64)[:, None] * length_y + n[None, :], (code - 128.0).to(tl.int8),
-             mask=m_ok[:, None] & (n < length_y)[None, :])
-
-
-# ---- encode ----------------------------------------------------------------------------------------------------------
-@triton.jit
-def _source(row, pitch, height, pad, high, wide, per_sample, SPATIAL: tl.constexpr):
-    """Of rows of the output buffer: (row of the input, sample whose code a border has, whether it is no border)."""
-    if SPATIAL:
-        x, line = row % pitch - pad, row // pitch
-        sample = line // height
-        y = line - sample * height - pad
-        inside = (x >= 0) & (x < wide) & (y >= 0) & (y < high)
-        return (sample * high + y) * wide + x, sample, inside
-    return row, row // per_sample, row >= 0
-
-
-@triton.jit
-def encode(
-    x_ptr, out_ptr, factor_ptr, inverse_ptr, zero_ptr, times_ptr, tops_ptr, top, rows, stride_row, stride_channel,
-    length, samples, per_sample, pitch, height, pad, high, wide,
-    COUNTS: tl.constexpr, WIDTHS: tl.constexpr, TABLE: tl.constexpr, SPATIAL: tl.constexpr, FACTOR: tl.constexpr,
-    TOPS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
-):
-    """``code - 128`` int8 of BR rows of the output buffer, segment by segment; padding holds the zero-point's code."""
-    SEGMENTS: tl.constexpr = len(COUNTS)
-    row = tl.program_id(0) * BR + tl.arange(0, BR)
-    source, sample, inside = _source(row, pitch, height, pad, high, wide, per_sample, SPATIAL)
-    inside = inside & (row < rows) & (sample < samples)
-    if TABLE == 1:
-        time = tl.load(times_ptr + tl.minimum(tl.maximum(sample, 0), samples - 1))
-    elif TABLE == 2:
-        time = tl.minimum(source, rows - 1).to(tl.int64)
-    else:
-        time = tl.load(times_ptr) + tl.zeros((BR,), dtype=tl.int64)
-    top = tl.zeros((BR, 1), dtype=tl.float32) + top
-    if TOPS:  # bits that change over time
-        top = tl.load(tops_ptr + time)[:, None]
-    begin = 0
-    out_begin = 0
-    for s in tl.static_range(SEGMENTS):
-        inverse = tl.load(inverse_ptr + time * SEGMENTS + s)[:, None]
-        zero = tl.load(zero_ptr + time * SEGMENTS + s).to(tl.float32)[:, None]
-        for start in range(0, WIDTHS[s], BC):
-            column = start + tl.arange(0, BC)
-            real = inside[:, None] & (column < COUNTS[s])[None, :]
-            at = source.to(tl.int64)[:, None] * stride_row + ((begin + column) * stride_channel)[None, :]
-            x = tl.load(x_ptr + at, mask=real, other=0.0).to(tl.float32)
-            if FACTOR:
-                x = x * tl.load(factor_ptr + begin + column, mask=column < COUNTS[s], other=0.0)[None, :]
-            code = half_even(x * inverse) + zero
-            code = tl.where(code < 0.0, 0.0, tl.where(code > top, top, code))
-            code = tl.where(real, code, zero)
-            where = row.to(tl.int64)[:, None] * length + (out_begin + column)[None, :]
-            tl.store(out_ptr + where, (code - 128.0).to(tl.int8),
-                     mask=(row < rows)[:, None] & (column < WIDTHS[s])[None, :])
-        begin += COUNTS[s]
-        out_begin += WIDTHS[s]
+    value = tl.where((n < n_count)[None, :], value, 0.0)
+    tl.store(y_ptr + m.to(tl.int64)[:, None] * length_y + n[None, :],
+             centred(value, tl.load(inverse_ptr + time), zero, top), mask=m_ok[:, None] & (n < length_y)[None, :])
 
 
 # ---- unpack ----------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from bitbrush.kernels.triton_int8 import Config, Frame, fitting
+from bitbrush.kernels.triton_int8 import processors as _processors
 
 CANDIDATES = (
     Config(128, 128, 128, 8, 8, 3), Config(128, 128, 128, 8, 4, 3),
@@ -159,11 +160,6 @@ def _time(cut: Config, run: Callable[[Config], Any]) -> float:
 def _file(device: torch.device) -> Path:
     base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     return base / "bitbrush" / "kernels" / f"{_name(device)}.json"
-
-
-@cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @cache

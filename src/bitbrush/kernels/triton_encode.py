@@ -1,0 +1,70 @@
+"""Launches the encode: an input to int8 codes less 128, as rows or in the frame of a convolution.
+
+Importing this module does not import Triton.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bitbrush.kernels.triton_int8 import Frame, launched
+from bitbrush.numbers import packing
+
+CHUNK = 16
+"""Channels that a thread encodes at a time: 16 bytes of codes."""
+CHUNKS, WARPS = 128, 4
+"""Of a program: one chunk a thread, so that registers allow as many threads as a processor has places for."""
+
+
+def places(counts: tuple[int, ...]) -> tuple[tuple[int, int, int], ...]:
+    """(where it begins in the output, padding before it, end of its channels in the input) of each segment."""
+    found, start, out = [], 0, 0
+    for count, width in zip(counts, packing.padded(counts), strict=True):
+        found.append((out, out - start, start + count))
+        start, out = start + count, out + width
+    return tuple(found)
+
+
+def border_lines(frame: Frame) -> int:
+    """Lines of a frame after the last picture's."""
+    return frame.pad + (frame.pad > 0)
+
+
+def encode(
+    x: Tensor, inverse: Tensor, zero_point: Tensor, times: Tensor, kind: int, counts: tuple[int, ...],
+    top: int | Tensor, *, frame: Frame | None = None, per_sample: int = 1, factor: Tensor | None = None,
+) -> Tensor:
+    """Codes less 128, int8 ``[R, sum(padded(counts))]``, or a frame of them.
+
+    Args:
+        x: ``[R, C]`` contiguous, or pictures ``[B, C, H, W]`` whose pixels lie one after the other (channels last).
+        inverse, zero_point, times, kind: As in `triton_int8.Tables`.
+        counts: Channels of each segment.
+        top: Largest code, or float32 ``[T]``.
+        factor: ``input_scale`` float32 ``[C]``.
+    """
+    from bitbrush.kernels import triton_encode_kernels as kernels
+
+    place = frame or Frame(1, 1, 1)
+    rows = x.shape[0] if frame is None else frame.rows
+    samples = max(1, -(-rows // per_sample)) if frame is None else frame.batch
+    length = sum(packing.padded(counts))
+    out = torch.empty((rows, length), dtype=torch.int8, device=x.device)
+    if not out.numel():
+        return out
+    chunks = (rows if frame is None else frame.pitch) * length // CHUNK
+    grid = (-(-chunks // CHUNKS), 1, 1)
+    if frame is not None:
+        grid = (grid[0], frame.height + border_lines(frame), frame.batch)
+    tops = top if isinstance(top, Tensor) else None
+    with torch.cuda.device_of(x):
+        kernels.encode[grid](
+            x, out, x if factor is None else factor, inverse, zero_point, times, x if tops is None else tops,
+            0.0 if isinstance(top, Tensor) else float(top), rows, samples, per_sample, place.pitch, place.height,
+            place.pad, place.high, place.wide,
+            PLACES=places(counts), CHANNELS=sum(counts), LENGTH=length, TABLE=kind, SPATIAL=frame is not None,
+            FACTOR=factor is not None, TOPS=tops is not None, CHUNKS=CHUNKS, num_warps=WARPS, enable_fp_fusion=False,
+            **launched(x.device),
+        )
+    return out

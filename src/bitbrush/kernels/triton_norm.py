@@ -1,0 +1,175 @@
+"""Launches the kernels that join a norm or a GEGLU with the encode of what follows it.
+
+**LayerNorm** goes once over memory: a program holds whole rows. **GroupNorm** needs two kernels, for a group of a large
+picture is more than a program holds: sums of chunks of the pixels, then a second pass that merges them (a few thousand
+numbers a program) and applies. SDXL's pictures lie in the second-level cache when they are read again.
+
+Importing this module does not import Triton.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bitbrush.kernels.triton_encode import CHUNK, CHUNKS, WARPS, border_lines
+from bitbrush.kernels.triton_int8 import Frame, launched, processors
+from bitbrush.numbers import packing
+
+MOST_CHUNKS = 64
+"""Of a sample: what every program of the second pass merges."""
+SUM_WARPS, SUM_PROGRAMS, VECTOR = 8, 2, 8
+PIECE = 32 * VECTOR
+"""Channels that a warp reads at once: 16 bytes a thread of bfloat16."""
+COLUMNS, ROWS = 64, 64
+"""Of a step of the second pass: 128 bytes of a bfloat16 pixel, 16 channels a thread."""
+PROGRAMS = 7
+"""For each processor at most in the second pass: as many as its registers hold, so that none waits for another."""
+REGISTERS = 128
+"""Of a thread that holds a row's numbers, its weight and its bias: 16 warps a processor."""
+
+
+def power(n: int) -> int:
+    """The power of two at or above ``n``."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def row_cut(channels: int) -> tuple[int, int, int]:
+    """How whole rows are held: (warps, pieces of a row, a power of two, rows).
+
+    A piece has `VECTOR` channels for every thread of the warps, so that all of a program's threads lie along a row, and
+    a warp alone sums it without waiting for others. A thread has at most about 48 numbers.
+    """
+    warps = min(16, power(-(-channels // (5 * PIECE))))
+    many = -(-channels // (warps * PIECE))
+    return warps, power(many), 1 << (max(1, 6 // many).bit_length() - 1)
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
+    tables: tuple[tuple[Tensor, Tensor, Tensor, Tensor | None], ...], tops: tuple[int, ...],
+) -> Tensor:
+    """int8 codes less 128 ``[P * R, padded(C)]`` of ``x [R, C]``, contiguous.
+
+    Args:
+        tables: (inverse, zero_point, times, factor or None) of each of the P consumers.
+    """
+    from bitbrush.kernels import triton_norm_kernels as kernels
+
+    rows, channels = x.shape
+    (length,) = packing.padded((channels,))
+    out = torch.empty((len(tops) * rows, length), dtype=torch.int8, device=x.device)
+    if not out.numel():
+        return out
+    warps, parts, height = row_cut(length)
+    with torch.cuda.device_of(x):
+        kernels.layer_norm[(-(-rows // height),)](
+            x, x if weight is None else weight, x if bias is None else bias, out,
+            tuple((i, z, t, x if f is None else f) for i, z, t, f in tables), eps, rows,
+            TOPS=tops, CHANNELS=channels, LENGTH=length, WEIGHT=weight is not None, BIAS=bias is not None,
+            FACTORS=tuple(f is not None for *_, f in tables), PARTS=parts, BR=height, INNER=warps * PIECE,
+            VECTOR=VECTOR, num_warps=warps, maxnreg=REGISTERS, enable_fp_fusion=False, **launched(x.device),
+        )
+    return out
+
+
+def sum_block(groups: int, size: int) -> tuple[int, int]:
+    """(groups, columns) of a program that sums: whole groups, few columns idle, rows that begin at 16 bytes."""
+    found = [n for n in range(1, groups + 1) if groups % n == 0 and (n == 1 or n * size <= 256)]
+    n = min(found, key=lambda n: (n * size % 8 != 0, power(n * size) / (n * size), -n))
+    return n, power(n * size)
+
+
+def group_sums(x: Tensor, groups: int) -> tuple[Tensor, Tensor, int]:
+    """(mean, sum of squares about it, pixels) of chunks of each sample's pixels: float32 ``[B, chunks, groups]`` twice.
+
+    Args:
+        x: ``[B, C, H, W]``, channels last.
+    """
+    from bitbrush.kernels import triton_norm_kernels as kernels
+
+    batch, channels, pixels = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
+    size = channels // groups
+    block, columns = sum_block(groups, size)
+    lanes = max(1, SUM_WARPS * PIECE // columns)
+    deep = max(1, min(8, (1 << 14) // (lanes * columns)))
+    step, blocks = lanes * deep, groups // block
+    wanted = max(1, min(MOST_CHUNKS, SUM_PROGRAMS * processors(x.device) // (batch * blocks)))
+    chunk = -(-pixels // wanted)
+    chunk = -(-chunk // step) * step
+    chunks = -(-pixels // chunk)
+    mean, square = torch.empty((2, batch, chunks, groups), dtype=torch.float32, device=x.device)
+    with torch.cuda.device_of(x):
+        kernels.group_sums[(blocks, chunks, batch)](
+            x, mean, square, pixels, chunk, chunks,
+            CHANNELS=channels, SIZE=size, GROUPS=groups, BLOCK=block, BG=power(block), BC=columns, LANES=lanes,
+            DEEP=deep, EVEN=pixels % step == 0, num_warps=SUM_WARPS, enable_fp_fusion=False, **launched(x.device),
+        )
+    return mean, square, chunk
+
+
+def column_blocks(counts: tuple[int, ...]) -> tuple[tuple[tuple[int, int, int, int, int], ...], int]:
+    """(first block, first column, first channel, end of the channels, end of the columns) of each segment, and how many
+    blocks of `COLUMNS` there are."""
+    found, block, column, channel = [], 0, 0, 0
+    for count, width in zip(counts, packing.padded(counts), strict=True):
+        found.append((block, column, channel, channel + count, column + width))
+        block, column, channel = block - (-width // COLUMNS), column + width, channel + count
+    return tuple(found), block
+
+
+def group_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, inverse: Tensor, zero_point: Tensor,
+    times: Tensor, counts: tuple[int, ...], top: int, frame: Frame | None, factor: Tensor | None,
+) -> Tensor:
+    """int8 codes less 128 of ``x [B, C, H, W]``, channels last: rows of pixels, or a frame of them.
+
+    Args:
+        counts: Channels of each segment.
+        factor: ``input_scale`` float32 ``[C]``.
+    """
+    from bitbrush.kernels import triton_norm_kernels as kernels
+
+    batch, channels, pixels = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
+    place = frame or Frame(batch, x.shape[2], x.shape[3])
+    length = sum(packing.padded(counts))
+    out = torch.empty((place.rows, length), dtype=torch.int8, device=x.device)
+    if not out.numel():
+        return out
+    mean, square, chunk = group_sums(x, groups)
+    size, (blocks, many) = channels // groups, column_blocks(counts)
+    below = border_lines(place) * place.pitch
+    rows = place.height * place.pitch + below
+    programs = max(1, PROGRAMS * processors(x.device) // (batch * many))
+    span = max(ROWS, -(-rows // programs // ROWS) * ROWS)
+    with torch.cuda.device_of(x):
+        kernels.group_norm[(many, -(-rows // span), batch)](
+            x, mean, square, weight, bias, out, inverse, zero_point, times, x if factor is None else factor, float(top),
+            eps, pixels, chunk, mean.shape[1], span, batch, place.pitch, place.height, place.pad, place.high,
+            place.wide, below,
+            BLOCKS=blocks, CHANNELS=channels, LENGTH=length, SIZE=size, GROUPS=groups, SILU=silu,
+            FACTOR=factor is not None, SPATIAL=frame is not None, MOST=power(mean.shape[1]),
+            BG=power(min(groups, (COLUMNS - 1) // size + 2)), BC=COLUMNS, BR=ROWS, num_warps=WARPS,
+            enable_fp_fusion=False, **launched(x.device),
+        )
+    return out
+
+
+def geglu(
+    x: Tensor, inverse: Tensor, zero_point: Tensor, times: Tensor, top: int, factor: Tensor | None
+) -> Tensor:
+    """int8 codes less 128 ``[R, padded(C)]`` of ``x [R, 2 C]``, contiguous: ``hidden * gelu(gate)``."""
+    from bitbrush.kernels import triton_norm_kernels as kernels
+
+    rows, channels = x.shape[0], x.shape[1] // 2
+    (length,) = packing.padded((channels,))
+    out = torch.empty((rows, length), dtype=torch.int8, device=x.device)
+    if not out.numel():
+        return out
+    with torch.cuda.device_of(x):
+        kernels.geglu[(-(-rows * length // CHUNK // CHUNKS),)](
+            x, out, inverse, zero_point, times, x if factor is None else factor, float(top), rows,
+            CHANNELS=channels, LENGTH=length, FACTOR=factor is not None, CHUNKS=CHUNKS, num_warps=WARPS,
+            enable_fp_fusion=False, **launched(x.device),
+        )
+    return out

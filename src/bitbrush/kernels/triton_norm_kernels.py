@@ -1,0 +1,314 @@
+"""The Triton code of `bitbrush.kernels.triton_norm`. Importing this module imports Triton.
+
+Parameters have no annotations but Triton's own: it takes every other one for a global variable that the kernel reads.
+Sums are float32; divisions are exact where a quotient is a number.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from bitbrush.kernels.triton_encode_kernels import centred, in_turn
+
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+"""Whether there is no assembler: what is written in PTX below has a plain form beside it."""
+
+
+@triton.jit
+def rounded(v, dtype: tl.constexpr):
+    """float32 ``v`` after one rounding to the compute dtype. Two at a time: a single one to bfloat16 takes 8 times as
+    long as an addition."""
+    if dtype == tl.float32:
+        return v
+    elif dtype == tl.float16:
+        return v.to(dtype).to(tl.float32)
+    elif _INTERPRETED:  # whose conversion cuts off
+        bits = v.to(tl.int32, bitcast=True)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 t; cvt.rn.bf16x2.f32 t, $3, $2; shl.b32 $0, t, 16; and.b32 $1, t, 0xffff0000; }",
+            "=f,=f,f,f", [v], tl.float32, True, 2,
+        )
+
+
+@triton.jit
+def _power_of_two(v):
+    if _INTERPRETED:
+        return tl.exp2(v)
+    else:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [v], tl.float32, True, 1)
+
+
+@triton.jit
+def _reciprocal(v):
+    if _INTERPRETED:
+        return 1.0 / v
+    else:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [v], tl.float32, True, 1)
+
+
+@triton.jit
+def silu(v):
+    """``v / (1 + exp(-v))`` of float32, to about 2**-21."""
+    return v * _reciprocal(1.0 + _power_of_two(v * -1.4426950408889634))
+
+
+@triton.jit
+def gelu(v):
+    """``v * (1 + erf(v / sqrt(2))) / 2`` of float32, within 1.5e-7 ``|v|``: Abramowitz and Stegun 7.1.26, whose sum is
+    the smaller one of both tails, so nothing cancels."""
+    t = _reciprocal(tl.fma(tl.abs(v), 0.23164188, 1.0))
+    tail = tl.fma(t, 0.5307027145, -0.7265760135)
+    tail = tl.fma(t, tail, 0.7107068705)
+    tail = tl.fma(t, tail, -0.142248368)
+    tail = tl.fma(t, tail, 0.127414796) * t * _power_of_two(v * v * -0.7213475204444817)
+    return v * tl.where(v < 0.0, tail, 1.0 - tail)
+
+
+@triton.jit
+def _share(total, COUNT: tl.constexpr):
+    """``total / COUNT`` of float32, exact where the quotient is a number; an IEEE division would branch."""
+    first = total * (1.0 / COUNT)
+    return tl.fma(tl.fma(first, -1.0 * COUNT, total), 1.0 / COUNT, first)
+
+
+# ---- LayerNorm -------------------------------------------------------------------------------------------------------
+@triton.jit(do_not_specialize=("rows",))
+def layer_norm(
+    x_ptr, weight_ptr, bias_ptr, out_ptr, tables, eps, rows,
+    TOPS: tl.constexpr, CHANNELS: tl.constexpr, LENGTH: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
+    FACTORS: tl.constexpr, PARTS: tl.constexpr, BR: tl.constexpr, INNER: tl.constexpr, VECTOR: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """BR whole rows in registers; their codes for each consumer, whose rows lie below those of the one before.
+
+    All that is read is asked for before anything waits.
+    Rows are PARTS pieces of INNER channels, VECTOR for each thread: so every thread has its place in all pieces, and
+    what lies beyond CHANNELS is known where this is built.
+
+    Args:
+        tables: (inverse, zero_point, times, factor) of each consumer.
+    """
+    in_turn(EARLY)
+    row = tl.program_id(0) * BR + tl.arange(0, BR)
+    inner = tl.max_contiguous(tl.arange(0, INNER), VECTOR)
+    column = tl.arange(0, PARTS)[None, :, None] * INNER + inner[None, None, :]
+    kept = (row < rows)[:, None, None]
+    real = column < CHANNELS
+    where = row.to(tl.int64)[:, None, None]
+    x = tl.load(x_ptr + where * CHANNELS + column, mask=kept & real, other=0.0).to(tl.float32)
+    each = column + tl.zeros((BR, 1, 1), dtype=tl.int32)  # every thread loads what it multiplies
+    weight, bias, steps = each, each, tl.tuple([])
+    if WEIGHT:
+        weight = tl.load(weight_ptr + column, mask=real, other=0.0)
+    if BIAS:
+        bias = tl.load(bias_ptr + column, mask=real, other=0.0)
+    for p in tl.static_range(len(TOPS)):
+        time = tl.load(tables[p][2])
+        steps += (tl.load(tables[p][0] + time), tl.load(tables[p][1] + time))
+    x = tl.where(real, x - _share(tl.sum(tl.sum(x, 1, True), 2, True), CHANNELS), 0.0)
+    x = x * tl.rsqrt(_share(tl.sum(tl.sum(x * x, 1, True), 2, True), CHANNELS) + eps)
+    if WEIGHT and BIAS:
+        x = tl.fma(x, weight.to(tl.float32), bias.to(tl.float32))
+    elif WEIGHT:
+        x = x * weight.to(tl.float32)
+    elif BIAS:
+        x = x + bias.to(tl.float32)
+    x = rounded(x, x_ptr.dtype.element_ty)
+    for p in tl.static_range(len(TOPS)):
+        inverse, zero = steps[2 * p], steps[2 * p + 1].to(tl.float32)
+        y = x
+        if FACTORS[p]:
+            y = x * tl.load(tables[p][3] + each, mask=real, other=0.0)
+        tl.store(out_ptr + (where + p * rows.to(tl.int64)) * LENGTH + column, centred(y, inverse, zero, TOPS[p] + 0.0),
+                 mask=kept & (column < LENGTH))
+
+
+# ---- GroupNorm -------------------------------------------------------------------------------------------------------
+@triton.jit
+def _pixels(x_ptr, first, step, channel, mine, limit, CHANNELS: tl.constexpr, EVEN: tl.constexpr):
+    """A tile of pixels; EVEN: all of it lies before ``limit``, or nothing."""
+    place = first + step
+    there = mine[None, :] & (first < limit) if EVEN else mine[None, :] & (place < limit)[:, None]
+    return tl.load(x_ptr + place.to(tl.int64)[:, None] * CHANNELS + channel[None, :], mask=there, other=0.0)
+
+
+@triton.jit(do_not_specialize=("pixels", "chunk", "chunks"))
+def group_sums(
+    x_ptr, mean_ptr, square_ptr, pixels, chunk, chunks,
+    CHANNELS: tl.constexpr, SIZE: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, BG: tl.constexpr,
+    BC: tl.constexpr, LANES: tl.constexpr, DEEP: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr,
+):
+    """Mean, and sum of squares about it, of BLOCK groups over a chunk of a sample's pixels: float32 ``[B, chunks, G]``.
+
+    Sums are of differences to the group's first value in the chunk. As that is one of the values, ``S2 - S1**2 / n``
+    loses at most a factor n of float32's precision, and that only where it is all there is to the variance.
+    Each tile is asked for before the one before it is summed. EVEN: chunks are whole tiles of LANES * DEEP pixels.
+    """
+    in_turn(EARLY)
+    sample, part = tl.program_id(2), tl.program_id(1)
+    c, g, step = tl.arange(0, BC), tl.arange(0, BG), tl.arange(0, DEEP * LANES)
+    channel, group = tl.program_id(0) * (BLOCK * SIZE) + c, tl.program_id(0) * BLOCK + g
+    mine, kept = (c < BLOCK * SIZE) & (channel < CHANNELS), (g < BLOCK) & (group < GROUPS)
+    first = part * chunk
+    limit = tl.minimum(first + chunk, pixels)
+    x_ptr += sample.to(tl.int64) * pixels * CHANNELS
+    now = _pixels(x_ptr, first, step, channel, mine, limit, CHANNELS, EVEN)
+    begin_ptr = x_ptr + first.to(tl.int64) * CHANNELS
+    start = tl.load(begin_ptr + (channel // SIZE) * SIZE, mask=mine, other=0.0).to(tl.float32)
+    total = tl.zeros((LANES, BC), dtype=tl.float32)
+    square = tl.zeros((LANES, BC), dtype=tl.float32)
+    for here in range(first, limit, DEEP * LANES):
+        ahead = _pixels(x_ptr, here + DEEP * LANES, step, channel, mine, limit, CHANNELS, EVEN)
+        v = now.to(tl.float32) - start[None, :]
+        if not EVEN:
+            v = tl.where((here + step < limit)[:, None] & mine[None, :], v, 0.0)
+        v = tl.reshape(v, (DEEP, LANES, BC))  # what a thread holds comes first
+        total += tl.sum(v, 0)
+        square += tl.sum(v * v, 0)
+        now = ahead
+    many, members = (limit - first).to(tl.float32) * SIZE, (c // SIZE)[:, None] == g[None, :]
+    whole = tl.sum(tl.where(members, tl.sum(total, 0)[:, None], 0.0), 0)
+    squares = tl.sum(tl.where(members, tl.sum(square, 0)[:, None], 0.0), 0)
+    apart = tl.div_rn(whole, many)
+    at = (sample * chunks + part) * GROUPS + group
+    start = tl.load(begin_ptr + group * SIZE, mask=kept, other=0.0).to(tl.float32)
+    tl.store(mean_ptr + at, start + apart, mask=kept)
+    tl.store(square_ptr + at, tl.maximum(squares - apart * whole, 0.0), mask=kept)
+
+
+@triton.jit
+def _merged(
+    mean_ptr, square_ptr, group, pixels, chunk, chunks, eps, SIZE: tl.constexpr, GROUPS: tl.constexpr,
+    MOST: tl.constexpr,
+):
+    """(mean, 1 / deviation) of groups of a sample, from those of its chunks (Chan et al. 1979)."""
+    n = tl.arange(0, MOST)
+    at, there = n[:, None] * GROUPS + group[None, :], (n < chunks)[:, None] & (group < GROUPS)[None, :]
+    many = tl.where(n < chunks, tl.minimum(chunk, pixels - n * chunk), 0).to(tl.float32)[:, None] * SIZE
+    means = tl.load(mean_ptr + at, mask=there, other=0.0)
+    squares = tl.load(square_ptr + at, mask=there, other=0.0)
+    whole = pixels.to(tl.float32) * SIZE
+    mean = tl.div_rn(tl.sum(many * means, 0), whole)
+    apart = means - mean[None, :]
+    variance = tl.div_rn(tl.sum(squares + many * (apart * apart), 0), whole)
+    return mean, tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
+
+
+@triton.jit
+def _block_of(number, BLOCKS: tl.constexpr, BC: tl.constexpr):
+    """Of a block of the output's columns: (segment, first column, first channel, end of the segment's channels, and of
+    its columns).
+
+    BLOCKS: (first block, first column, first channel, end of the channels, of the columns) of each segment.
+    """
+    segment = number * 0
+    first = number * 0
+    column = number * 0
+    channel = number * 0
+    end = number * 0 + BLOCKS[0][3]
+    last = number * 0 + BLOCKS[0][4]
+    for s in tl.static_range(1, len(BLOCKS)):
+        here = number >= BLOCKS[s][0]
+        segment = tl.where(here, s, segment)
+        first = tl.where(here, BLOCKS[s][0], first)
+        column = tl.where(here, BLOCKS[s][1], column)
+        channel = tl.where(here, BLOCKS[s][2], channel)
+        end = tl.where(here, BLOCKS[s][3], end)
+        last = tl.where(here, BLOCKS[s][4], last)
+    return segment, column + (number - first) * BC, channel + (number - first) * BC, end, last
+
+
+@triton.jit
+def _rows(
+    x_ptr, first, limit, sample, pixels, pitch, pad, high, wide, channel, real, CHANNELS: tl.constexpr,
+    SPATIAL: tl.constexpr, BR: tl.constexpr,
+):
+    """(the input of BR rows of a sample's part of the output, which of them are no border)."""
+    row = first + tl.arange(0, BR)
+    inside, source = row < limit, sample * pixels + row
+    if SPATIAL:
+        y = row // pitch
+        x = row - y * pitch - pad
+        y -= pad
+        inside = inside & (x >= 0) & (x < wide) & (y >= 0) & (y < high)
+        source = (sample * high + y) * wide + x
+    there = inside[:, None] & real[None, :]
+    return tl.load(x_ptr + source.to(tl.int64)[:, None] * CHANNELS + channel[None, :], mask=there, other=0.0), inside
+
+
+@triton.jit(do_not_specialize=(
+    "pixels", "chunk", "chunks", "span", "samples", "pitch", "height", "pad", "high", "wide", "below",
+))
+def group_norm(
+    x_ptr, mean_ptr, square_ptr, weight_ptr, bias_ptr, out_ptr, inverse_ptr, zero_ptr, times_ptr, factor_ptr, top, eps,
+    pixels, chunk, chunks, span, samples, pitch, height, pad, high, wide, below,
+    BLOCKS: tl.constexpr, CHANNELS: tl.constexpr, LENGTH: tl.constexpr, SIZE: tl.constexpr, GROUPS: tl.constexpr,
+    SILU: tl.constexpr, FACTOR: tl.constexpr, SPATIAL: tl.constexpr, MOST: tl.constexpr, BG: tl.constexpr,
+    BC: tl.constexpr, BR: tl.constexpr, EARLY: tl.constexpr,
+):
+    """Codes less 128 of BC columns and ``span`` rows of a sample's part of the output, by the sums of `group_sums`.
+
+    Rows are pixels, or with SPATIAL the rows of a frame; the last sample has ``below`` rows more.
+    """
+    in_turn(EARLY)
+    sample = tl.program_id(2)
+    lines = height * pitch if SPATIAL else pixels  # of the output, a sample
+    start = tl.program_id(1) * span
+    limit = tl.minimum(start + span, lines + tl.where(sample == samples - 1, below, 0))
+    segment, column, channel, end, last = _block_of(tl.program_id(0), BLOCKS, BC)
+    time = tl.load(times_ptr) * len(BLOCKS) + segment
+    column += tl.arange(0, BC)
+    group = channel // SIZE + tl.arange(0, BG)
+    channel += tl.arange(0, BC)
+    real = channel < end
+    partial = sample.to(tl.int64) * chunks * GROUPS
+    mean, rate = _merged(mean_ptr + partial, square_ptr + partial, group, pixels, chunk, chunks, eps, SIZE, GROUPS,
+                         MOST)
+    members = (channel // SIZE)[:, None] == group[None, :]
+    slope = tl.sum(tl.where(members, rate[None, :], 0.0), 1) * tl.load(
+        weight_ptr + channel, mask=real, other=0.0).to(tl.float32)
+    shift = tl.load(bias_ptr + channel, mask=real, other=0.0).to(tl.float32)
+    shift = shift - tl.sum(tl.where(members, mean[None, :], 0.0), 1) * slope
+    inverse, zero = tl.load(inverse_ptr + time), tl.load(zero_ptr + time).to(tl.float32)
+    nothing = centred(0.0, inverse, zero, top)
+    for first in range(start, limit, BR):
+        now, inside = _rows(x_ptr, first, limit, sample, pixels, pitch, pad, high, wide, channel, real, CHANNELS,
+                            SPATIAL, BR)
+        v = rounded(tl.fma(now.to(tl.float32), slope[None, :], shift[None, :]), x_ptr.dtype.element_ty)
+        if SILU:
+            v = rounded(silu(v), x_ptr.dtype.element_ty)
+        if FACTOR:
+            v = v * tl.load(factor_ptr + channel, mask=real, other=0.0)[None, :]
+        row = first + tl.arange(0, BR)
+        out = out_ptr + (sample.to(tl.int64) * lines + row)[:, None] * LENGTH + column[None, :]
+        there, kept = inside[:, None] & real[None, :], (row < limit)[:, None] & (column < last)[None, :]
+        tl.store(out, centred(v, inverse, zero, top), mask=there)
+        tl.store(out, tl.zeros((BR, BC), dtype=tl.int8) + nothing, mask=kept & (there == 0))
+
+
+# ---- GEGLU -----------------------------------------------------------------------------------------------------------
+@triton.jit(do_not_specialize=("rows",))
+def geglu(
+    x_ptr, out_ptr, inverse_ptr, zero_ptr, times_ptr, factor_ptr, top, rows,
+    CHANNELS: tl.constexpr, LENGTH: tl.constexpr, FACTOR: tl.constexpr, CHUNKS: tl.constexpr, EARLY: tl.constexpr,
+):
+    """``code - 128`` int8 of ``hidden * gelu(gate)``: CHUNKS times 16 channels, counted as in `encode`."""
+    in_turn(EARLY)
+    PER_ROW: tl.constexpr = LENGTH // 16
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    chunk = tl.program_id(0) * CHUNKS + tl.arange(0, CHUNKS)
+    row, column = chunk // PER_ROW, ((chunk % PER_ROW) * 16)[:, None] + tl.arange(0, 16)[None, :]
+    kept = (row < rows)[:, None]
+    real = kept & (column < CHANNELS)
+    at = x_ptr + row.to(tl.int64)[:, None] * (2 * CHANNELS) + column
+    gate = tl.load(at + CHANNELS, mask=real, other=0.0).to(tl.float32)
+    hidden = tl.load(at, mask=real, other=0.0).to(tl.float32)
+    time = tl.load(times_ptr)
+    inverse, zero = tl.load(inverse_ptr + time), tl.load(zero_ptr + time).to(tl.float32)
+    y = rounded(hidden * rounded(gelu(gate), dtype), dtype)
+    if FACTOR:
+        y = y * tl.load(factor_ptr + column, mask=real, other=0.0)
+    tl.store(out_ptr + row.to(tl.int64)[:, None] * LENGTH + column, centred(y, inverse, zero, top), mask=kept)

@@ -1,0 +1,83 @@
+"""Runs the kernels of norms, GEGLU and encode in Triton's interpreter, compares with the definition, prints JSON.
+
+A process of its own, because the interpreter is chosen when Triton is imported. Codes must be equal where a norm is
+exact (`norm_cases.exact`), elsewhere within one and rarely different. ``fault NAME`` plants one that must show.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+import norm_cases
+from bitbrush.kernels import int8_ops, norm_ops, triton_encode_kernels, triton_norm, triton_norm_kernels
+
+
+def merged() -> float:
+    """Largest error of mean and deviation, of deviations, where the mean is 1000 of them."""
+    g = norm_cases.drawn(99)
+    x = torch.randn((2, 40, 9, 31), generator=g) + 1000
+    mean, square, chunk = triton_norm.group_sums(x.contiguous(memory_format=torch.channels_last), 4)
+    pixels = 9 * 31
+    many = torch.tensor([min(chunk, pixels - n * chunk) * 10.0 for n in range(mean.shape[1])]).double()[None, :, None]
+    found = (many * mean).sum(1) / (pixels * 10)
+    variance = (square + many * (mean - found[:, None]) ** 2).sum(1) / (pixels * 10)
+    groups = x.reshape(2, 4, -1).double()
+    off = torch.stack([found - groups.mean(2), variance.sqrt() - groups.std(2, correction=0)])
+    return float(off.abs().max() / groups.std())
+
+
+@triton.jit
+def half_up(x, inverse, zero, top):  # type: ignore[no-untyped-def]
+    """A fault: rounding that is not half to even."""
+    code = tl.floor(x * inverse + 0.5) + zero
+    return (tl.minimum(tl.maximum(code, 0.0), top) - 128.0).to(tl.int8)
+
+
+def plant(name: str) -> None:
+    """A fault in what the kernels are given or do."""
+    layer, group = triton_norm.layer_norm, triton_norm.group_norm
+
+    def consumers(x: Tensor, weight: Any, bias: Any, eps: float, given: Any, tops: Any) -> Tensor:
+        return layer(x, weight, bias, eps, given[::-1], tops[::-1])
+
+    def shifted(*args: Any) -> Tensor:
+        out, frame = group(*args), args[11]
+        return out.roll(1, 0) if frame is not None else out
+
+    if name == "consumers":
+        triton_norm.layer_norm = consumers
+    elif name == "place":
+        triton_norm.group_norm = shifted
+    elif name == "sums":
+        sums = triton_norm.group_sums
+        triton_norm.group_sums = lambda x, groups: (lambda m, s, c: (m, s * 1.01, c))(*sums(x, groups))
+    elif name == "gelu":
+        triton_norm_kernels.gelu = triton_norm_kernels.silu
+    elif name == "half-up":
+        triton_encode_kernels.centred = half_up
+
+
+def main() -> None:
+    """Print what was compared, and the worst of it."""
+    if len(sys.argv) > 1:
+        plant(sys.argv[1])
+
+    def run(op: str, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        home, name = (int8_ops, "encode") if op == "int8_encode" else (norm_ops, op.removesuffix("_encode"))
+        return getattr(home, f"_{name}_cuda")(*args), getattr(home, f"_{name}_plain")(*args)
+
+    sys.stdout.write(json.dumps({"results": norm_cases.compared(run), "merged": merged()}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

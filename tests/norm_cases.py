@@ -1,0 +1,140 @@
+"""Random inputs of the ops that join a norm or a GEGLU with the encode, and of the encode: for Triton's interpreter
+(kernels/interpreted_norm.py) and for a GPU (benchmarks/check_int8.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitbrush.numbers import packing
+from bitbrush.numbers.codec import reciprocal
+
+LEVELS = torch.tensor([8.0, -8.0, 4.0, -4.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+"""Mean 0 and deviation 4."""
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+Case = tuple[str, str, tuple[Any, ...], tuple[int, ...]]
+"""Whether a norm is exact, and of what; the op; what it takes; channels of the segments."""
+
+
+def drawn(seed: int) -> torch.Generator:
+    """Random numbers of a case."""
+    return torch.Generator().manual_seed(seed)
+
+
+def tables(g: torch.Generator, segments: int, top: int = 255) -> tuple[Tensor, Tensor, Tensor]:
+    """(inverse, zero_point, times) of three times; codes reach 4 to 8 above and below 0."""
+    scale = (torch.rand((3, segments), generator=g) + 1) * 8 / top
+    zero = torch.randint(top // 3, top * 2 // 3, (3, segments), generator=g)
+    return reciprocal(scale), zero.to(torch.uint8) if segments == 1 else zero.float(), torch.tensor([2])
+
+
+def exact(shape: tuple[int, ...], g: torch.Generator) -> Tensor:
+    """Rows of `LEVELS`, shuffled, about an integer mean: all of a norm without eps is exact."""
+    rows, length = shape
+    values = LEVELS.repeat(length // 10).expand(shape)
+    mixed = values.gather(1, torch.rand(shape, generator=g).argsort(1))
+    return mixed + torch.randint(-3, 4, (rows, 1), generator=g)
+
+
+def dyadic(count: int, g: torch.Generator) -> Tensor:
+    """Numbers whose products with a few integers are exact in every float."""
+    return torch.randint(-8, 9, (count,), generator=g) / 8
+
+
+def channels_of(codes: Tensor, counts: tuple[int, ...]) -> Tensor:
+    """Codes without the padding of segments, of several: there the definition has any code, for weights are 0."""
+    if len(counts) == 1:
+        return codes
+    parts = codes.split(list(packing.padded(counts)), 1)
+    return torch.cat([part[:, :count] for part, count in zip(parts, counts, strict=True)], 1)
+
+
+def layer_norms() -> Iterator[Case]:
+    """LayerNorm: consumers, factors, weights or none, padding."""
+    for i, (channels, many, dtype) in enumerate(((40, 1, FLOATS[1]), (320, 3, FLOATS[0]), (70, 2, FLOATS[2]),
+                                                 (1280, 2, FLOATS[1]), (640, 1, FLOATS[2]))):
+        g = drawn(i)
+        tops = [255, 15, 255][:many]
+        found = list(zip(*(tables(g, 1, top) for top in tops), strict=True))
+        weight, bias = (dyadic(channels, g).to(dtype) for _ in range(2))
+        for plain in ("exact", "random"):
+            x = exact((7, channels), g) if plain == "exact" else torch.randn((2, 5, channels), generator=g) * 3 + 1
+            factors = [None, torch.rand(channels, generator=g) + 0.5, None][:many]
+            affine = (weight, bias) if plain == "exact" or i % 2 else (None, None)
+            args = (x.to(dtype), *affine, 0.0 if plain == "exact" else 1e-5, *map(list, found), tops, factors)
+            yield f"layer {plain}", "layer_norm_encode", args, (channels,)
+
+
+def group_norms() -> Iterator[Case]:
+    """GroupNorm: frames or rows, segments, groups of odd sizes, chunks that end within a picture."""
+    for i, (counts, groups, batch, high, wide, dtype, pad) in enumerate((
+        ((40,), 4, 2, 8, 8, FLOATS[1], 1), ((64, 32), 32, 1, 9, 5, FLOATS[2], 1),
+        ((320,), 32, 2, 12, 9, FLOATS[1], None), ((33, 7), 4, 2, 6, 7, FLOATS[0], None),
+        ((30,), 3, 1, 1, 1, FLOATS[0], 0), ((160,), 8, 3, 16, 17, FLOATS[1], 1),
+    )):
+        g, channels = drawn(50 + i), sum(counts)
+        frame = [] if pad is None else [batch, high, wide, 3 if pad else 1, 3 if pad else 1, pad, 1, 1]
+        weight, bias = (dyadic(channels, g).to(dtype) for _ in range(2))
+        found, factor = tables(g, len(counts)), torch.rand(channels, generator=g) + 0.5 if i % 2 else None
+        for plain in ("exact", "random"):
+            rest = (channels // groups) * high * wide
+            if plain == "exact" and rest % 10:
+                continue
+            size, eps, silu = (batch * groups, rest), 0.0 if plain == "exact" else 1e-5, plain != "exact"
+            x = exact(size, g) if plain == "exact" else torch.randn(size, generator=g) + 2
+            x = x.reshape(batch, channels, high, wide).to(dtype)
+            args = (x, weight, bias, groups, eps, silu, *found, list(counts), 255, frame, factor)
+            yield f"group {plain}", "group_norm_encode", args, counts
+
+
+def geglus() -> Iterator[Case]:
+    """GEGLU, also of the largest and smallest gates."""
+    for i, (channels, dtype) in enumerate(((40, FLOATS[1]), (64, FLOATS[2]), (96, FLOATS[0]))):
+        g = drawn(80 + i)
+        x = torch.randn((3, 11, 2 * channels), generator=g) * 3
+        x[0, 0, channels:] = torch.linspace(-40, 40, channels)
+        args = (x.to(dtype), *tables(g, 1), 255, torch.rand(channels, generator=g) if i else None)
+        yield "geglu random", "geglu_encode", args, (channels,)
+
+
+def encodes() -> Iterator[Case]:
+    """The encode alone: every row of a frame, which the tests of products see through sums only."""
+    for i, (counts, batch, high, wide, pad) in enumerate((
+        ((64,), 2, 5, 7, 1), ((33, 7), 1, 4, 3, 1), ((40,), 3, 3, 2, 2),
+    )):
+        g = drawn(90 + i)
+        x = torch.randn((batch, sum(counts), high, wide), generator=g) * 4
+        inverse, zero, times = tables(g, len(counts))
+        x = torch.where(torch.rand(x.shape, generator=g) < 0.1, (x.round() + 0.5) / inverse[2, 0], x)  # ties
+        x[0, 0, 0, :2] = torch.tensor([3e9, -1.26e7])  # past what an addition rounds
+        args = (x, inverse, zero, times, 0, list(counts), 255, None,
+                [batch, high, wide, 2 * pad + 1, 2 * pad + 1, pad, 1, 1], 1, None)
+        yield "encode exact", "int8_encode", args, counts
+
+
+def every() -> Iterator[Case]:
+    """All cases."""
+    for make in (layer_norms, group_norms, geglus, encodes):
+        yield from make()
+
+
+def compared(run: Callable[[str, tuple[Any, ...]], tuple[Tensor, Tensor]]) -> dict[str, dict[str, int]]:
+    """What was compared of each kind: cases, codes, how many differ and by how much, distinct codes.
+
+    Args:
+        run: (op, arguments) to the codes of a kernel and of the definition.
+    """
+    out: dict[str, dict[str, int]] = {}
+    for name, op, args, counts in every():
+        found, want = (channels_of(codes, counts) for codes in run(op, args))
+        entry = out.setdefault(name, {"cases": 0, "codes": 0, "unequal": 0, "most": 0, "distinct": 0})
+        off = (found.int() - want.int()).abs()
+        entry["cases"] += 1
+        entry["codes"] += off.numel()
+        entry["unequal"] += int((off > 0).sum())
+        entry["most"] = max(entry["most"], int(off.max()))
+        entry["distinct"] = max(entry["distinct"], len(want.unique()))
+    return out
