@@ -181,13 +181,20 @@ def test_whatever_asks_for_more_gets_the_classes_own_way() -> None:
         hook.remove()
         assert seen and count["int8_gated"] == plain["int8_gated"] - 1
         ran += 1
+    for part in (block.norm3, block.attn1.to_out[0]):  # as offloading does
+        own, seen = part.forward, []
+        part.forward = lambda *args, own=own, seen=seen: seen.append(1) or own(*args)
+        _, count = called(unet, x, time, prompt)
+        del part.forward
+        assert seen and count["int8_gated"] == plain["int8_gated"] - 1
+        ran += 1
     block.attn1.set_processor(AttnProcessor())
     _, count = called(unet, x, time, prompt)
     assert count["int8_gated"] == plain["int8_gated"] - 1
     layer = block.attn2.to_q
     layer.input.enabled = False
     _, count = called(unet, x, time, prompt)
-    assert count["int8_gated"] == plain["int8_gated"] - 1 and ran == 4
+    assert count["int8_gated"] == plain["int8_gated"] - 1 and ran == 6
 
 
 def test_gradients_take_the_reference() -> None:

@@ -115,7 +115,7 @@ def _normed(norm: nn.LayerNorm, layers: list[Any], x: Tensor) -> tuple[Tensor, l
 
 def _products(layers: list[Any], join: Joined | None, codes: Tensor, given: list[Given], x: Tensor) -> list[Tensor]:
     """Each layer's output ``[B, L, N]`` for its codes: of one product where the layers are joined."""
-    if join is None:
+    if join is None or join.codes.device != codes.device:  # offloading moves the layers' tensors one by one
         own = codes.reshape(len(layers), -1, codes.shape[-1]).unbind(0)
         return [gpu.multiply(layer, c, g, x) for layer, c, g in zip(layers, own, given, strict=True)]
     out = join.multiply(codes, given, x.dtype)

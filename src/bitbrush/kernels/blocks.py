@@ -132,8 +132,9 @@ def first_reason(layers: Parts) -> str | None:
 
 
 def watched(parts: Iterable[nn.Module]) -> bool:
-    """Whether a hook wants to see what goes into or out of a part."""
-    return any(part._forward_hooks or part._forward_pre_hooks for part in parts)
+    """Whether a hook wants to see what goes into or out of a part, or something calls it in its own way: offloading puts
+    a forward of its own into a module, which brings the weights first."""
+    return any(part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__ for part in parts)
 
 
 def ready(layers: Iterable[QuantLayer], x: Tensor) -> bool:
