@@ -132,8 +132,8 @@ def first_reason(layers: Parts) -> str | None:
 
 
 def watched(parts: Iterable[nn.Module]) -> bool:
-    """Whether a hook wants to see what goes into or out of a part, or something calls it in its own way: offloading puts
-    a forward of its own into a module, which brings the weights first."""
+    """Whether a hook wants to see what goes into or out of a part, or a part has a forward of its own: offloading puts
+    one into a module, which brings the weights first."""
     return any(part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__ for part in parts)
 
 
