@@ -230,6 +230,11 @@ def choose(net: nn.Module, device: str, *, smoke: bool) -> dict[str, int]:
     return dict(Counter(chosen.values()))
 
 
+def blocks(net: nn.Module) -> int:
+    """How many blocks pass codes on."""
+    return len(kernels.blocks.fused(net))
+
+
 def output(work: Callable[[], Any]) -> dict[str, Any]:
     """Whether what a step gives is finite, and how large it is."""
     out = work()

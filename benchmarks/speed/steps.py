@@ -98,6 +98,7 @@ def _measure(
     item: Item = {"weight_bytes": networks.weight_bytes(net), "batch": model.batch}
     if form is not None:
         item["kernels"] = ours.choose(net, device, smoke=smoke)
+        item["blocks"] = ours.blocks(net)
     item["build_s"] = round(time.perf_counter() - begin, 1)
     item["output"] = ours.output(lambda: net(**arguments))
     step = ways(net, arguments, device, smoke=smoke, compiling=WAYS[compiling][form is not None])
