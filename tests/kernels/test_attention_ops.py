@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +12,6 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from attention_cases import Case
 from bitbrush import kernels
@@ -28,20 +21,15 @@ from bitbrush.network.attention import OPERANDS, _explicit, install_operands
 from bitbrush.network.clock import Clock
 from bitbrush.numbers.codec import encode, reciprocal
 from bitbrush.numbers.grid import ActivationSpec, Grid, LayerSpec, Plan
+from interpreter import TRITON, interpreted
+from operations import Operations
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
-TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 TIMES = (1.0, 500.0, 999.0)
 
 
 def _interpreted(*args: str) -> dict[str, Any]:
-    env = {**os.environ, "PYTHONPATH": f"{SOURCE}{os.pathsep}{SOURCE.parent / 'tests'}", "OMP_NUM_THREADS": "1"}
-    file = str(Path(__file__).with_name("interpreted_attention.py"))
-    done = subprocess.run([sys.executable, file, *args], capture_output=True, text=True, env=env, timeout=300,
-                          check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+    return interpreted("interpreted_attention.py", *args)
 
 
 @TRITON
@@ -83,19 +71,6 @@ def test_the_error_of_a_gpus_exponential_moves_few_codes_by_one() -> None:
 
 
 # ---- attentions ------------------------------------------------------------------------------------------------------
-class Operations(TorchDispatchMode):
-    """Counts the operations of this package."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        space, _, name = str(function).removesuffix(".default").partition(".")
-        self.count[name] += space == "bitbrush"
-        return function(*args, **(kwargs or {}))
-
-
 def packed(
     bits: int = 8, specs: dict[str, dict[str, Any]] | None = None, size: int = 8, timed: bool = True, **choices: Any
 ) -> Attention:

@@ -15,7 +15,6 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitbrush import kernels
 from bitbrush.kernels import blocks, gpu, gpu_decode
@@ -23,23 +22,11 @@ from bitbrush.network import wrap
 from bitbrush.network.layers import QuantLayer, QuantLinear
 from bitbrush.numbers import packing
 from bitbrush.numbers.grid import ActivationSpec, Grid, LayerSpec, Plan, WeightSpec
+from operations import Operations
 
 TIMES = (1.0, 500.0, 999.0)
 FUSED = {"group_norm_encode": 30, "layer_norm_encode": 18, "int8_joined": 12, "int8_gated": 6}
 """Operations of one call of `network`: 12 residual blocks, 6 transformer blocks with projections around them."""
-
-
-class Operations(TorchDispatchMode):
-    """Counts the operations of this package."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        space, _, name = str(function).removesuffix(".default").partition(".")
-        self.count[name] += space == "bitbrush"
-        return function(*args, **(kwargs or {}))
 
 
 def fill(layer: QuantLayer, generator: torch.Generator) -> None:

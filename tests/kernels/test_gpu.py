@@ -4,11 +4,6 @@ same layers through Triton's interpreter; compiled graphs; what is refused."""
 from __future__ import annotations
 
 import collections
-import importlib.util
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -24,10 +19,10 @@ from bitbrush.kernels import cpu, cpu_fused, gpu, gpu_decode, int8_ops
 from bitbrush.network.clock import Clock
 from bitbrush.network.layers import QuantConv2d, QuantLayer
 from bitbrush.numbers.grid import ActivationSpec, LayerSpec, WeightSpec
+from interpreter import TRITON, interpreted
 from small import least_pipeline
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
-TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 
 @pytest.fixture
@@ -79,11 +74,7 @@ def test_codes_written_out_in_a_graph_are_those_of_the_operation(builder: Module
 
 @TRITON
 def test_layers_in_the_interpreter_equal_the_integer_kernel_of_the_cpu() -> None:
-    env = {**os.environ, "PYTHONPATH": f"{SOURCE}{os.pathsep}{SOURCE.parent / 'tests'}", "OMP_NUM_THREADS": "1"}
-    file = str(Path(__file__).with_name("interpreted_layers.py"))
-    done = subprocess.run([sys.executable, file], capture_output=True, text=True, env=env, timeout=500, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.strip().splitlines()[-1])
+    found = interpreted("interpreted_layers.py", timeout=500)
     assert found["unequal"] == [] and found["linear"] >= 12 and found["conv"] >= 6
     assert found["decoded"] >= 60
 

@@ -3,11 +3,6 @@ kernels in Triton's interpreter against the definitions."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +12,9 @@ from torch import Tensor, nn
 
 from bitbrush.kernels import int8_ops, joined_ops
 from bitbrush.kernels.triton_int8 import ONE_ROW, Frame
+from interpreter import TRITON, interpreted
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
-TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 OPS = torch.ops.bitbrush
 assert joined_ops.__doc__  # its import makes the operations
 
@@ -113,13 +108,7 @@ def test_shapes_for_tracing_are_those_of_the_operations() -> None:
 
 
 def _interpreted(*args: str) -> dict[str, Any]:
-    env = {**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}
-    file = str(Path(__file__).with_name("interpreted_joined.py"))
-    done = subprocess.run([sys.executable, file, *args], capture_output=True, text=True, env=env, timeout=300,
-                          check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+    return interpreted("interpreted_joined.py", *args)
 
 
 @TRITON

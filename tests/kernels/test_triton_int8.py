@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bitbrush.kernels.triton_int8 import Config, Frame, fitting
+from interpreter import TRITON, interpreted
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
-TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 
 def _interpreted(*args: str) -> dict[str, Any]:
-    env = {**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}
-    file = str(Path(__file__).with_name("interpreted_int8.py"))
-    done = subprocess.run([sys.executable, file, *args], capture_output=True, text=True, env=env, timeout=300,
-                          check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+    return interpreted("interpreted_int8.py", *args)
 
 
 @TRITON

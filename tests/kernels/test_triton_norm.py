@@ -3,31 +3,20 @@ What they are built to for a GPU: test_triton_builds.py."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from bitbrush.kernels.triton_encode import places
 from bitbrush.kernels.triton_norm import PIECE, VECTOR, column_blocks, row_cut, sum_block
+from interpreter import TRITON, interpreted
 
 TESTS = Path(__file__).resolve().parents[1]
 SOURCE = TESTS.parent / "src"
-TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 
 def _interpreted(*args: str) -> tuple[dict[str, dict[str, int]], float]:
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(SOURCE), str(TESTS))), "OMP_NUM_THREADS": "1"}
-    file = str(Path(__file__).with_name("interpreted_norm.py"))
-    done = subprocess.run([sys.executable, file, *args], capture_output=True, text=True, env=env, timeout=300,
-                          check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    found = interpreted("interpreted_norm.py", *args)
     return found["results"], found["merged"]
 
 
