@@ -11,7 +11,6 @@ shape.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tune_int8 import RESULTS, graph_time
+from tune_int8 import RESULTS, graph_time, keep
 
 from bitbrush.kernels import attention_ops, triton_attention
 from bitbrush.kernels.triton_attention import Cut, Table
@@ -90,10 +89,7 @@ def main() -> None:
             rows.append(measured(shape, "cpu" if args.smoke else "cuda", args.smoke))
             print(f"{shape!s:28s} {rows[-1]['us']}  best {rows[-1]['cuts'][0]}", flush=True)
             if not args.smoke:
-                args.out.mkdir(parents=True, exist_ok=True)
-                facts = {"device": torch.cuda.get_device_name(), "torch": torch.__version__,
-                         "command": "python benchmarks/tune_attention.py", "rows": rows}
-                (args.out / "tune_attention.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+                keep(args.out, "tune_attention", rows)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitbrush.kernels import triton_int8
+from bitbrush.kernels import triton_encode, triton_int8
 from bitbrush.kernels.triton_int8 import JOINED, ONE_ROW, Config, Extra, Frame, Next, Tables, fitting
 from bitbrush.kernels.tuning import CANDIDATES, GATHERED
 from bitbrush.numbers.codec import encode
@@ -195,8 +195,8 @@ def gated(shape: tuple[int, ...], device: str) -> dict[str, Any]:
 
     def in_turn() -> Tensor:
         hidden, gate = values().chunk(2, 1)
-        return triton_int8.encode(hidden * torch.nn.functional.gelu(gate), then.inverse, then.zero_point, then.times,
-                                  ONE_ROW, half, padded(half), 255)
+        return triton_encode.encode(hidden * torch.nn.functional.gelu(gate), then.inverse, then.zero_point, then.times,
+                                    ONE_ROW, half, padded(half), 255)
 
     after = torch.compile(written_out) if device == "cuda" else written_out
     peers = {"in turn": graph_time(in_turn, device), "compiled": graph_time(lambda: after(values()), device),
@@ -238,10 +238,15 @@ def main() -> None:
         rows.append(measure(shape, device))
         print(line(rows[-1]), flush=True)
         if not args.smoke:
-            args.out.mkdir(parents=True, exist_ok=True)
-            facts = {"device": torch.cuda.get_device_name(), "torch": torch.__version__,
-                     "command": "python benchmarks/tune_int8.py", "rows": rows}
-            (args.out / "tune_int8.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+            keep(args.out, "tune_int8", rows)
+
+
+def keep(folder: Path, name: str, rows: list[dict[str, Any]]) -> None:
+    """Write what is known of a run of ``benchmarks/NAME.py``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = {"device": torch.cuda.get_device_name(), "torch": torch.__version__,
+             "command": f"python benchmarks/{name}.py", "rows": rows}  # fmt: skip
+    (folder / f"{name}.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
