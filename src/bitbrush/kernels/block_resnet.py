@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from bitbrush.kernels import gpu, int8_ops, norm_ops  # noqa: F401 - the operations are registered by their module
-from bitbrush.kernels.blocks import FusedBlock, first_reason, ready, watched
-
-_OPS = torch.ops.bitbrush
+from bitbrush.kernels.blocks import FusedBlock, first_reason, group_normed, ready, watched
 
 
 def unfit(block: Any) -> str | None:
@@ -40,18 +36,6 @@ class FusedResnet(FusedBlock):
         shared = None
         if self.time_emb_proj is not None and temb is not None:
             shared = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
-        h = _normed(self.norm1, self.conv1, input_tensor, shared=shared)
+        h = group_normed(self.norm1, self.conv1, input_tensor, input_tensor, silu=True, shared=shared)
         shortcut = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
-        return _normed(self.norm2, self.conv2, h, residual=shortcut)
-
-
-def _normed(
-    norm: nn.GroupNorm, conv: Any, x: Tensor, *, shared: Tensor | None = None, residual: Tensor | None = None
-) -> Tensor:
-    """``conv(SiLU(norm(x)))``, and what is added to it."""
-    given = gpu.given_input(conv, x)
-    codes = _OPS.group_norm_encode(
-        x, norm.weight, norm.bias, norm.num_groups, norm.eps, True, given.inverse, given.zero_point, given.times,
-        list(conv.segments), conv.input.top, int8_ops.numbers_of(given.frame), conv.input_scale,
-    )
-    return gpu.multiply(conv, codes, given, x, shared=shared, residual=residual)
+        return group_normed(self.norm2, self.conv2, h, h, silu=True, residual=shortcut)

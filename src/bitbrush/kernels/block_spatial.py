@@ -8,13 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from bitbrush.kernels import gpu, norm_ops  # noqa: F401 - the operations are registered by their module
-from bitbrush.kernels.blocks import FusedBlock, first_reason, ready, watched
-
-_OPS = torch.ops.bitbrush
+from bitbrush.kernels import gpu
+from bitbrush.kernels.blocks import FusedBlock, first_reason, group_normed, ready, watched
 
 
 def unfit(block: Any) -> str | None:
@@ -35,12 +32,7 @@ class FusedSpatial(FusedBlock):
             out: tuple[Tensor, int] = self.plain_class._operate_on_continuous_inputs(self, x)
             return out
         seen = x if isinstance(layer, nn.Conv2d) else x.flatten(2).transpose(1, 2)
-        given = gpu.given_input(layer, seen)
-        codes = _OPS.group_norm_encode(
-            x, norm.weight, norm.bias, norm.num_groups, norm.eps, False, given.inverse, given.zero_point, given.times,
-            list(layer.segments), layer.input.top, [], layer.input_scale,
-        )
-        y = gpu.multiply(layer, codes, given, seen)
+        y = group_normed(norm, layer, x, seen, silu=False)
         tokens = y.flatten(2).transpose(1, 2) if isinstance(layer, nn.Conv2d) else y
         return tokens, x.shape[1] if self.use_linear_projection else tokens.shape[-1]
 

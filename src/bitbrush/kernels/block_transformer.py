@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bitbrush.kernels import gpu, joined, joined_ops, norm_ops  # noqa: F401 - operations are registered by their module
+from bitbrush.kernels import gpu, joined, joined_ops  # noqa: F401 - its operations are registered by their module
 from bitbrush.kernels.blocks import FusedBlock, first_reason, ready, watched
 from bitbrush.kernels.gpu import Given
 from bitbrush.kernels.joined import Joined

@@ -25,8 +25,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
-from bitbrush.kernels import gpu
-from bitbrush.kernels.triton_int8 import ONE_ROW
+from bitbrush.kernels import gpu, int8_ops, norm_ops  # noqa: F401 - the operations are registered by their module
 
 if TYPE_CHECKING:
     from bitbrush.network.layers import QuantLayer
@@ -146,6 +145,26 @@ def ready(layers: Iterable[QuantLayer], x: Tensor) -> bool:
     for layer in layers:
         if not hasattr(layer, "declare_packed") or kernels.taken(layer, x) != KERNEL:
             return False
-        if gpu.given_input(layer, x).kind != ONE_ROW:
+        times = layer.input.times() if layer.input is not None else None
+        if times is not None and len(times) > 1:
             return False
     return True
+
+
+def group_normed(
+    norm: nn.GroupNorm, layer: Any, x: Tensor, seen: Tensor, *, silu: bool, shared: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """The layer's output for the norm of pictures, and what is added to it (`gpu.multiply`).
+
+    Args:
+        x: Pictures ``[B, C, H, W]``.
+        seen: The same as the layer sees them: pictures, or tokens ``[B, H * W, C]``.
+        silu: Whether SiLU stands between norm and layer.
+    """
+    given = gpu.given_input(layer, seen)
+    codes = torch.ops.bitbrush.group_norm_encode(
+        x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu, given.inverse, given.zero_point, given.times,
+        list(layer.segments), layer.input.top, int8_ops.numbers_of(given.frame), layer.input_scale,
+    )
+    return gpu.multiply(layer, codes, given, seen, shared=shared, residual=residual)

@@ -211,9 +211,7 @@ def _pointwise(layer: QuantLayer, x: Tensor) -> Tensor | None:
     channels, zero = pixels.shape[-1], small.zero[row]
     flat = pixels.view(-1, channels)
     few = cpu_onednn.few(flat.shape[0], channels)
-    codes = encode_bytes(flat, small.inverse[row], zero, small.extremes[0], torch.empty_like(flat, dtype=torch.uint8))
-    shift = (zero - (cpu_onednn.OFFSET if few else 0)) % 256
-    codes = codes.add_(shift) if shift else codes
+    codes = _shifted(flat, small.inverse[row], zero, small.extremes[0], cpu_onednn.OFFSET if few else 0)
     weight = small.rows(channels) if few else columns(*tensors(layer))[0]
     operands = (zero, weight, small.scale[row], small.weight_scale, small.bias)
     if few:
@@ -352,17 +350,21 @@ def _framed(part: Tensor, inverse: Tensor, zero: int, top: int, frame: list[int]
     b, h, w, c = part.shape
     wide = packing.padded((c,))[0]
     size = (b, h + above + below, w + left + right, wide)
-    shift = (zero - less) % 256
     if size == part.shape and part.is_contiguous():
-        out = encode_bytes(part, inverse, zero, top, torch.empty(size, dtype=torch.uint8))
-        return out.add_(shift) if shift else out
+        return _shifted(part, inverse, zero, top, less)
     out = torch.zeros(size, dtype=torch.uint8)
     inner = out if size == part.shape else out[:, above : above + h, left : left + w, :c]
     if part.stride(3) == 1:
         encode_bytes(part, inverse, zero, top, inner)
     else:  # bytes are transposed faster than what they are made of
         inner.copy_(encode_bytes(part, inverse, zero, top, torch.empty_like(part, dtype=torch.uint8)))
-    return out.add_(shift)
+    return out.add_((zero - less) % 256)
+
+
+def _shifted(x: Tensor, inverse: Tensor, zero: int, top: int, less: int) -> Tensor:
+    """Codes of a contiguous tensor less an offset, modulo 256, uint8 in its shape."""
+    out, shift = encode_bytes(x, inverse, zero, top, torch.empty(x.shape, dtype=torch.uint8)), (zero - less) % 256
+    return out.add_(shift) if shift else out
 
 
 def windows(framed: Tensor, kernel: list[int], stride: list[int], dilation: list[int]) -> Tensor:
