@@ -196,7 +196,7 @@ def gated(shape: tuple[int, ...], device: str) -> dict[str, Any]:
     def in_turn() -> Tensor:
         hidden, gate = values().chunk(2, 1)
         return triton_encode.encode(hidden * torch.nn.functional.gelu(gate), then.inverse, then.zero_point, then.times,
-                                    ONE_ROW, half, padded(half), 255)
+                                    ONE_ROW, half, 255)
 
     after = torch.compile(written_out) if device == "cuda" else written_out
     peers = {"in turn": graph_time(in_turn, device), "compiled": graph_time(lambda: after(values()), device),
