@@ -20,7 +20,10 @@ FAMILIES = {
     errors.InterruptedRun: 130,
     errors.InternalError: 70,
 }
+MISFIT = ModuleNotFoundError("Could not import module 'BloomPreTrainedModel'")
+MISFIT.__cause__ = RuntimeError("operator torchvision::nms does not exist")
 OUTSIDE = {
+    "torchvision of another torch": (MISFIT, 3, "the torchvision installed here"),
     "interrupt": (KeyboardInterrupt(), 130, "interrupted"),
     "bug": (ZeroDivisionError("by zero"), 70, "ZeroDivisionError: by zero"),
     "memory": (MemoryError(), 5, "out of memory"),

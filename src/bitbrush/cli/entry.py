@@ -10,14 +10,14 @@ import errno
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import FrameType
 
 import typer
 
 from bitbrush.cli.quiet import notices, quiet
 from bitbrush.cli.render import Screen
-from bitbrush.errors import BitbrushError, InternalError, InterruptedRun, ResourceError
+from bitbrush.errors import BitbrushError, InputError, InternalError, InterruptedRun, ResourceError
 
 
 class UsageError(BitbrushError):
@@ -105,12 +105,25 @@ def _unforeseen(error: Exception) -> BitbrushError:
         return ResourceError(
             "the disk is full", where=where, why=str(error), try_="free space, then bitbrush resume OUT"
         )
+    if any("operator torchvision::" in str(cause) for cause in _causes(error)):
+        return InputError(
+            "the torchvision installed here belongs to another build of torch", where="importing transformers",
+            why="its operators are missing, and transformers imports it wherever it finds it",
+            try_="pip uninstall torchvision (bitbrush does not need it), or install the one made for this torch",
+        )  # fmt: skip
     return InternalError(
         f"{type(error).__name__}: {error}",
         where=where,
         why="nothing in bitbrush expects this: it is a bug, here or in a library below",
         try_="run the same command with --debug, and report the traceback",
     )
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and those that it came from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _place(error: Exception) -> str:
