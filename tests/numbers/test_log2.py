@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bitbrush.errors import InputError
 from bitbrush.network.log2 import check_log2
-from bitbrush.numbers.codec import decode_log2, encode_log2, octaves
+from bitbrush.numbers.codec import decode_log2, encode_log2, octaves, round_trip_log2
 from bitbrush.numbers.grid import ActivationSpec, Grid, LayerSpec, Plan
 from bitbrush.numbers.straight_through import fake_log2
 
@@ -47,6 +47,26 @@ def test_codes_are_the_exactly_rounded_logarithm(bits: int) -> None:
         assert torch.equal(encode_log2(part, given, top).double(), want)
         compared += len(part)
     assert compared > 40_000
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_the_short_way_is_the_definition_bit_for_bit(bits: int) -> None:
+    """Half octaves, zeros, numbers below float32's normal ones, a delta that clips, every dtype, a view."""
+    half = (2.0 ** -(torch.arange(0, 126) + 0.5).double()).float()
+    beside = torch.cat([torch.nextafter(half, half * 0), half, torch.nextafter(half, half * 2)])
+    x, compared = torch.cat([spread(), beside, 2.0 ** -torch.arange(0.0, 150.0), torch.zeros(3), torch.ones(1)]), 0
+    for delta in (1.0, 0.7, 2.0**-20, 0.3e-30, 1e-44, 0.0):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            part = (x if delta else torch.zeros(9)).to(dtype)
+            before = part.clone()
+            got = round_trip_log2(part, torch.tensor(delta), 2**bits - 1)
+            assert torch.equal(got, values(part, torch.tensor(delta), bits)) and got.dtype == torch.float32
+            assert torch.equal(part, before), "the values given are not written over"
+            compared += len(part)
+    rows = spread(4 * 6 * 10).reshape(4, 6, 10).transpose(1, 2)[..., 1:]
+    delta = rows.amax((1, 2), keepdim=True)
+    assert torch.equal(round_trip_log2(rows, delta, 2**bits - 1), values(rows, delta, bits))
+    assert compared > 300_000
 
 
 def test_against_the_formula_in_float32() -> None:

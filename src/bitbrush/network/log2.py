@@ -19,7 +19,7 @@ from torch import Tensor
 from bitbrush.errors import InputError
 from bitbrush.network.activation import ActivationQuantizer
 from bitbrush.network.clock import Clock
-from bitbrush.numbers.codec import decode_log2, encode_log2
+from bitbrush.numbers.codec import encode_log2, round_trip_log2
 from bitbrush.numbers.grid import ActivationSpec, LayerSpec
 from bitbrush.numbers.straight_through import fake_log2
 
@@ -65,7 +65,7 @@ class Log2Quantizer(ActivationQuantizer):
         if torch.is_grad_enabled() and x.requires_grad:
             rest = fake_log2(rest, delta, self.top)
         else:
-            rest = decode_log2(encode_log2(rest, delta, self.top), delta).to(x.dtype)
+            rest = round_trip_log2(rest, delta, self.top).to(x.dtype)
         return torch.cat([kept, rest], dim=-1) if kept.shape[-1] else rest
 
     def forward(self, x: Tensor, channel_dim: int) -> Tensor:

@@ -28,16 +28,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bitbrush.numbers.codec import (
-    clamp,
-    decode,
-    decode_log2,
-    encode,
-    encode_log2,
-    encode_offset,
-    octaves,
-    reciprocal,
-)
+from bitbrush.numbers.codec import clamp, decode, encode, encode_offset, octaves, reciprocal, round_trip_log2
 
 BINARY_TOP = 2
 """Largest code of a symmetric 1-bit row: codes are 0 and 2 around the zero-point 1."""
@@ -210,7 +201,7 @@ class _FakeLog2(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, delta: Tensor, top: int) -> Tensor:
         ctx.save_for_backward(x, delta)
         ctx.top = top
-        return decode_log2(encode_log2(x, delta, top), delta).to(x.dtype)
+        return round_trip_log2(x, delta, top).to(x.dtype)
 
     @staticmethod
     @once_differentiable
