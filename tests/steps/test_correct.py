@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
-    DDPMScheduler,
     DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
     PNDMScheduler,
@@ -24,69 +21,21 @@ from torch import Tensor
 
 import small
 import tiny
+from bitbrush.engine.progress import Silent
 from bitbrush.engine.recipe import load_recipe
 from bitbrush.errors import InputError, NumericsError
 from bitbrush.network import correction, wrap
 from bitbrush.network.correction import CorrectionSpec
 from bitbrush.steps import STEPS, chain
+from chains import BETAS, DDIM, ONE_STEP, SCHEDULERS, STEPS_TAKEN, Chain, coarse, estimate
 
-STEPS_TAKEN = 6
-BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-DDIM = {**BETAS, "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
-ONE_STEP: dict[str, Callable[[], Any]] = {
-    "ddim": lambda: DDIMScheduler(**DDIM),
-    "ddim-v": lambda: DDIMScheduler(**DDIM, prediction_type="v_prediction"),
-    "euler": lambda: EulerDiscreteScheduler(**BETAS),
-    "euler-v": lambda: EulerDiscreteScheduler(**BETAS, prediction_type="v_prediction"),
-}
-SCHEDULERS: dict[str, Callable[[], Any]] = {
-    **ONE_STEP, "dpm": lambda: DPMSolverMultistepScheduler(**BETAS),
-    "ddpm": lambda: DDPMScheduler(**BETAS, clip_sample=False),
-    "ancestral": lambda: EulerAncestralDiscreteScheduler(**BETAS),
-}
+Fit = Literal["branches", "guided", "state"]
+FITS: tuple[Fit, ...] = ("branches", "guided", "state")
 LEAST_SQUARES = chain.Rule(l1=0.0, l2=0.0, tau=0.0)
 TRAJECTORIES = '[[step]]\ndo = "trajectories"\nsamples = 4\nbatch = 2\n'
 CORRECT = '[[step]]\ndo = "correct"\n'
 PLAIN = small.HEAD + small.CALIBRATE + small.FIT + small.RANGES + small.PACK
 CORRECTED = small.HEAD + small.CALIBRATE + TRAJECTORIES + small.FIT + small.RANGES + small.PACK + CORRECT
-
-
-def estimate(step: int, u: Tensor) -> Tensor:
-    """A smooth stand-in for a network, differing in channels and steps."""
-    rows = torch.arange(1.0, u.shape[1] + 1).reshape(1, -1, 1, 1)
-    return torch.tanh(u * (0.5 + 0.1 * rows)) + 0.05 * rows * torch.cos(u + step)
-
-
-class Chain:
-    """Trajectories of `estimate` as calibration would record them, noise included."""
-
-    def __init__(self, scheduler: Any, n: int = 8, seed: int = 0, network: chain.Network = estimate) -> None:
-        self.scheduler, walked = scheduler, copy.deepcopy(scheduler)
-        walked.set_timesteps(STEPS_TAKEN)
-        noise = torch.Generator().manual_seed(seed)
-        x = torch.randn(n, 3, 6, 6, generator=noise) * getattr(walked, "init_noise_sigma", 1.0)
-        self.rows: list[tuple[Tensor, Tensor]] = []
-        for i, t in enumerate(walked.timesteps):
-            u = walked.scale_model_input(x, t)
-            self.rows.append((u, network(i, u)))
-            x = step(walked, self.rows[-1][1], t, x, noise)
-
-    def moments(self, i: int) -> tuple[Tensor, Tensor]:
-        return self.rows[i]
-
-    def walk(self, network: chain.Network, **choices: Any) -> chain.Walk:
-        return chain.walk(self.moments, network, self.scheduler, STEPS_TAKEN, **choices)
-
-
-def step(scheduler: Any, e: Tensor, t: Tensor, x: Tensor, noise: torch.Generator) -> Tensor:
-    stochastic = isinstance(scheduler, DDPMScheduler | EulerAncestralDiscreteScheduler)
-    out: Tensor = scheduler.step(e, t, x, **({"generator": noise} if stochastic else {})).prev_sample
-    return out
-
-
-def coarse(i: int, u: Tensor) -> Tensor:
-    """A quantized stand-in: too small, rounded, with an offset."""
-    return 0.85 * torch.round(estimate(i, u) * 4) / 4 + 0.05
 
 
 # ---- the closed form (invariants 4, 5) ---------------------------------------------------------------------------
@@ -234,21 +183,21 @@ def test_held_out_trajectories_come_closer(name: str) -> None:
     assert corrected.error[-1] < 0.8 * plain.error[-1]
 
 
-@pytest.mark.parametrize("branches", [True, False])
-def test_one_factor_for_both_halves_of_a_guided_call(branches: bool) -> None:
-    """Two halves: a planted factor is found from either fit, and the chain takes the guided estimate."""
+@pytest.mark.parametrize("fit", ["branches", "guided", "state"])
+def test_one_factor_for_both_halves_of_a_guided_call(fit: Fit) -> None:
+    """Two halves: a planted factor is found from every fit, and the chain takes the guided estimate."""
     def halves(i: int, u: Tensor) -> Tensor:
         return torch.cat([estimate(i, u), estimate(i + 3, 1.2 * u)])
 
     recorded = Chain(SCHEDULERS["ddim"](), network=lambda i, u: chain.guided(halves(i, u), len(u), 4.0))
     recorded.rows = [(u, halves(i, u)) for i, (u, _) in enumerate(recorded.rows)]
-    rule = chain.Rule(l2=0.0, branches=branches)
+    rule = chain.Rule(l2=0.0, fit=fit)
     found = recorded.walk(lambda i, u: 0.8 * halves(i, u), rule=rule, guidance=4.0)
     assert found.scale.shape == (STEPS_TAKEN, 3)
     assert torch.allclose(found.scale, torch.full_like(found.scale, 1.25), atol=1e-3) and found.error[-1] < 1e-3
-    noisy = [recorded.walk(lambda i, u: torch.round(halves(i, u) * 4) / 4, rule=chain.Rule(branches=b), guidance=4.0)
-             for b in (True, False)]
-    assert not torch.allclose(noisy[0].scale, noisy[1].scale, atol=1e-4)
+    noisy = [recorded.walk(lambda i, u: torch.round(halves(i, u) * 4) / 4, rule=chain.Rule(fit=f), guidance=4.0)
+             for f in FITS]
+    assert len({tuple(walk.scale.flatten().tolist()) for walk in noisy}) == 3
 
 
 def test_a_chain_that_is_not_finite_is_an_error() -> None:
@@ -517,6 +466,23 @@ def test_settings(tmp_path: Path) -> None:
     assert (facts["samples"], facts["guidance"], facts["input_term"]) == (3, 1.0, "none")
     assert found.scale.shape == (4, 4) and not found.shift.any() and not found.bias.any()
     assert all(row.unique().numel() == 1 for row in found.scale)
+
+
+@pytest.mark.parametrize(("scheduler", "fit"), [(DDIMScheduler, "state"), (DPMSolverMultistepScheduler, "branches")])
+def test_a_run_fits_for_the_next_state_where_it_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheduler: Any, fit: str
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(Silent, "say", lambda self, text: said.append(text))
+    settings = {"correct.l1": 0.0, "correct.l2": 0.0, "correct.tau": 0.0, "correct.fit": "state",
+                "correct.significance": 2.0, "correct.clamp": 1.05}
+    pipe = tiny.text_pipeline()
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    facts = small.execute(tmp_path, pipe, CORRECTED, settings=settings).done[-1]["correction"]
+    found = correction.of(pipe.unet)
+    assert facts["fit"] == fit and any("not for the next state" in text for text in said) == (fit == "branches")
+    assert facts["factors"] == int((found.scale != 1).sum()) and facts["shifts"] == int((found.shift != 0).sum())
+    assert bool(((found.scale >= 1 / 1.0501) & (found.scale <= 1.0501)).all())
 
 
 def test_the_order_of_steps(tmp_path: Path) -> None:

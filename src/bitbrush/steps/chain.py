@@ -5,6 +5,11 @@ Two chains start from the same noise: the float one (x_t with its estimate e_t, 
 * **Input.** b_t = mean of xq_t - x_t, by channel; the network is given xq_t - b_t.
 * **Estimate.** K_t, by channel, minimises
   (1 - l1) mean (K q - e)^2 + l1 sum ((K q - e) / e)^2 + l2 (K - 1)^2 over the elements with abs(e) >= tau mean abs(e).
+* **Next state.** A choice of ours (``Rule.fit = "state"``): K_t is fitted for the error that the scheduler's step
+  leaves, not for that of the estimate. With x' = a x + c e (below) and d = xq_t - x_t less what the input term takes
+  off, the next error is a d + c (K q - e): K q is compared with e - (a / c) d, and what is left does not go with q.
+* **Shrinking.** A choice of ours (``Rule.significance`` = z): a number v with standard error s over trajectories
+  becomes v max(0, 1 - (z s / v)^2), the positive part of James and Stein's rule (1961). Within z errors it is nothing.
 * **In order.** Corrections change all later inputs, so step t is fitted on a chain that has those of all earlier steps.
 
 **Folding.** The method also puts xq_t - b_t into the scheduler's update; otherwise the bias stays in the chain. For a
@@ -60,7 +65,8 @@ class Rule:
     granularity: Literal["channel", "scalar"] = "channel"
     clamp: float = 2.0
     input_term: bool = True
-    branches: bool = True
+    fit: Literal["branches", "guided", "state"] = "branches"
+    significance: float = 0.0
 
 
 @dataclass
@@ -77,10 +83,14 @@ class Walk:
         return {"scale": self.scale, "bias": self.bias, "shift": self.shift}
 
 
-def output_scale(q: Tensor, e: Tensor, rule: Rule) -> Tensor:
-    """K, float32 ``[C]``, in closed form; q and e ``[n, C, H, W]`` are the quantized and the float estimate.
+def output_scale(q: Tensor, e: Tensor, rule: Rule, trajectories: int | None = None) -> Tensor:
+    """K, float32 ``[C]``, in closed form; q and e ``[n, C, H, W]`` are the quantized estimate and what it should be.
 
-    1 where fewer than `FEWEST` elements are left by the mask; clamped to [1 / clamp, clamp].
+    1 where fewer than `FEWEST` elements are left by the mask; K - 1 is shrunk by its standard error where the rule has
+    a significance; clamped to [1 / clamp, clamp].
+
+    Args:
+        trajectories: How many there are, where n is a multiple of it (two halves of guided calls); None: n.
     """
     flat_q, flat_e = (_by_channel(t, rule.granularity).double() for t in (q, e))
     size = flat_e.abs()
@@ -93,11 +103,39 @@ def output_scale(q: Tensor, e: Tensor, rule: Rule) -> Tensor:
     below = (1 - rule.l1) * flat_q.square().sum(1) + weight * ratio.square().sum(1) + rule.l2 * count
     usable = (count >= FEWEST) & (below > 0)
     found = torch.where(usable, above / torch.where(usable, below, 1.0), 1.0)
+    if rule.significance > 0:
+        each = (1 - rule.l1) * flat_q, torch.as_tensor(weight).reshape(-1, 1) * ratio, rule.l2 * kept
+        parts = each[0] * flat_e + each[1] + each[2], each[0] * flat_q + each[1] * ratio + each[2]
+        n = trajectories or len(q)
+        error = ratio_error(*(part.reshape(len(part), len(q) // n, n, -1).sum((1, 3)) for part in parts))
+        found = 1 + shrunk(found - 1, error, rule.significance)
     return found.clamp(1 / rule.clamp, rule.clamp).float().expand(q.shape[1]).clone()
+
+
+def ratio_error(above: Tensor, below: Tensor) -> Tensor:
+    """Standard error ``[C]`` of sum(above) / sum(below), by the jackknife over n trajectories (Tukey, 1958).
+
+    Args:
+        above, below: ``[C, n]``: what each trajectory adds to the sums.
+    """
+    n = above.shape[1]
+    if n < 2:
+        return torch.full_like(above[:, 0], torch.inf)
+    rest_above, rest_below = (t.sum(1, keepdim=True) - t for t in (above, below))
+    without = torch.where(rest_below > 0, rest_above / torch.where(rest_below > 0, rest_below, 1.0), 1.0)
+    return (without.var(1, correction=0) * (n - 1)).sqrt()
+
+
+def shrunk(value: Tensor, error: Tensor, significance: float) -> Tensor:
+    """value max(0, 1 - (significance error / value)^2): exactly 0 within ``significance`` standard errors of 0."""
+    share = significance * error / value.abs()  # 0 / 0 is NaN, and not below 1
+    return torch.where(share < 1, value * (1 - share.square()), 0.0)
 
 
 def input_bias(difference: Tensor, rule: Rule) -> Tensor:
     """b, float32 ``[C]``: the mean of ``difference`` ``[n, C, H, W]``, or 0 unless it is over two standard errors.
+
+    Where the rule has a significance, the mean is shrunk by that many errors instead (`shrunk`).
 
     The error is that of the mean over trajectories: pixels of one picture are no independent samples.
     """
@@ -106,7 +144,11 @@ def input_bias(difference: Tensor, rule: Rule) -> Tensor:
         means = means.mean(1, keepdim=True)
     mean = means.mean(0)
     error = means.std(0) / len(means) ** 0.5 if len(means) > 1 else torch.full_like(mean, torch.inf)
-    return torch.where(mean.abs() > 2 * error, mean, 0.0).float().expand(difference.shape[1]).clone()
+    if rule.significance > 0:
+        kept = shrunk(mean, error, rule.significance)
+    else:
+        kept = torch.where(mean.abs() > 2 * error, mean, 0.0)
+    return kept.float().expand(difference.shape[1]).clone()
 
 
 def timesteps_of(scheduler: Any, steps: int) -> list[float]:
@@ -156,7 +198,7 @@ def walk(
     Args:
         moments, network: The recorded chain, and the quantized network (without a correction).
         scheduler: Copied, not changed.
-        rule: How to fit; None: nothing is fitted.
+        rule: How to fit; None: nothing is fitted. Where `folding` finds no factors, ``state`` is as ``branches``.
         given: Tables to walk with instead; None and no rule: without any correction.
         options: Further arguments of the scheduler's ``step``, where it takes them.
         guidance: Scale by which the halves of the estimates are combined, where there are two.
@@ -195,7 +237,9 @@ def walk(
                                 why="seen while fitting the correction", try_="quantize with more bits")
         e_guided, q_guided = (guided(t, len(sample), guidance) for t in (e, q))
         if rule is not None:
-            out.scale[i] = output_scale(*((q, e) if rule.branches else (q_guided, e_guided)), rule).cpu()
+            left = difference - _wide(out.shift[i], difference)
+            carried = None if factors is None else float(factors[i]) * left
+            out.scale[i] = _factor(rule, (q, e), (q_guided, e_guided), carried, len(sample)).cpu()
         e, q = e_guided, q_guided
         q = _wide(out.scale[i], q) * q + _wide(out.bias[i], q)
         following = _step(chains[0], e, time, x, options)
@@ -209,6 +253,20 @@ def guided(estimates: Tensor, n: int, guidance: float) -> Tensor:
         return estimates
     first, second = estimates.chunk(2)
     return first + guidance * (second - first)
+
+
+def _factor(
+    rule: Rule, halves: tuple[Tensor, Tensor], combined: tuple[Tensor, Tensor], carried: Tensor | None, n: int
+) -> Tensor:
+    """K from what the rule looks at: (q, e) of both halves or guided.
+
+    Args:
+        carried: -(a / c) d, the chain error as an estimate that would undo it; None: not known for this scheduler.
+        n: Trajectories.
+    """
+    if rule.fit == "state" and carried is not None:
+        return output_scale(combined[0], combined[1] + carried, rule, n)
+    return output_scale(*(combined if rule.fit == "guided" else halves), rule, n)
 
 
 def _step(scheduler: Any, estimate: Tensor, time: Tensor, x: Tensor, options: dict[str, Any] | None) -> Tensor:

@@ -83,8 +83,11 @@ class Correct(Step):
         tau: Elements of the estimate below tau times their mean size are left out of the fit.
         rel_reduction: ``mean``: the relative error is a mean, as the absolute one is; ``sum``: as published.
         input_term: Whether the input is corrected too.
-        fit: What the factor is fitted on where there is guidance: ``branches``, the estimates of both halves alike, or
-            ``guided``, the estimate that they make together.
+        fit: What the factor is fitted on: ``branches``, the estimates of both halves of a guided call alike;
+            ``guided``, the estimate that they make together; ``state``, what the scheduler makes of that estimate: the
+            error of the next state. Where its update is not linear, ``state`` is as ``branches``, and the run says so.
+        significance: Factor less 1 and input shift are shrunk towards 0 by this many of their standard errors over
+            trajectories, and are 0 within them; 0: the factor is taken as it is, and the shift where it exceeds two.
         granularity: One number a channel, or one for all.
         clamp: Factors stay between 1 / clamp and clamp.
     """
@@ -96,7 +99,8 @@ class Correct(Step):
     tau: float = Field(default=0.5, ge=0)
     rel_reduction: Literal["mean", "sum"] = "mean"
     input_term: bool = True
-    fit: Literal["branches", "guided"] = "branches"
+    fit: Literal["branches", "guided", "state"] = "branches"
+    significance: float = Field(default=0.0, ge=0)
     granularity: Literal["channel", "scalar"] = "channel"
     clamp: float = Field(default=2.0, ge=1)
 
@@ -121,7 +125,7 @@ class Correct(Step):
         recorded = _Recorded(run, source, self.samples)
         scheduler, steps = run.pipeline.scheduler, sampler.steps
         rule = chain.Rule(self.l1, self.l2, self.tau, self.rel_reduction, self.granularity, self.clamp, self.input_term,
-                          self.fit == "branches")
+                          self.fit, self.significance)
 
         def walk(chosen: chain.Rule | None) -> chain.Walk:
             return chain.walk(recorded.moments, recorded.network, scheduler, steps, rule=chosen,
@@ -129,6 +133,9 @@ class Correct(Step):
 
         plain, fitted = walk(None), walk(rule)
         factors, why = chain.folding(scheduler, steps)
+        fit = "branches" if self.fit == "state" and factors is None else self.fit
+        if fit != self.fit:
+            run.progress.say(f"The correction is fitted for the estimate, not for the next state: {why}.")
         if self.input_term and factors is None:  # half of the input term: the network alone sees it
             without = walk(replace(rule, input_term=False))
             fitted = min(without, fitted, key=lambda walk: walk.error[-1])
@@ -136,6 +143,7 @@ class Correct(Step):
         spec = self._spec(run, fitted, sampler, factors is not None, why)
         facts = {
             "in_words": spec.in_words(), "samples": recorded.count,
+            "fit": fit, "factors": int((fitted.scale != 1).sum()), "shifts": int((fitted.shift != 0).sum()),
             "error_without": [round(v, 6) for v in plain.error], "error_with": [round(v, 6) for v in fitted.error],
         }
         if fitted.error[-1] > plain.error[-1]:
