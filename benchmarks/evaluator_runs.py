@@ -1,6 +1,6 @@
 """Is the evaluator cheap, does it find known differences, and only these? Runs that want a GPU.
 
-    python benchmarks/evaluator_runs.py [overhead] [differences] [noise] --zoo ZOO [--work FOLDER] [--out FOLDER]
+    python benchmarks/evaluator_runs.py [PART ...] --zoo ZOO [--work FOLDER] [--out FOLDER]
     python benchmarks/evaluator_runs.py --smoke        # a few pictures of the bundled model on the CPU
 
     overhead      512 pictures of emoji-sd and of its plain W4A8 rounding, with psnr, ssim, clip and FID in the
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -37,7 +38,7 @@ from bitbrush.evaluation.result import Evaluation
 
 RESULTS = Path(__file__).parent / "results" / "evaluator"
 MOST_OVERHEAD, REPETITIONS, NEEDED = 0.15, 10, 9
-PARTS = ("overhead", "differences", "noise")
+PARTS = ("overhead", "differences", "noise", "reproduced")
 
 
 class Bench:
@@ -168,6 +169,22 @@ def noise(bench: Bench) -> dict[str, Any]:
             "met": values["seed 0"] == values["seed 0 again"] and abs(values["seed 0"] - values["seed 1"]) < 0.3}
 
 
+def reproduced(_bench: Bench) -> dict[str, Any]:
+    """FID of full-precision cifar10-ddpm as runs of `quality.py` found it, by sampling seed and GPU."""
+    found: dict[int, dict[str, set[float]]] = {}
+    for file in sorted((RESULTS.parent / "quality").glob("cifar10-ddpm-*.json")):
+        row = json.loads(file.read_text())
+        by_device = found.setdefault(row["seed"], {})
+        by_device.setdefault(row["device"], set()).add(row["fp"]["fid"]["value"])
+    means = [statistics.mean(v for values in devices.values() for v in values) for devices in found.values()]
+    spread = max(max(map(max, devices.values())) - min(map(min, devices.values())) for devices in found.values())
+    seeds = max(means) - min(means)
+    return {"fid": {f"seed {seed}": {device: sorted(values) for device, values in devices.items()}
+                    for seed, devices in sorted(found.items())},
+            "largest_difference_between_runs_of_a_seed": spread, "between_seeds": seeds,
+            "met": any(len(devices) > 1 for devices in found.values()) and spread < seeds}
+
+
 def main() -> None:
     """Parse the arguments and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -181,6 +198,7 @@ def main() -> None:
         parser.error(f"no such part: {', '.join(unknown)}")
     runs: dict[str, Callable[[Bench], dict[str, Any]]] = {
         "overhead": overhead, "differences": differences, "noise": noise,
+        "reproduced": reproduced,
     }
     with tempfile.TemporaryDirectory() as temporary:
         bench = Bench(None if options.smoke else options.zoo, options.work or Path(temporary), options.smoke)
