@@ -137,7 +137,8 @@ def quantize(
         preset: A preset of the recipe, such as ``demo``.
         settings: ``{"step.key": value}``.
         progress: Where to report; None: tqdm bars.
-        correct: ``tac``: add a correction a timestep to the recipe, fitted on the packed network.
+        correct: ``tac``: add a correction a timestep to the recipe, fitted on the packed network; ``tac-state``: one
+            fitted for the next state, without what is within its errors (`docs/methods/tac.md`).
         cache: Folder of results that runs which begin alike share (same model, prompts, seed, bits, layers and first
             steps): arms of a comparison need not calibrate and round again. What is taken from it is not in ``costs``.
 

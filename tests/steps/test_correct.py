@@ -22,7 +22,7 @@ from torch import Tensor
 import small
 import tiny
 from bitbrush.engine.progress import Silent
-from bitbrush.engine.recipe import load_recipe
+from bitbrush.engine.recipe import CORRECTIONS, load_recipe
 from bitbrush.errors import InputError, NumericsError
 from bitbrush.network import correction, wrap
 from bitbrush.network.correction import CorrectionSpec
@@ -474,8 +474,7 @@ def test_a_run_fits_for_the_next_state_where_it_can(
 ) -> None:
     said: list[str] = []
     monkeypatch.setattr(Silent, "say", lambda self, text: said.append(text))
-    settings = {"correct.l1": 0.0, "correct.l2": 0.0, "correct.tau": 0.0, "correct.fit": "state",
-                "correct.significance": 2.0, "correct.clamp": 1.05}
+    settings = {f"correct.{key}": value for key, value in CORRECTIONS["tac-state"].items()}
     pipe = tiny.text_pipeline()
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
     facts = small.execute(tmp_path, pipe, CORRECTED, settings=settings).done[-1]["correction"]
@@ -519,3 +518,15 @@ def test_a_correction_joins_every_recipe_that_has_data() -> None:
     assert "rtn-dynamic" in refused and {"rtn", "qdiffusion", "quest"} <= set(joined)
     with pytest.raises(InputError, match="method"):
         load_recipe("rtn", STEPS, correct="ptqd")
+
+
+def test_the_names_of_corrections() -> None:
+    """``tac`` is the published form, ``tac-state`` sets what differs, and settings come on top of both."""
+    tac, state, without = (
+        load_recipe("rtn", STEPS, correct=name, settings=settings).steps[-1].model_dump()
+        for name, settings in (("tac", {}), ("tac-state", {}), ("tac-state", {"correct.input_term": False}))
+    )
+    published = {"l1": 0.5, "l2": 0.1, "tau": 0.5, "fit": "branches", "significance": 0.0, "clamp": 2.0}
+    ours = {"l1": 0.0, "l2": 0.0, "tau": 0.0, "fit": "state", "significance": 2.0, "clamp": 1.05}
+    assert {key: tac[key] for key in published} == published
+    assert state == {**tac, **ours} and without == {**state, "input_term": False}

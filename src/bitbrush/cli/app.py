@@ -91,7 +91,9 @@ def quantize(
     device: Device = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="step.key=value; may be repeated.")] = None,
     correct: Annotated[
-        str | None, typer.Option("--correct", help="tac: also fit constants a timestep that correct the estimate.")
+        str | None,
+        typer.Option("--correct", help="tac: also fit constants a timestep that correct the estimate, as published; "
+                                       "tac-state: for the next state's error, without what is within its errors.")
     ] = None,
     cache: Annotated[
         Path | None, typer.Option("--cache", help="Folder of results that runs which begin alike share.")

@@ -44,6 +44,13 @@ _FORMS: dict[str, tuple[type, str]] = {
     "preset": (dict, "expected tables: [preset.NAME.set] or [preset.NAME.layers]"),
     "set": (dict, "expected a table: [set]"),
 }
+CORRECTIONS: dict[str, dict[str, Any]] = {
+    "tac": {"method": "tac"},
+    "tac-state": {
+        "method": "tac", "fit": "state", "significance": 2.0, "l1": 0.0, "l2": 0.0, "tau": 0.0, "clamp": 1.05,
+    },
+}
+"""What ``--correct NAME`` sets in the step ``correct``; the rest is as its defaults say."""
 
 
 class WeightRule(BaseModel):
@@ -170,7 +177,7 @@ def load_recipe(
         weights, activations: Bits that override the recipe's; 1 to 8, or 16 for float.
         preset: Name of a ``[preset.NAME]`` table.
         settings: ``{"step.key": value}``, applied last.
-        correct: Method of a correction to add (``tac``): its steps join the recipe's.
+        correct: Correction to add (``tac``, ``tac-state``): its steps join the recipe's.
     """
     data = _inherited(source, ())
     presets = data.pop("preset", {})
@@ -345,7 +352,8 @@ def _with_correction(steps: list[dict[str, Any]], method: str, where: str) -> li
                          why="it is fitted along sampling trajectories, and this recipe uses no data",
                          try_="--recipe rtn --correct " + method)
     at = kinds.index("calibrate") + 1
-    return [*steps[:at], {"do": "trajectories"}, *steps[at:], {"do": "correct", "method": method}]
+    chosen = CORRECTIONS.get(method, {"method": method})
+    return [*steps[:at], {"do": "trajectories"}, *steps[at:], {"do": "correct", **chosen}]
 
 
 def _apply_settings(steps: list[dict[str, Any]], settings: dict[str, Any], types: dict[str, type[Step]] | None) -> None:
