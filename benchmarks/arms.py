@@ -1,0 +1,229 @@
+"""The runs behind the bars and ablation tables that the time-aware, grouped and codebook methods have, as data; and a
+runner that works through them, several side by side on one or more GPUs.
+
+    python benchmarks/arms.py list [NAME ...] [--missing]         # their commands, the most telling first
+    python benchmarks/arms.py run [NAME ...] --zoo ZOO [--gpus 0 1] [--slots 3] [--budget SECONDS] [--work FOLDER]
+    python benchmarks/arms.py run --smoke                         # two tiny runs on the CPU
+
+NAME keeps the runs whose name contains it (``tdq``, ``tiny-dgq``, ``emoji-sd-pcr-w8a6-random``). Runs that have the
+same first steps share them through a cache: the one named ``after`` is waited for. ``run`` leaves out what has its
+results already; it starts nothing new once the budget is spent, and waits for what is running. A run that fails is told
+with the end of its log, and the others go on; called again, it goes on from its last finished unit.
+
+Several processes on one GPU gain about half under NVIDIA's MPS (start ``nvidia-cuda-mps-control -d`` before). There,
+never kill one: the death of a client ends all others of the card. ``kill -STOP`` gives its share to the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "quality"
+SECONDS = 1.0
+"""Between two looks for a run that may begin."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One call of ``quality.py``.
+
+    Attributes:
+        model, recipe, bits, arm: As there.
+        flags: Further ones.
+        after: Name of the run that makes the steps both begin with.
+        seeds: Sampling seeds; of an ablation one, which is its quantization seed, too.
+        ablation: Whether it is one.
+    """
+
+    model: str
+    recipe: str
+    bits: str
+    arm: str
+    flags: str = ""
+    after: str = ""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    ablation: bool = False
+
+    @property
+    def name(self) -> str:
+        """Unique; begins as its result files do."""
+        return f"{self.model}-{self.recipe}-{self.bits}-{self.arm}" + (f"-q{self.seeds[0]}" if self.ablation else "")
+
+    @property
+    def done(self) -> bool:
+        """Whether every result file is there."""
+        stem = f"{self.model}-{self.recipe}-{self.bits}-{self.arm}"
+        return all((RESULTS / f"{stem}-s{seed}.json").exists() for seed in self.seeds)
+
+    def words(self) -> list[str]:
+        """Arguments of ``quality.py``."""
+        seeds = [str(seed) for seed in self.seeds]
+        own = ["--quantization-seed", seeds[0]] if self.ablation else []
+        return [self.model, self.recipe, self.bits, "--arm", self.arm, "--seeds", *seeds, *own, *self.flags.split(),
+                "--no-baselines"]  # fmt: skip
+
+
+def bars() -> list[Run]:
+    """Runs that bars compare, sampling seeds 0, 1, 2."""
+    ada, quest = "--set weights.iterations=2500", "--set attention.iterations=1200"
+    quest_cifar = "--set time.evaluate_rows=512 --set attention.evaluate_rows=512 --set attention.iterations=1500"
+    found = [Run("cifar10-ddpm", "tdq", "w8a4", arm, preset(arm)) for arm in ("bar", "static", "table")]
+    first = Run("cifar10-ddpm", "adpdm", "w4a6", "bar", preset("adaround"))
+    found += [first, Run("cifar10-ddpm", "adpdm", "w4a4", "bar", preset("adaround"), after=first.name)]
+    found += [Run("cifar10-ddpm", "adpdm", bits, "static", f"{preset('static')} {ada}", after=first.name)
+              for bits in ("w4a6", "w4a4")]  # fmt: skip
+    found += [Run("emoji-sd", "pcr", "w8a6", arm, preset(arm)) for arm in ("bar", "no-relax", "random")]
+    for model, recipe, bits, flags in (
+        ("emoji-sd", "qdiffusion", "w4a8", ""), ("cifar10-ddpm", "qdiffusion", "w4a8", ""),
+        ("emoji-sd", "quest", "w4a4", quest), ("cifar10-ddpm", "quest", "w4a4", quest_cifar),
+    ):  # fmt: skip
+        plain = Run(model, recipe, bits, "plain", flags)
+        found += [plain, Run(model, recipe, bits, "tac", f"{flags} --correct tac", after=plain.name),
+                  Run(model, recipe, bits, "tac-state", f"{flags} --correct tac-state", after=plain.name)]  # fmt: skip
+    grouped = Run("emoji-sd", "dgq", "w4a8", "bar")
+    softmax = [f"{kind}-softmax-{bits}" for bits in (4, 6, 8) for kind in ("log", "uniform")]
+    softmax.remove("log-softmax-8")  # is the recipe's own
+    found += [grouped] + [Run("emoji-sd", "dgq", "w4a8", arm, preset(arm), after=grouped.name)
+                          for arm in ("float-activations", *softmax)]  # fmt: skip
+    found += [Run("emoji-sd", "dgq", "w4a6", arm, preset(arm), after=grouped.name)
+              for arm in ("bar", "tensor", "tensor-mse")]  # fmt: skip
+    found += [Run("cifar10-ddpm", "dgq", "w4a6", "bar"),
+              Run("cifar10-ddpm", "vqdm", "w3a16", "bar", "--set tune.iterations=1500")]  # fmt: skip
+    return found
+
+
+def ablations() -> list[Run]:
+    """Runs on the bundled model, three seeds each, the first seed of every table before the others."""
+    fast = "--set weights.iterations=400 --set activations.iterations=100"
+    tables: list[tuple[str, str, dict[str, str]]] = [
+        ("adpdm", "w4a4", {"full": ""} | {arm: preset(arm) for arm in (
+            "static", "groups-2", "groups-4", "groups-16", "table", "clusters", "uniform", "random", "channels")}),
+        ("pcr", "w8a6", {"full": ""} | {arm: preset(arm) for arm in (
+            "no-relax", "start", "end", "random", "float-trajectories")}),
+        ("qdiffusion", "w4a8", {"none": fast, "tac": f"--correct tac {fast}",
+                                "tac-no-input": f"--correct tac {fast} --set correct.input_term=false",
+                                "tac-absolute": f"--correct tac {fast} --set correct.l1=0.0",
+                                "tac-state": f"--correct tac-state {fast}"}),
+        ("dgq", "w4a6", {"full": ""} | {arm: preset(arm) for arm in (
+            "groups-2", "groups-16", "pixel", "channel", "batch", "tensor", "tensor-mse", "token", "groups-64")}),
+        ("vqdm", "w3a16", {arm: f"--preset small --set tune.iterations={tune} {more}".strip() for arm, tune, more in (
+            ("full", 1500, ""), ("no-tuning", 0, ""), ("beam1", 1500, "--set codebooks.beam=1"),
+            ("one-pass", 1500, "--set codebooks.epochs=1"), ("float-inputs", 1500, "--set codebooks.inputs=float"),
+            ("paper-search", 1500, "--set codebooks.feedback=0.0 --set codebooks.damping=0.0"))}),
+    ]  # fmt: skip
+    return [Run("emoji-sd-tiny", recipe, bits, arm, flags, seeds=(seed,), ablation=True)
+            for seed in (0, 1, 2) for recipe, bits, arms in tables for arm, flags in arms.items()]  # fmt: skip
+
+
+def preset(arm: str) -> str:
+    """Of arms that are named after one."""
+    return "" if arm == "bar" else f"--preset {arm}"
+
+
+# ---- the runner ------------------------------------------------------------------------------------------------------
+class Runner:
+    """Works through runs with some slots a GPU; a slot is a thread that waits for a process."""
+
+    def __init__(self, runs: list[Run], args: argparse.Namespace) -> None:
+        self.waiting, self.args, self.end = list(runs), args, time.monotonic() + args.budget
+        self.names, self.ended, self.failed = {run.name for run in runs}, set[str](), list[str]()
+        self.lock = threading.Lock()
+
+    def take(self) -> Run | None:
+        """The first run that may begin."""
+        with self.lock:
+            for run in self.waiting:
+                if run.after not in self.names or run.after in self.ended:
+                    self.waiting.remove(run)
+                    return run
+        return None
+
+    def work(self, gpu: str) -> None:
+        """One slot."""
+        while self.waiting and time.monotonic() < self.end:
+            run = self.take()
+            if run is None:
+                time.sleep(SECONDS)
+                continue
+            start, code = time.monotonic(), self.call(run, gpu)
+            with self.lock:
+                self.ended.add(run.name)
+                self.failed += [run.name] if code else []
+            print(f"{'failed' if code else 'done'}: {run.name}, {time.monotonic() - start:.0f} s", flush=True)
+            if code:
+                print(*self.log(run).read_text(errors="replace").splitlines()[-8:], sep="\n", flush=True)
+
+    def call(self, run: Run, gpu: str) -> int:
+        """The exit code of a run's process."""
+        words = [sys.executable, str(HERE / "quality.py"), *run.words(), "--work", str(self.args.work),
+                 "--cache", str(self.args.work / "cache")]  # fmt: skip
+        zoo = self.args.zoo
+        words += ["--zoo", str(zoo), "--evaluators", str(zoo / "evaluators")] if zoo is not None else []
+        words += ["--out", str(self.args.out)] if self.args.out is not None else []
+        words += ["--smoke"] if self.args.smoke else []
+        env = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
+        self.log(run).parent.mkdir(parents=True, exist_ok=True)
+        with self.log(run).open("a") as log:
+            return subprocess.run(words, stdout=log, stderr=log, env=env, check=False).returncode
+
+    def log(self, run: Run) -> Path:
+        """What a run prints."""
+        return Path(self.args.work) / "logs" / f"{run.name}.log"
+
+    def run(self) -> int:
+        """All of it; the number of runs that failed."""
+        slots = [gpu for _ in range(self.args.slots) for gpu in self.args.gpus]
+        threads = [threading.Thread(target=self.work, args=(gpu,)) for gpu in slots]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if self.waiting:
+            print("not begun:", *(run.name for run in self.waiting))
+        return len(self.failed)
+
+
+def chosen(args: argparse.Namespace) -> list[Run]:
+    """What is asked for."""
+    if args.smoke:
+        full = Run("emoji-sd-tiny", "rtn", "w4a8", "bar", seeds=(0,))
+        return [full, Run("emoji-sd-tiny", "rtn", "w8a8", "bar", seeds=(0,), after=full.name)]
+    runs = [run for run in bars() + ablations() if not args.names or any(name in run.name for name in args.names)]
+    if not args.missing and args.do == "list":
+        return runs
+    wanted = {run.after for run in runs if not run.done}  # results of another day are of another rounding
+    return [run for run in runs if not run.done or run.name in wanted]
+
+
+def main() -> int:
+    """Parse the arguments, list or run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("do", choices=["list", "run"])
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("--missing", action="store_true", help="list: those without results")
+    parser.add_argument("--zoo", type=Path, help="folder of the reference models")
+    parser.add_argument("--gpus", nargs="+", default=["0"], help="numbers, as CUDA_VISIBLE_DEVICES takes them")
+    parser.add_argument("--slots", type=int, default=1, help="runs side by side on each GPU")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which nothing is begun")
+    parser.add_argument("--work", type=Path, default=Path("work-quality"), help="artifacts, pictures, cache, logs")
+    parser.add_argument("--out", type=Path, help="results (default: where quality.py puts them)")
+    parser.add_argument("--smoke", action="store_true")
+    args = parser.parse_args()
+    runs = chosen(args)
+    if args.do == "run":
+        return 1 if Runner(runs, args).run() else 0
+    for run in runs:
+        print(" ".join(["python benchmarks/quality.py", *run.words()]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

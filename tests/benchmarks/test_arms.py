@@ -1,0 +1,67 @@
+"""The runs behind the tables are ones that `quality.py` takes, each is named once, and the runner keeps their order."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import bitbrush
+
+Script = Callable[[str], ModuleType]
+
+
+def test_every_run_is_a_recipe_with_settings_that_it_knows(script: Script) -> None:
+    arms, quality = script("arms"), script("quality")
+    checked = 0
+    for run in arms.bars() + arms.ablations():
+        words = run.words()
+        flags = {name: words[i + 1] for i, name in enumerate(words) if name in ("--preset", "--correct")}
+        settings = quality.parse_set([words[i + 1] for i, name in enumerate(words) if name == "--set"])
+        weights, activations = quality.parse_bits(run.bits)
+        recipe = bitbrush.read_recipe(run.recipe, preset=flags.get("--preset"), correct=flags.get("--correct"),
+                                      weights=weights, activations=activations, settings=settings)  # fmt: skip
+        known = {step.label for step in recipe.steps}
+        assert all(key.partition(".")[0] in known for key in settings), run.name
+        checked += 1
+    assert checked > 120
+
+
+def test_names_are_unique_and_what_is_waited_for_exists(script: Script) -> None:
+    runs = script("arms").bars() + script("arms").ablations()
+    names = [run.name for run in runs]
+    assert len(set(names)) == len(names)
+    waiting = [run for run in runs if run.after]
+    assert len(waiting) > 15 and all(run.after in names for run in waiting)
+    assert all(names.index(run.after) < names.index(run.name) for run in waiting)
+
+
+def test_the_tables_find_every_arm_that_their_bars_compare(script: Script) -> None:
+    """An arm that a bar names, of a method that is listed here, is one of the runs."""
+    arms, text = script("arms"), Path(script("bars").__file__).read_text(encoding="utf-8")
+    named = set(re.findall(r'(?:arm|mine)="([a-z0-9-]+)"', text))
+    assert len(named) >= 8 and named <= {run.arm for run in arms.bars()}
+
+
+def test_runs_wait_for_the_one_they_share_steps_with(script: Script, tmp_path: Path) -> None:
+    arms = script("arms")
+    first = arms.Run("m", "r", "w4a8", "a")
+    runs = [arms.Run("m", "r", "w4a8", "b", after=first.name), first,
+            arms.Run("m", "r", "w4a8", "c", after="elsewhere")]
+    args = argparse.Namespace(budget=60.0, gpus=["0"], slots=2, work=tmp_path, zoo=None, out=None, smoke=True)
+    runner, order = arms.Runner(runs, args), []
+    runner.call = lambda run, gpu: order.append(run.arm) or int(run.arm == "c")
+    runner.log = lambda run: Path(__file__)
+    arms.SECONDS = 0.01
+    assert runner.run() == 1 and runner.failed == [runs[2].name]
+    assert sorted(order) == ["a", "b", "c"] and order.index("a") < order.index("b")
+
+
+def test_nothing_begins_after_the_budget(script: Script, tmp_path: Path) -> None:
+    arms = script("arms")
+    args = argparse.Namespace(budget=-1.0, gpus=["0"], slots=1, work=tmp_path, zoo=None, out=None, smoke=True)
+    runner = arms.Runner([arms.Run("m", "r", "w4a8", "a")], args)
+    runner.call = lambda run, gpu: 1 / 0
+    assert runner.run() == 0 and len(runner.waiting) == 1
