@@ -214,10 +214,10 @@ def test_norms_are_read_in_sixteen_bytes_and_use_no_slow_conversion() -> None:
                         bias_ptr="*bf16", warps=1),
         "group": _built(kernels.group_norm, {
             **group, "LENGTH": 640, "BLOCKS": ((0, 0, 0, 640, 640),), "SILU": True, "FACTOR": False, "SPATIAL": True,
-            "MOST": 64, "BG": 8, "BC": 64, "BR": ROWS, "EARLY": False}, out_ptr="*i8", bias_ptr="*bf16"),
+            "CODES": True, "MOST": 64, "BG": 8, "BC": 64, "BR": ROWS, "EARLY": False}, out_ptr="*i8", bias_ptr="*bf16"),
         "geglu": _built(kernels.geglu, {**size, "FACTOR": False, "CHUNKS": 128, "EARLY": False}, out_ptr="*i8"),
         "sums": _built(kernels.group_sums, {
-            **group, "BLOCK": 8, "BG": 8, "BC": 256, "LANES": 8, "DEEP": 8, "EVEN": True, "EARLY": False,
+            **group, "BLOCK": 8, "BG": 8, "BC": 256, "LANES": SUM_WARPS, "DEEP": 8, "EVEN": True, "EARLY": False,
         }, warps=SUM_WARPS),
     }  # fmt: skip
     for name, text in ptx.items():
