@@ -60,7 +60,7 @@ def main() -> None:
         off = (triton_attend.attend(*args, case[-1]).int() - want.int()).abs()
         found.append({"codes": off.numel(), "unequal": int((off > 0).sum()), "most": int(off.max()),
                       "distinct": len(want.unique())})  # fmt: skip
-    print(json.dumps(found))
+    sys.stdout.write(json.dumps(found) + "\n")
 
 
 if __name__ == "__main__":

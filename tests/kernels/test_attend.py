@@ -1,4 +1,4 @@
-"""Attention with the encode behind it: the op is the separate operations, the kernel is the op, and when it is taken."""
+"""Attention with the encode behind it: the op is its separate operations, the kernel is the op; when it is taken."""
 
 from __future__ import annotations
 

@@ -125,7 +125,8 @@ def _group_norm_shape(
 
 
 def _group_norm_float_cuda(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
-    return triton_norm.group_norm_float(x.contiguous(memory_format=torch.channels_last), weight, bias, groups, eps, silu)
+    x = x.contiguous(memory_format=torch.channels_last)
+    return triton_norm.group_norm_float(x, weight, bias, groups, eps, silu)
 
 
 def _group_norm_float_plain(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:

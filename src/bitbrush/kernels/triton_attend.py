@@ -1,6 +1,6 @@
 """Launches attention of float operands whose output is encoded for the layer that follows.
 
-The product of a head leaves the tensor cores in registers, so the codes cost nothing but their bytes: no float output is
+What a head gives leaves the tensor cores in registers, so the codes cost nothing but their bytes: no float output is
 written and read again, and there is one launch where a library's attention takes two or three.
 
 Importing this module does not import Triton.
@@ -40,8 +40,8 @@ def attend(
     """int8 codes less 128 ``[B * L, heads * size]`` of ``softmax(q k' / sqrt(size)) v``.
 
     Args:
-        q: ``[B, heads, L, size]``; the numbers of a head lie one after the other. ``k`` and ``v`` likewise, with as many
-            keys.
+        q: ``[B, heads, L, size]``; the numbers of a head lie one after the other. ``k`` and ``v`` likewise, with a
+            length of their own.
         factor: ``input_scale`` float32 ``[heads * size]``.
     """
     from bitbrush.kernels import triton_attend_kernels as kernels
