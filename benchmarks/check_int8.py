@@ -120,6 +120,33 @@ def norms(device: str) -> dict[str, Any]:
         return call(*there).cpu(), call(*args)
 
     return norm_cases.compared(run)
+
+
+def attends(device: str) -> dict[str, Any]:
+    """Attention with the encode behind it, and a norm without one, beside the same in plain torch on the device: in
+    half precision codes differ by one where float32's attention, rounded, lies at an edge."""
+    ops, report = importlib.import_module("bitbrush.kernels.attend_ops"), {"codes": 0, "apart": 0, "most": 0}
+    drawn = torch.Generator(device).manual_seed(0)
+    for i, (batch, heads, queries, keys, size) in enumerate((
+        (2, 20, 1024, 77, 64), (2, 20, 1024, 1024, 64), (2, 8, 1024, 77, 80), (1, 8, 100, 77, 160), (3, 4, 37, 130, 64),
+        (2, 4, 64, 5, 16),
+    )):
+        dtype = (torch.bfloat16, torch.float16)[i % 2]
+        q, k, v = (torch.randn((batch, length, heads, size), device=device, generator=drawn).to(dtype).transpose(1, 2)
+                   for length in (queries, keys, keys))
+        tables = (torch.tensor([[1.0], [40.0]], device=device), torch.tensor([[0], [131]], device=device).byte(),
+                  torch.tensor([1], device=device), 255, torch.rand(heads * size, device=device) if i % 3 else None)
+        apart = (torch.ops.bitbrush.attend_encode(q, k, v, *tables).int() - ops._plain(q, k, v, *tables).int()).abs()
+        report["codes"] += apart.numel()
+        report["apart"] += int((apart > 0).sum())
+        report["most"] = max(report["most"], int(apart.max()))
+    x = (torch.randn((2, 320, 128, 128), device=device, generator=drawn) + 1).bfloat16()
+    weight, bias = (torch.randn(320, device=device, generator=drawn).bfloat16() for _ in range(2))
+    made = torch.ops.bitbrush.group_norm(x, weight, bias, 32, 1e-5, False).float()
+    want = torch.nn.functional.group_norm(x.float(), 32, weight.float(), bias.float(), 1e-5)
+    return {**report, "norm_off": float(((made - want).abs() / (want.abs() + 1e-3)).max())}
+
+
 def weight_of(rows: int, width: int, device: str) -> tuple[torch.Tensor, ...]:
     """(w, scale, sum, bias) of a random weight."""
     w = torch.randint(-128, 128, (rows, width), dtype=torch.int8, device=device)
@@ -226,7 +253,8 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "torch": torch.__version__,
         "command": "python benchmarks/check_int8.py",
     }
-    parts: dict[str, Callable[[], Any]] = {"fused": lambda: fused(device), "norms": lambda: norms(device)}
+    parts: dict[str, Callable[[], Any]] = {"fused": lambda: fused(device), "norms": lambda: norms(device),
+                                            "attends": lambda: attends(device)}
     if device == "cuda":
         parts |= {"cuts": lambda: cuts(device), "attentions": attentions}
     write(report, args)

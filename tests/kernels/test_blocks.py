@@ -123,6 +123,17 @@ def test_a_fused_block_gives_what_its_layers_give(bits: int, other: bool) -> Non
     assert all(operations.count[name] >= count for name, count in FUSED.items())
 
 
+def test_a_norm_outside_of_blocks_keeps_its_pictures_in_order_and_its_name() -> None:
+    unet = network(8)
+    kernels.use(unet, "cuda-int8")
+    norms = [m for m in unet.modules() if isinstance(m, blocks.FusedBlock) and isinstance(m, torch.nn.GroupNorm)]
+    assert norms == [unet.conv_norm_out] and type(unet.conv_norm_out).__name__ == "GroupNorm"
+    x = torch.randn(1, unet.conv_norm_out.num_channels, 4, 4)
+    kept = unet.conv_norm_out(x)  # on a CPU it is torch's
+    blocks.unfuse(unet)
+    assert type(unet.conv_norm_out) is torch.nn.GroupNorm and torch.equal(unet.conv_norm_out(x), kept)
+
+
 @torch.no_grad()
 def test_the_whole_network_is_as_near_to_float_as_without() -> None:
     unet = network(8)

@@ -43,6 +43,16 @@ def test_layer_norm_is_that_of_torch_then_each_consumers_codes(dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
+def test_group_norm_alone_is_that_of_torch_channels_last(dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    x, weight, bias = (torch.randn(size).to(dtype) for size in ((2, 64, 4, 5), (64,), (64,)))
+    want = F.group_norm(x.float(), 8, weight.float(), bias.float(), 1e-5).to(dtype)
+    made = OPS.group_norm(x, weight, bias, 8, 1e-5, False)
+    assert torch.equal(made, want) and made.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(OPS.group_norm(x, weight, bias, 8, 1e-5, True), F.silu(want.float()).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("silu", [False, True])
 def test_group_norm_is_that_of_torch_then_rows_or_a_frame(dtype: torch.dtype, silu: bool) -> None:
     torch.manual_seed(1)

@@ -214,10 +214,10 @@ def test_norms_are_read_in_sixteen_bytes_and_use_no_slow_conversion() -> None:
                         bias_ptr="*bf16", warps=1),
         "group": _built(kernels.group_norm, {
             **group, "LENGTH": 640, "BLOCKS": ((0, 0, 0, 640, 640),), "SILU": True, "FACTOR": False, "SPATIAL": True,
-            "MOST": 64, "BG": 8, "BC": 64, "BR": ROWS, "EARLY": False}, out_ptr="*i8", bias_ptr="*bf16"),
+            "CODES": True, "MOST": 64, "BG": 8, "BC": 64, "BR": ROWS, "EARLY": False}, out_ptr="*i8", bias_ptr="*bf16"),
         "geglu": _built(kernels.geglu, {**size, "FACTOR": False, "CHUNKS": 128, "EARLY": False}, out_ptr="*i8"),
         "sums": _built(kernels.group_sums, {
-            **group, "BLOCK": 8, "BG": 8, "BC": 256, "LANES": 8, "DEEP": 8, "EVEN": True, "EARLY": False,
+            **group, "BLOCK": 8, "BG": 8, "BC": 256, "LANES": SUM_WARPS, "DEEP": 8, "EVEN": True, "EARLY": False,
         }, warps=SUM_WARPS),
     }  # fmt: skip
     for name, text in ptx.items():
@@ -249,3 +249,20 @@ def test_both_products_of_attention_are_on_the_tensor_cores() -> None:
     ptx = _built(triton_attention_kernels.lay_out, laid, **ATTENTION, turned_ptr="*i8")
     assert "v4.b32" in re.findall(r"st\.global\.(\S+?)\s", ptx) and re.search(r"ld\.global\.v4\.b32", ptx)
     assert built == 4
+
+
+@pytest.mark.parametrize("keys, size", [(77, 64), (1024, 64), (77, 80), (77, 160)])
+def test_attention_before_an_encode_is_on_the_tensor_cores_and_writes_bytes(keys: int, size: int) -> None:
+    from bitbrush.kernels import triton_attend_kernels as kernels
+    from bitbrush.kernels.triton_attend import cut
+
+    how = cut(keys)
+    constants = {
+        "HEADS": 20, "SIZE": size, "WIDE": max(16, 1 << (size - 1).bit_length()), "FACTOR": False,
+        "ONE": keys <= how.keys, "EVEN": keys % how.keys == 0, "BM": how.queries, "BN": how.keys, "EARLY": False,
+    }  # fmt: skip
+    of_rows = {f"{what}_{name}": "i32" for what in ("sample", "head", "row") for name in "qkv"}
+    ptx = _built(kernels.attend, constants, how.warps, how.stages, q_ptr="*bf16", k_ptr="*bf16", v_ptr="*bf16",
+                 out_ptr="*i8", scale="fp32", **of_rows)
+    assert len(re.findall(r"wgmma\.mma_async\S+bf16\.bf16", ptx)) >= 2 and "st.global" in ptx
+    assert "cvt.rn.bf16x2.f32" in ptx and ".local" not in ptx

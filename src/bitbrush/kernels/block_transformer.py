@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bitbrush.kernels import gpu, joined, joined_ops  # noqa: F401 - its operations are registered by their module
+from bitbrush.kernels import attend_ops, gpu, joined, joined_ops  # noqa: F401 - their operations are registered by their modules
 from bitbrush.kernels.blocks import FusedBlock, first_reason, ready, watched
 from bitbrush.kernels.gpu import Given
 from bitbrush.kernels.joined import Joined
@@ -125,8 +125,14 @@ def _products(layers: list[Any], join: Joined | None, codes: Tensor, given: list
 def _attended(attn: Any, parts: list[Tensor], x: Tensor) -> Tensor:
     """``x`` and what the heads make of queries, keys and values, through the last layer."""
     q, k, v = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in parts)
+    last = attn.to_out[0]
+    given = gpu.given_input(last, x)
+    if attend_ops.fits(q, k, given.kind):
+        codes = _OPS.attend_encode(q, k, v, given.inverse, given.zero_point, given.times, last.input.top,
+                                   last.input_scale)  # fmt: skip
+        return gpu.multiply(last, codes, given, x, residual=x)
     found = F.scaled_dot_product_attention(q, k, v, dropout_p=0.0, is_causal=False)
-    heads, last = found.transpose(1, 2).flatten(2), attn.to_out[0]
+    heads = found.transpose(1, 2).flatten(2)
     given = gpu.given_input(last, heads)
     return gpu.multiply(last, gpu.input_rows(last, heads, given), given, heads, residual=x)
 

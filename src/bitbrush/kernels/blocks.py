@@ -6,6 +6,7 @@
                              encode behind it in the product's epilogue; residuals are added where products round
     Transformer2DModel       the GroupNorm and encode before its first projection; the picture that came in is added
                              where its last one rounds
+    GroupNorm                outside of these blocks: channels last, as its pictures lie
 
 `fuse` gives a block whose parts are all plain a class that derives from its own (as PyTorch's parametrizations do) and
 has its name, which libraries look for. Its forward takes the fused way while every layer in it runs by ``cuda-int8``
@@ -42,6 +43,8 @@ class FusedBlock(nn.Module):
     """
 
     plain_class: type[nn.Module]
+    passes_codes = True
+    """Not a norm alone."""
     joined: dict[str, Any]
 
     def join(self) -> None:
@@ -70,7 +73,10 @@ def _kinds() -> dict[type[nn.Module], tuple[type[FusedBlock], Callable[[Any], st
 @cache
 def _mixed(base: Any) -> Any:
     """The class of a fused block: it has the name of diffusers' class."""
-    return type(base.__name__, (_kinds()[base][0], base), {"plain_class": base, "__module__": base.__module__})
+    from bitbrush.kernels import block_norm
+
+    mixed = block_norm.FusedNorm if base is nn.GroupNorm else _kinds()[base][0]
+    return type(base.__name__, (mixed, base), {"plain_class": base, "__module__": base.__module__})
 
 
 def fuse(model: nn.Module) -> dict[str, str]:
@@ -88,10 +94,17 @@ def fuse(model: nn.Module) -> dict[str, str]:
         reason = _kinds()[type(block)][1](block)
         answer[name] = reason or "fused"
         if reason is None:
-            made: Any = block
-            made.__class__, made.joined = _mixed(made.__class__), {}
-            made.join()
+            _mix(block)
+    inside = {part for block in model.modules() if isinstance(block, FusedBlock) for part in block.modules()}
+    for norm in model.modules():
+        if type(norm) is nn.GroupNorm and norm.affine and norm not in inside:
+            _mix(norm)
     return answer
+
+
+def _mix(module: Any) -> None:
+    module.__class__, module.joined = _mixed(module.__class__), {}
+    module.join()
 
 
 def unfuse(model: nn.Module) -> None:
@@ -104,7 +117,7 @@ def unfuse(model: nn.Module) -> None:
 
 def fused(model: nn.Module) -> list[str]:
     """Names of the blocks that compute on codes."""
-    return [name for name, block in model.named_modules() if isinstance(block, FusedBlock)]
+    return [name for name, block in model.named_modules() if isinstance(block, FusedBlock) and block.passes_codes]
 
 
 # ---- what can be fused -----------------------------------------------------------------------------------------------

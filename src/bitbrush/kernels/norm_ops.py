@@ -2,6 +2,7 @@
 
     bitbrush::layer_norm_encode    LayerNorm, then the codes of one to three linear layers that share it
     bitbrush::group_norm_encode    GroupNorm, SiLU where there is one, then rows of pixels or the frame of a convolution
+    bitbrush::group_norm           GroupNorm alone, channels last, where no product on codes follows at once
     bitbrush::geglu_encode         ``hidden * gelu(gate)``, then the codes of a linear layer
 
 Each is the chain of its parts in the dtype of ``x``: computed in float32, rounded to that dtype where the chain of
@@ -34,6 +35,7 @@ _LIBRARY.define(
     "group_norm_encode(Tensor x, Tensor weight, Tensor bias, int groups, float eps, bool silu, Tensor inverse, "
     "Tensor zero_point, Tensor times, int[] counts, int top, int[] frame, Tensor? factor) -> Tensor"
 )
+_LIBRARY.define("group_norm(Tensor x, Tensor weight, Tensor bias, int groups, float eps, bool silu) -> Tensor")
 _LIBRARY.define(
     "geglu_encode(Tensor x, Tensor inverse, Tensor zero_point, Tensor times, int top, Tensor? factor) -> Tensor"
 )
@@ -122,6 +124,22 @@ def _group_norm_shape(
     return x.new_empty((rows, sum(packing.padded(tuple(counts)))), dtype=torch.int8)
 
 
+def _group_norm_float_cuda(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
+    x = x.contiguous(memory_format=torch.channels_last)
+    return triton_norm.group_norm_float(x, weight, bias, groups, eps, silu)
+
+
+def _group_norm_float_plain(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
+    """The norm of ``x [B, C, H, W]`` in its dtype, channels last."""
+    normed = F.group_norm(x.float(), groups, weight.float(), bias.float(), eps).to(x.dtype)
+    normed = F.silu(normed.float()).to(x.dtype) if silu else normed
+    return normed.contiguous(memory_format=torch.channels_last)
+
+
+def _group_norm_float_shape(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.channels_last)
+
+
 # ---- GEGLU -----------------------------------------------------------------------------------------------------------
 def _geglu_cuda(
     x: Tensor, inverse: Tensor, zero_point: Tensor, times: Tensor, top: int, factor: Tensor | None
@@ -148,6 +166,7 @@ def _geglu_shape(
 for _name, _cuda, _plain, _shape in (
     ("layer_norm_encode", _layer_norm_cuda, _layer_norm_plain, _layer_norm_shape),
     ("group_norm_encode", _group_norm_cuda, _group_norm_plain, _group_norm_shape),
+    ("group_norm", _group_norm_float_cuda, _group_norm_float_plain, _group_norm_float_shape),
     ("geglu_encode", _geglu_cuda, _geglu_plain, _geglu_shape),
 ):
     _LIBRARY.impl(_name, _cuda, "CUDA")

@@ -18,7 +18,7 @@ from bitbrush.numbers import packing
 
 MOST_CHUNKS = 64
 """Of a sample: what every program of the second pass merges."""
-SUM_WARPS, SUM_PROGRAMS, VECTOR = 8, 2, 8
+SUM_WARPS, SUM_PROGRAMS, VECTOR = 4, 2, 8
 PIECE = 32 * VECTOR
 """Channels that a warp reads at once: 16 bytes a thread of bfloat16."""
 COLUMNS, ROWS = 64, 64
@@ -128,14 +128,30 @@ def group_norm(
         counts: Channels of each segment.
         factor: ``input_scale`` float32 ``[C]``.
     """
+    place = frame or Frame(x.shape[0], x.shape[2], x.shape[3])
+    out = torch.empty((place.rows, sum(packing.padded(counts))), dtype=torch.int8, device=x.device)
+    _normed(x, out, weight, bias, groups, eps, silu, (inverse, zero_point, times), counts, top, frame, factor)
+    return out
+
+
+def group_norm_float(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
+    """The norm of ``x [B, C, H, W]``, channels last, in its dtype and order."""
+    out = torch.empty_like(x)
+    _normed(x, out, weight, bias, groups, eps, silu, None, (x.shape[1],), 0, None, None)
+    return out
+
+
+def _normed(
+    x: Tensor, out: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool,
+    tables: tuple[Tensor, Tensor, Tensor] | None, counts: tuple[int, ...], top: int, frame: Frame | None,
+    factor: Tensor | None,
+) -> None:
     from bitbrush.kernels import triton_norm_kernels as kernels
 
+    if not out.numel():
+        return
     batch, channels, pixels = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
     place = frame or Frame(batch, x.shape[2], x.shape[3])
-    length = sum(packing.padded(counts))
-    out = torch.empty((place.rows, length), dtype=torch.int8, device=x.device)
-    if not out.numel():
-        return out
     mean, square, chunk = group_sums(x, groups)
     size, (blocks, many) = channels // groups, column_blocks(counts)
     below = border_lines(place) * place.pitch
@@ -144,15 +160,14 @@ def group_norm(
     span = max(ROWS, -(-rows // programs // ROWS) * ROWS)
     with torch.cuda.device_of(x):
         kernels.group_norm[(many, -(-rows // span), batch)](
-            x, mean, square, weight, bias, out, inverse, zero_point, times, x if factor is None else factor, float(top),
+            x, mean, square, weight, bias, out, *(tables or (x, x, x)), x if factor is None else factor, float(top),
             eps, pixels, chunk, mean.shape[1], span, batch, place.pitch, place.height, place.pad, place.high,
             place.wide, below,
-            BLOCKS=blocks, CHANNELS=channels, LENGTH=length, SIZE=size, GROUPS=groups, SILU=silu,
-            FACTOR=factor is not None, SPATIAL=frame is not None, MOST=power(mean.shape[1]),
-            BG=power(min(groups, (COLUMNS - 1) // size + 2)), BC=COLUMNS, BR=ROWS, num_warps=WARPS,
-            enable_fp_fusion=False, **launched(x.device),
+            BLOCKS=blocks, CHANNELS=channels, LENGTH=channels if tables is None else out.shape[1], SIZE=size,
+            GROUPS=groups, SILU=silu, FACTOR=factor is not None, SPATIAL=frame is not None, CODES=tables is not None,
+            MOST=power(mean.shape[1]), BG=power(min(groups, (COLUMNS - 1) // size + 2)), BC=COLUMNS, BR=ROWS,
+            num_warps=WARPS, enable_fp_fusion=False, **launched(x.device),
         )
-    return out
 
 
 def geglu(

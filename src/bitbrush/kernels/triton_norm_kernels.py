@@ -246,10 +246,11 @@ def group_norm(
     x_ptr, mean_ptr, square_ptr, weight_ptr, bias_ptr, out_ptr, inverse_ptr, zero_ptr, times_ptr, factor_ptr, top, eps,
     pixels, chunk, chunks, span, samples, pitch, height, pad, high, wide, below,
     BLOCKS: tl.constexpr, CHANNELS: tl.constexpr, LENGTH: tl.constexpr, SIZE: tl.constexpr, GROUPS: tl.constexpr,
-    SILU: tl.constexpr, FACTOR: tl.constexpr, SPATIAL: tl.constexpr, MOST: tl.constexpr, BG: tl.constexpr,
-    BC: tl.constexpr, BR: tl.constexpr, EARLY: tl.constexpr,
+    SILU: tl.constexpr, FACTOR: tl.constexpr, SPATIAL: tl.constexpr, CODES: tl.constexpr, MOST: tl.constexpr,
+    BG: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, EARLY: tl.constexpr,
 ):
-    """Codes less 128 of BC columns and ``span`` rows of a sample's part of the output, by the sums of `group_sums`.
+    """Codes less 128 (without CODES: the numbers themselves) of BC columns and ``span`` rows of a sample's part of the
+    output, by the sums of `group_sums`.
 
     Rows are pixels, or with SPATIAL the rows of a frame; the last sample has ``below`` rows more.
     """
@@ -259,7 +260,6 @@ def group_norm(
     start = tl.program_id(1) * span
     limit = tl.minimum(start + span, lines + tl.where(sample == samples - 1, below, 0))
     segment, column, channel, end, last = _block_of(tl.program_id(0), BLOCKS, BC)
-    time = tl.load(times_ptr) * len(BLOCKS) + segment
     column += tl.arange(0, BC)
     group = channel // SIZE + tl.arange(0, BG)
     channel += tl.arange(0, BC)
@@ -272,8 +272,10 @@ def group_norm(
         weight_ptr + channel, mask=real, other=0.0).to(tl.float32)
     shift = tl.load(bias_ptr + channel, mask=real, other=0.0).to(tl.float32)
     shift = shift - tl.sum(tl.where(members, mean[None, :], 0.0), 1) * slope
-    inverse, zero = tl.load(inverse_ptr + time), tl.load(zero_ptr + time).to(tl.float32)
-    nothing = centred(0.0, inverse, zero, top)
+    if CODES:
+        time = tl.load(times_ptr) * len(BLOCKS) + segment
+        inverse, zero = tl.load(inverse_ptr + time), tl.load(zero_ptr + time).to(tl.float32)
+        nothing = centred(0.0, inverse, zero, top)
     for first in range(start, limit, BR):
         now, inside = _rows(x_ptr, first, limit, sample, pixels, pitch, pad, high, wide, channel, real, CHANNELS,
                             SPATIAL, BR)
@@ -285,8 +287,11 @@ def group_norm(
         row = first + tl.arange(0, BR)
         out = out_ptr + (sample.to(tl.int64) * lines + row)[:, None] * LENGTH + column[None, :]
         there, kept = inside[:, None] & real[None, :], (row < limit)[:, None] & (column < last)[None, :]
-        tl.store(out, centred(v, inverse, zero, top), mask=there)
-        tl.store(out, tl.zeros((BR, BC), dtype=tl.int8) + nothing, mask=kept & (there == 0))
+        if CODES:
+            tl.store(out, centred(v, inverse, zero, top), mask=there)
+            tl.store(out, tl.zeros((BR, BC), dtype=tl.int8) + nothing, mask=kept & (there == 0))
+        else:
+            tl.store(out, v.to(out_ptr.dtype.element_ty), mask=there)
 
 
 # ---- GEGLU -----------------------------------------------------------------------------------------------------------
