@@ -59,6 +59,18 @@ def test_arms_that_differ_in_activations_share_the_weights(tmp_path: Path) -> No
     assert not set(keys(tmp_path, order).values()) & set(base.values()), "which rule comes last decides"
 
 
+def test_a_correction_changes_nothing_of_the_network_under_it(tmp_path: Path) -> None:
+    """Its trajectories come early and stand aside; what they are counts for the correction alone."""
+    fitted = '[[step]]\ndo = "correct"\nmethod = "tac"\n'
+    whole = HEAD + CALIBRATE + '[[step]]\ndo = "trajectories"\n' + SPLIT + FIT + ROUND + RANGES + PACK + fitted
+    base, arm = keys(tmp_path, TEXT), keys(tmp_path, whole)
+    assert base.items() <= arm.items() and set(arm) - set(base) == {"trajectories", "correct"}
+    more = keys(tmp_path, whole.replace('do = "trajectories"', 'do = "trajectories"\nsamples = 9'))
+    assert {name for name in arm if arm[name] != more[name]} == {"trajectories", "correct"}
+    bits = keys(tmp_path, whole.replace("activations = 8", "activations = 6"))
+    assert bits["trajectories"] != arm["trajectories"], "whether it matters is not asked"
+
+
 def test_weights_come_from_an_arm_with_other_activations(tmp_path: Path) -> None:
     one, two = tmp_path / "one.toml", tmp_path / "two.toml"
     one.write_text(HEAD + CALIBRATE + FIT + ROUND + RANGES + PACK)

@@ -89,6 +89,16 @@ def test_shrinking_goes_with_every_form_of_the_fit(granularity: Any, relative: A
     assert torch.equal(strict, torch.ones(3))
 
 
+@pytest.mark.parametrize("relative", ["mean", "sum"])
+@pytest.mark.parametrize("significance", [0.0, 2.0])
+def test_the_fit_stays_on_the_device_of_the_estimates(relative: Any, significance: float) -> None:
+    """A constant made on the CPU beside them stops the run on a GPU; tensors without data show it anywhere."""
+    q, e = (torch.empty(8, 3, 16, 16, device="meta") for _ in range(2))
+    rule = chain.Rule(relative=relative, significance=significance)
+    assert chain.output_scale(q, e, rule, 4).device.type == "meta"
+    assert chain.input_bias(q, rule).device.type == "meta"
+
+
 def test_an_input_shift_is_shrunk_too() -> None:
     spread = normal(16, 1, 1, 1, seed=2)
     spread = (spread - spread.mean()) / spread.std() * 4  # standard error of the mean: 1

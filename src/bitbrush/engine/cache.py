@@ -5,6 +5,8 @@ on the steps up to its own; its key is the hash of all that. Later steps do not 
 at activations (`Step.sees_activations`) what the recipe says of them does not count either: arms that differ in their
 activations have the very same weights. (Alone, such a run may round a weight differently, where operands of attention
 are quantized in one arm and not in another: scores written out and fused kernels differ in their last digits.)
+A step that stands aside (`Step.aside`) counts for those alone that need it: with a correction or without, the network
+under it is the same one.
 """
 
 from __future__ import annotations
@@ -39,10 +41,15 @@ class Cache:
         table = {k: v for k, v in recipe.to_dict().items() if k not in NOT_OF_THE_RESULT}
         key, whole = _hash([fingerprint, _of_weights(table)]), False
         self.keys: dict[str, str] = {}
+        aside: dict[str, str] = {}
         for step in recipe.steps:
+            own = [step.model_dump(mode="json"), *(aside[kind] for kind in step.needs if kind in aside)]
+            if step.aside:
+                self.keys[step.label] = aside[step.kind] = _hash([key, table, *own])
+                continue
             if step.sees_activations and not whole:
                 key, whole = _hash([key, table]), True
-            key = _hash([key, step.model_dump(mode="json")])
+            key = _hash([key, *own])
             self.keys[step.label] = key
 
     def find(self, step: str, unit: str) -> UnitResult | None:

@@ -79,6 +79,11 @@ class Step(BaseModel):
         """Whether what the plan says of activations has a part in the result; if not, arms may share it (`Cache`)."""
         return True
 
+    @property
+    def aside(self) -> bool:
+        """Whether only steps that need this kind by name look at its result: with or without it, others do the same."""
+        return False
+
     def check(self, survey: Survey, plan: Plan) -> None:
         """Look at the model's sites and the plan, before anything slow.
 

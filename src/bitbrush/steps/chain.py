@@ -104,7 +104,8 @@ def output_scale(q: Tensor, e: Tensor, rule: Rule, trajectories: int | None = No
     usable = (count >= FEWEST) & (below > 0)
     found = torch.where(usable, above / torch.where(usable, below, 1.0), 1.0)
     if rule.significance > 0:
-        each = (1 - rule.l1) * flat_q, torch.as_tensor(weight).reshape(-1, 1) * ratio, rule.l2 * kept
+        per = torch.as_tensor(weight, dtype=ratio.dtype, device=ratio.device).reshape(-1, 1)
+        each = (1 - rule.l1) * flat_q, per * ratio, rule.l2 * kept
         parts = each[0] * flat_e + each[1] + each[2], each[0] * flat_q + each[1] * ratio + each[2]
         n = trajectories or len(q)
         error = ratio_error(*(part.reshape(len(part), len(q) // n, n, -1).sum((1, 3)) for part in parts))

@@ -50,6 +50,11 @@ class Trajectories(Step):
         """Packing frees the float weights; and once is enough."""
         return ("pack", "trajectories")
 
+    @property
+    def aside(self) -> bool:
+        """Nobody but the correction looks at these samples."""
+        return True
+
     def needs_prompts(self) -> int:
         """One prompt a trajectory."""
         return self.samples
