@@ -20,30 +20,13 @@ from bitbrush import kernels
 from bitbrush.kernels import blocks, gpu, gpu_decode
 from bitbrush.network import wrap
 from bitbrush.network.layers import QuantLayer, QuantLinear
-from bitbrush.numbers import packing
 from bitbrush.numbers.grid import ActivationSpec, Grid, LayerSpec, Plan, WeightSpec
 from operations import Operations
+from packed import fill
 
 TIMES = (1.0, 500.0, 999.0)
 FUSED = {"group_norm_encode": 30, "layer_norm_encode": 18, "int8_joined": 12, "int8_gated": 6}
 """Operations of one call of `network`: 12 residual blocks, 6 transformer blocks with projections around them."""
-
-
-def fill(layer: QuantLayer, generator: torch.Generator) -> None:
-    """Random codes and tables of a packed layer."""
-    weight, buffers = layer.spec.weight, layer._buffers
-    bits, middle = weight.grid.bits, weight.grid.mid
-    shape = (layer.out_channels_, layer.in_channels_, *layer.kernel_hw)
-    codes = torch.randint(0, 1 << bits, shape, dtype=torch.uint8, generator=generator)
-    layer.weight_zero_point.fill_(middle)
-    layer.weight_scale.copy_((torch.rand(layer.weight_scale.shape, generator=generator) + 0.5) / (middle * 30))
-    rows = packing.weight_rows(codes, layer.segments, layer.weight_zero_point)
-    buffers[f"codes{bits}"] = packing.pack_class(rows, bits, weight)
-    table = layer.input
-    table.set_scale(torch.rand(table.scale.shape, generator=generator) * 0.01 + 0.03,
-                    torch.randint(110, 140, table.scale.shape, generator=generator))
-    if layer.input_scale is not None:
-        layer.input_scale.copy_(torch.rand(layer.input_scale.shape, generator=generator) + 0.5)
 
 
 def network(bits: int = 4, linear: bool = True, **options: Any) -> UNet2DConditionModel:

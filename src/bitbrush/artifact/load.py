@@ -12,13 +12,15 @@ from bitbrush import kernels
 from bitbrush.artifact import manifest
 from bitbrush.artifact.diffusers_plugin import drop_path, register
 from bitbrush.errors import ArtifactError, InputError
-from bitbrush.network import correction
+from bitbrush.network import correction, graphs
 from bitbrush.network.pipelines import DENOISERS
 
 _LIBRARIES = ("diffusers", "transformers")
 
 
-def load(folder: Path | str, *, fast: bool = False, kernel: str = "reference", **kwargs: Any) -> Any:
+def load(
+    folder: Path | str, *, fast: bool = False, kernel: str = "reference", graph: bool = False, **kwargs: Any
+) -> Any:
     """Load a pipeline or a bare denoiser, packed as it was saved.
 
     Args:
@@ -27,6 +29,8 @@ def load(folder: Path | str, *, fast: bool = False, kernel: str = "reference", *
         kernel: What computes the packed layers: ``reference``, on any device what was simulated, bit for bit;
             ``auto``, the best kernel of the device that a call runs on; or the name of one (`bitbrush doctor` lists
             them). Layers that it cannot run keep the reference.
+        graph: On CUDA, answer the denoiser's calls by CUDA graphs (`bitbrush.network.graphs`): without, the host takes
+            longer to launch a packed network's kernels than the GPU to run them.
         kwargs: For ``from_pretrained``: ``torch_dtype``, ``device_map``, ...
 
     Raises:
@@ -50,6 +54,8 @@ def load(folder: Path | str, *, fast: bool = False, kernel: str = "reference", *
     denoisers = [part for name in DENOISERS if (part := getattr(loaded, name, None)) is not None]
     for denoiser in denoisers or [loaded]:
         kernels.use(denoiser, kernel)
+        if graph:
+            graphs.enable(denoiser)
     found = [correction.find(denoiser) for denoiser in denoisers]
     for each in (each for each in found if each is not None):
         each.watch(loaded)

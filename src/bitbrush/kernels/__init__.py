@@ -99,6 +99,9 @@ def use(model: nn.Module, name: str, device_type: str | None = None) -> dict[str
     """
     answer: dict[str, str] = {}
     blocks.unfuse(model)
+    forget: Any = getattr(model, "clear_graphs", None)  # of `bitbrush.network.graphs`: they hold the former choice
+    if forget is not None:
+        forget()
     if device_type is None:
         kind = name.partition("-")[0]
         device_type = kind if kind in BEST else next((t.device.type for t in model.buffers()), "cpu")

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -126,6 +126,14 @@ class Clock(nn.Module):
             f"{float(taken[other][0]):g} serve it, and so for others; bitbrush says this once",
             Notice, stacklevel=2,
         )
+
+    def check(self, timestep: Tensor, lookups: Iterable[Lookup]) -> None:
+        """Say of a timestep what a forward would say that looked rows up in these ways: for calls that are replayed."""
+        if self.said or not self.timesteps.numel():
+            return
+        now = timestep.to(device=self.timesteps.device, dtype=torch.float32).reshape(-1)
+        for lookup in lookups:
+            self._say(now, self._look(now, lookup), lookup)
 
     def attach(self, model: nn.Module) -> None:
         """Hook the denoiser so that each forward sets this clock from its ``timestep`` argument and clears it after."""

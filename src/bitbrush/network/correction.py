@@ -127,7 +127,7 @@ class Correction(nn.Module):
         in_turn = begins | (ahead == 0) | (ahead == 1)
         on = match.any() & (now == now[0]).all() & in_turn
         if not torch.compiler.is_compiling():
-            if self._other_scheduler():
+            if self.leaves_out():
                 on = torch.zeros_like(on)
             self._say(on, now[0])
         self.position.copy_(torch.where(on, index, _OFF))
@@ -145,7 +145,8 @@ class Correction(nn.Module):
         (scale, bias), self._now = self._now, None
         return (_wide(scale, estimate) * estimate.float() + _wide(bias, estimate)).to(estimate.dtype)
 
-    def _other_scheduler(self) -> bool:
+    def leaves_out(self) -> bool:
+        """Whether the pipeline's scheduler is another than the one it belongs to."""
         pipeline = self._owner() if self._owner is not None else None
         scheduler = getattr(pipeline, "scheduler", None)
         return scheduler is not None and type(scheduler).__name__ != self.spec.scheduler

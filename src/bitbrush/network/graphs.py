@@ -1,0 +1,248 @@
+"""CUDA graphs of a denoiser: from the third call on, the host launches one graph instead of a thousand kernels.
+
+A packed SDXL is 1,200 operations a step, each of which takes Python and the driver longer than the GPU. `enable` lets a
+model answer calls by replaying what was captured of an earlier one. The first call with new shapes runs as always (it
+builds kernels and chooses cuts), the second is captured, later ones copy their inputs in, replay, and copy the answer
+out. Timesteps are data: rows of scale tables are looked up on the device, so one graph serves all of them.
+
+A call is answered without a graph wherever a replay could leave something out: on another device, with gradients or
+under autocast, while compiling or capturing, with inputs that are neither tensors on the device nor plain constants,
+where somebody hooked a part of the model, offloads it, or replaced one (adapters, processors: these also make new
+graphs), and where a timestep outside the table has to raise (``lookup = "exact"``). A changed number inside a part (a
+strength that a library keeps as an attribute) is not seen: call ``model.clear_graphs()`` after such a change.
+
+The model gets a class that derives from its own and has its name, as `bitbrush.kernels.blocks` does with blocks.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from bitbrush.errors import Notice
+from bitbrush.network import correction
+from bitbrush.network.activation import ActivationQuantizer
+
+Run = Callable[[], Any]
+Recorder = Callable[[Run, Any], tuple[Callable[[], None], Any]]
+"""``(run, memory pool) -> (replay, what run answered)``: the answer's tensors are written again by every replay."""
+PLAIN = (type(None), bool, int, float, str)
+"""Types of inputs that become part of a graph."""
+
+
+@dataclass
+class _Graph:
+    """One captured call: where inputs are copied to, and what a replay writes; no replay where capturing failed."""
+
+    inputs: list[Tensor]
+    replay: Callable[[], None] | None = None
+    output: Any = None
+
+
+class Graphs:
+    """The captured calls of one model.
+
+    Args:
+        model: The denoiser.
+        keep: Graphs that are kept, each of a signature (shapes, dtypes, constants); the least used goes first.
+        record, kind: How a call is captured, and on what kind of device; for tests.
+    """
+
+    def __init__(self, model: nn.Module, keep: int = 4, record: Recorder | None = None, kind: str = "cuda") -> None:
+        self.keep, self.record, self.kind = keep, record or _record, kind
+        self.names = list(inspect.signature(model.forward).parameters)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything; the next calls are first ones again."""
+        self.known: OrderedDict[Any, _Graph | None] = OrderedDict()
+        self.parts: _Parts | None = None
+        self.pool: Any = None
+
+    def __deepcopy__(self, memo: Any) -> Graphs:
+        """A copy of the model has graphs of its own."""
+        new = object.__new__(Graphs)
+        new.keep, new.record, new.kind, new.names = self.keep, self.record, self.kind, self.names
+        new.clear()
+        return new
+
+    def call(self, model: nn.Module, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the model answers."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled(self.kind):
+            return plain(*args, **kwargs)
+        device = next((t.device for t in model.parameters()), None) or next(t.device for t in model.buffers())
+        if device.type != self.kind or (self.kind == "cuda" and torch.cuda.is_current_stream_capturing()):
+            return plain(*args, **kwargs)
+        if self.parts is None or self.parts.changed():
+            self.clear()
+            self.parts = _Parts(model)
+        if not self.parts.quiet(model):
+            return plain(*args, **kwargs)
+        args, kwargs = self._timed(args, kwargs, device)
+        leaves, shape = pytree.tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        if any(t.device != device for t in tensors) or not all(isinstance(x, (Tensor, *PLAIN)) for x in leaves):
+            return plain(*args, **kwargs)
+        self.parts.notice(model, self._of(args, kwargs))
+        key = (shape, torch.is_inference_mode_enabled(), self.parts.state(model), tuple(
+            (tuple(x.shape), x.stride(), x.dtype) if isinstance(x, Tensor) else (type(x), x) for x in leaves))
+        if key not in self.known:
+            self.known[key] = None
+            while len(self.known) > self.keep:
+                self.known.popitem(last=False)
+            return plain(*args, **kwargs)
+        self.known.move_to_end(key)
+        graph = self.known[key] = self.known[key] or self._captured(plain, leaves, shape)
+        if graph.replay is None:
+            return plain(*args, **kwargs)
+        for place, given in zip(graph.inputs, tensors, strict=True):
+            place.copy_(given)
+        graph.replay()
+        return pytree.tree_map_only(torch.Tensor, torch.clone, graph.output)
+
+    def _captured(self, plain: Callable[..., Any], leaves: list[Any], shape: Any) -> _Graph:
+        with torch.inference_mode(False):  # tensors that may be written to in any mode
+            places = [torch.empty_like(x).copy_(x) if isinstance(x, Tensor) else x for x in leaves]
+        args, kwargs = pytree.tree_unflatten(places, shape)
+        graph = _Graph([place for place in places if isinstance(place, Tensor)])
+        if self.pool is None and self.kind == "cuda":
+            self.pool = torch.cuda.graph_pool_handle()
+        try:
+            graph.replay, graph.output = self.record(lambda: plain(*args, **kwargs), self.pool)
+        except RuntimeError as error:
+            warnings.warn(f"bitbrush could not capture a CUDA graph of {type(self).__name__.lower()} for these inputs, "
+                          f"which run without one: {str(error).splitlines()[0]}", Notice, stacklevel=4)
+        return graph
+
+    def _of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The timestep of a call; None where the model takes none."""
+        if "timestep" in kwargs or "timestep" not in self.names:
+            return kwargs.get("timestep")
+        place = self.names.index("timestep")
+        return args[place] if place < len(args) else None
+
+    def _timed(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with the timestep as a tensor on the device: a number would become part of the graph."""
+        given = self._of(args, kwargs)
+        if given is None or (isinstance(given, Tensor) and given.device == device):
+            return args, kwargs
+        if not isinstance(given, Tensor):  # as diffusers makes a tensor of a number
+            given = torch.tensor(given, dtype=torch.float64 if isinstance(given, float) else torch.int64)
+        if "timestep" in kwargs:
+            return args, {**kwargs, "timestep": given.to(device)}
+        place = self.names.index("timestep")
+        return (*args[:place], given.to(device), *args[place + 1 :]), kwargs
+
+
+class _Parts:
+    """What of a model a graph depends on, as it was when its first call was seen."""
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = list(model.modules())
+        self.children = [(m._modules, tuple(m._modules.values())) for m in modules if m._modules]
+        self.attributes = [(m.__dict__, m.__dict__["processor"]) for m in modules if "processor" in m.__dict__]
+        self.hooks = [hooks for m in modules[1:] for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self.forwards = [m.__dict__ for m in modules]
+        timed: list[Any] = [m for m in modules if isinstance(m, ActivationQuantizer) and m.clock is not None]
+        self.lookups = {m.spec.lookup for m in timed}
+
+    def changed(self) -> bool:
+        """Whether a part was put in, taken out or replaced."""
+        return any(tuple(now.values()) != then for now, then in self.children) or any(
+            now.get("processor") is not then for now, then in self.attributes
+        )
+
+    def quiet(self, model: nn.Module) -> bool:
+        """Whether nobody wants to see or to change what happens inside, and no timestep has to raise."""
+        if any(self.hooks) or any("forward" in own for own in self.forwards) or "exact" in self.lookups:
+            return False
+        ours = set(_own_hooks(model))
+        return all(key in ours for hooks in (model._forward_pre_hooks, model._forward_hooks) for key in hooks)
+
+    def notice(self, model: nn.Module, timestep: Any) -> None:
+        """Say what a forward would say of this timestep: a graph cannot."""
+        clock: Any = getattr(model, "bitbrush_clock", None)
+        if clock is not None and isinstance(timestep, Tensor):
+            clock.check(timestep, self.lookups)
+
+    def state(self, model: nn.Module) -> Any:
+        """What else decides how a call runs."""
+        found = correction.find(model)
+        return model.training, found is not None and found.leaves_out()
+
+
+def _own_hooks(model: nn.Module) -> Iterator[int]:
+    """Keys of the hooks that set the clock and apply a correction."""
+    for owner in (getattr(model, "bitbrush_clock", None), correction.find(model)):
+        for handle in () if owner is None else owner._hooks:
+            yield handle.id
+
+
+class Graphed(nn.Module):
+    """What the class of such a model is mixed with."""
+
+    plain_class: type[nn.Module]
+    graphs: Graphs
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's answer, by a graph where there is one."""
+        return self.graphs.call(self, super().__call__, args, kwargs)
+
+    def clear_graphs(self) -> None:
+        """Forget what was captured."""
+        self.graphs.clear()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.clear_graphs()
+        return super()._apply(fn, recurse)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module; what was captured may hold the old numbers."""
+        self.clear_graphs()
+        return super().load_state_dict(*args, **kwargs)
+
+
+@cache
+def _mixed(base: Any) -> Any:
+    return type(base.__name__, (Graphed, base), {"plain_class": base, "__module__": base.__module__})
+
+
+def enable(model: nn.Module, *, keep: int = 4) -> None:
+    """Answer calls of a denoiser on CUDA by graphs; on other devices nothing changes.
+
+    Args:
+        model: Anything with a ``forward``; changed in place.
+        keep: How many signatures (shapes, dtypes, constants) keep a graph; each holds its inputs and answer, and all
+            share one pool of memory between.
+    """
+    disable(model)
+    made: Any = model
+    made.__dict__["graphs"] = Graphs(model, keep)
+    made.__class__ = _mixed(made.__class__)
+
+
+def disable(model: nn.Module) -> None:
+    """Give a model its own class back."""
+    if isinstance(model, Graphed):
+        made: Any = model
+        made.__class__ = model.plain_class
+        del made.__dict__["graphs"]
+
+
+def _record(run: Run, pool: Any) -> tuple[Callable[[], None], Any]:
+    """Capture a call on CUDA; nothing runs until the replay."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        output = run()
+    return graph.replay, output

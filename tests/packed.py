@@ -1,0 +1,25 @@
+"""Packed layers with random codes, made as an artifact is loaded: nothing is quantized."""
+
+from __future__ import annotations
+
+import torch
+
+from bitbrush.network.layers import QuantLayer
+from bitbrush.numbers import packing
+
+
+def fill(layer: QuantLayer, generator: torch.Generator) -> None:
+    """Random codes and tables of a packed layer."""
+    weight, buffers = layer.spec.weight, layer._buffers
+    bits, middle = weight.grid.bits, weight.grid.mid
+    shape = (layer.out_channels_, layer.in_channels_, *layer.kernel_hw)
+    codes = torch.randint(0, 1 << bits, shape, dtype=torch.uint8, generator=generator)
+    layer.weight_zero_point.fill_(middle)
+    layer.weight_scale.copy_((torch.rand(layer.weight_scale.shape, generator=generator) + 0.5) / (middle * 30))
+    rows = packing.weight_rows(codes, layer.segments, layer.weight_zero_point)
+    buffers[f"codes{bits}"] = packing.pack_class(rows, bits, weight)
+    table = layer.input
+    table.set_scale(torch.rand(table.scale.shape, generator=generator) * 0.01 + 0.03,
+                    torch.randint(110, 140, table.scale.shape, generator=generator))
+    if layer.input_scale is not None:
+        layer.input_scale.copy_(torch.rand(layer.input_scale.shape, generator=generator) + 0.5)
