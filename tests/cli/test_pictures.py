@@ -55,6 +55,23 @@ def test_sample_unconditional_and_the_same_seed_again(unconditional: Path, tmp_p
     assert (a - b).abs().max() <= 1  # the batch changes sums by rounding only
 
 
+def test_a_kernel_is_chosen_for_results_alone(unconditional: Path, tmp_path: Path, capsys: Any) -> None:
+    out, words = tmp_path / "out", ["--steps", "2", "--device", "cpu"]
+    pipe, plan = tiny.quantized_pipeline("unconditional")
+    save(pipe, out, plan)
+    found = {}
+    for kernel in ("reference", "auto"):
+        file = tmp_path / f"{kernel}.png"
+        assert main(["sample", str(out), "-o", str(file), *words, "--kernel", kernel, "--graph"]) == 0
+        found[kernel] = torch.tensor(list(Image.open(file).tobytes())).float()
+    assert (found["reference"] - found["auto"]).abs().mean() < 2, "another kernel rounds elsewhere, no more"
+    capsys.readouterr()
+    for more in (["--kernel", "auto"], ["--graph"]):
+        assert main(["sample", str(unconditional), "-o", str(tmp_path / "x.png"), *words, *more]) == 3
+        assert "leave --kernel and --graph out" in capsys.readouterr().err
+    assert main(["sample", str(out), "-o", str(tmp_path / "x.png"), *words, "--kernel", "fastest"]) == 3
+
+
 def test_prompts_and_kind_must_fit(unconditional: Path, tmp_path: Path, capsys: Any) -> None:
     out = str(tmp_path / "a.png")
     assert main(["sample", str(unconditional), "--prompt", "x", "--steps", "2", "-o", out]) == 3

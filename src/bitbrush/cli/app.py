@@ -18,8 +18,10 @@ from bitbrush.cli.options import (
     Batch,
     Debug,
     Device,
+    Graph,
     Guidance,
     Json,
+    Kernel,
     Prompts,
     Seed,
     Steps,
@@ -170,6 +172,8 @@ def sample(
     seed: Seed = 0,
     batch: Batch = 4,
     device: Device = None,
+    kernel: Kernel = "reference",
+    graph: Graph = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -191,6 +195,8 @@ def sample(
             seed=seed,
             batch=batch,
             device=device,
+            kernel=kernel,
+            graph=graph,
             progress=progress,
         )
     names = [str(path) for path in paths]

@@ -18,6 +18,12 @@ Prompts = Annotated[
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1 ...; CUDA where there is one.")]
+Kernel = Annotated[
+    str, typer.Option("--kernel", help="What computes packed layers: reference, auto (the device's best) or a name.")
+]
+Graph = Annotated[
+    bool, typer.Option("--graph", help="On CUDA, launch a step as one graph: with --kernel auto many times as fast.")
+]
 Steps = Annotated[int, typer.Option("--steps", min=1, help="Sampling steps.")]
 Guidance = Annotated[float, typer.Option("--guidance", help="Classifier-free guidance; no effect without prompts.")]
 Batch = Annotated[int, typer.Option("--batch", min=1, help="Pictures drawn at once.")]

@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
-def open_pipeline(name: str, device: str | None = None) -> Any:
+def open_pipeline(name: str, device: str | None = None, **options: Any) -> Any:
     """A pipeline ready to draw, as `bitbrush.evaluation.arms.open_pipeline` opens it."""
     from bitbrush.evaluation import arms
 
-    return arms.open_pipeline(name, device)
+    return arms.open_pipeline(name, device, **options)
 
 
 def sample(
@@ -45,9 +45,14 @@ def sample(
     seed: int,
     batch: int,
     device: str | None,
+    kernel: str = "reference",
+    graph: bool = False,
     progress: Reporter,
 ) -> list[Path]:
     """Draw ``n`` pictures (one a prompt by default; prompts are taken in turn) and save them.
+
+    Args:
+        kernel, graph: As for `bitbrush.load`; of a result.
 
     Returns:
         The files: ``output`` itself, or ``stem-000.png`` and so on where there are several.
@@ -56,7 +61,7 @@ def sample(
         InputError: The ending is no picture format, or prompts do not fit the pipeline.
     """
     _check_suffix(output)
-    pipeline = open_pipeline(name, device)
+    pipeline = open_pipeline(name, device, kernel=kernel, graph=graph)
     from bitbrush.evaluation.sampling import draw, takes_prompt
 
     if takes_prompt(pipeline) != bool(prompts):

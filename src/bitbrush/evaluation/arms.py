@@ -183,7 +183,7 @@ def _check_kind(name: str, folder: Path, prompts: bool) -> None:
                 check_prompts(name, kind, prompts)
 
 
-def open_pipeline(name: str, device: str | None = None, *, checked: bool = False) -> Any:
+def open_pipeline(name: str, device: str | None = None, *, checked: bool = False, **options: Any) -> Any:
     """A pipeline ready to draw: a bitbrush result with every hash checked, or any diffusers pipeline.
 
     One that somebody else quantized is opened as it is (``loading.open_model`` would refuse it).
@@ -192,16 +192,21 @@ def open_pipeline(name: str, device: str | None = None, *, checked: bool = False
         name: Folder, hub id or single file.
         device: Where to; None: CUDA where there is one.
         checked: The hashes of a result were compared just now.
+        options: For `bitbrush.load`: ``kernel``, ``graph``.
 
     Raises:
-        InputError: There is no such pipeline, or diffusers cannot load it, or it is a model without its pipeline.
+        InputError: Options for something that is no result of bitbrush; or there is no such pipeline, or diffusers
+            cannot load it, or it is a model without its pipeline.
         ArtifactError: The folder is an unfinished, changed or foreign bitbrush result.
     """
     folder = Path(name)
     if (folder / manifest.NAME).exists():
-        pipeline = load(folder, fast=checked)
+        pipeline = load(folder, fast=checked, **options)
     elif (folder / ".run").is_dir():
         raise unfinished(name)
+    elif options.get("kernel", "reference") != "reference" or options.get("graph"):
+        raise InputError("a kernel or a graph is chosen for packed layers", where=name,
+                         why="this is no folder that bitbrush wrote", try_="leave --kernel and --graph out")
     else:
         pipeline = loading.open_any(name).pipeline
     if not hasattr(pipeline, "set_progress_bar_config"):
