@@ -6,9 +6,10 @@ runner that works through them, several side by side on one or more GPUs.
     python benchmarks/arms.py run --smoke                         # two tiny runs on the CPU
 
 NAME keeps the runs whose name contains it (``tdq``, ``tiny-dgq``, ``emoji-sd-pcr-w8a6-random``). Runs that have the
-same first steps share them through a cache: the one named ``after`` is waited for. ``run`` leaves out what has its
-results already; it starts nothing new once the budget is spent, and waits for what is running. A run that fails is told
-with the end of its log, and the others go on; called again, it goes on from its last finished unit.
+same first steps share them through a cache: the artifact of the one named ``after`` is waited for, and where that one
+failed, nothing is begun that would only repeat its work. ``run`` leaves out what has its results already; it starts
+nothing new once the budget is spent, and waits for what is running. A run that fails is told with the end of its log,
+and the others go on; called again, it goes on from its last finished unit.
 
 Several processes on one GPU gain about half under NVIDIA's MPS (start ``nvidia-cuda-mps-control -d`` before). There,
 never kill one: the death of a client ends all others of the card. ``kill -STOP`` gives its share to the others.
@@ -62,6 +63,11 @@ class Run:
         """Whether every result file is there."""
         stem = f"{self.model}-{self.recipe}-{self.bits}-{self.arm}"
         return all((RESULTS / f"{stem}-s{seed}.json").exists() for seed in self.seeds)
+
+    @property
+    def facts(self) -> str:
+        """Where ``quality.py`` says, below its work folder, that the artifact is there."""
+        return f"{self.model}/{self.recipe}-{self.bits}-{self.arm}-q{self.seeds[0] if self.ablation else 0}.facts.json"
 
     def words(self) -> list[str]:
         """Arguments of ``quality.py``."""
@@ -134,14 +140,18 @@ class Runner:
 
     def __init__(self, runs: list[Run], args: argparse.Namespace) -> None:
         self.waiting, self.args, self.end = list(runs), args, time.monotonic() + args.budget
-        self.names, self.ended, self.failed = {run.name for run in runs}, set[str](), list[str]()
-        self.lock = threading.Lock()
+        self.named = {run.name: run for run in runs}
+        self.failed, self.lock = list[str](), threading.Lock()
 
     def take(self) -> Run | None:
         """The first run that may begin."""
         with self.lock:
+            for run in [run for run in self.waiting if run.after in self.failed]:
+                self.waiting.remove(run)
+                self.failed.append(run.name)
+                print(f"left out: {run.name}, for {run.after} failed", flush=True)
             for run in self.waiting:
-                if run.after not in self.names or run.after in self.ended:
+                if run.after not in self.named or (self.args.work / self.named[run.after].facts).exists():
                     self.waiting.remove(run)
                     return run
         return None
@@ -155,7 +165,6 @@ class Runner:
                 continue
             start, code = time.monotonic(), self.call(run, gpu)
             with self.lock:
-                self.ended.add(run.name)
                 self.failed += [run.name] if code else []
             print(f"{'failed' if code else 'done'}: {run.name}, {time.monotonic() - start:.0f} s", flush=True)
             if code:

@@ -16,14 +16,17 @@ row a timestep on every layer. Five packed networks are made of it, with the sam
 A step is the call that a diffusers pipeline makes: batch doubled for guidance where there are prompts, the timestep a
 tensor on the device, hooks included; scheduler and text encoder are not. Measured is a sweep over all timesteps in
 sampling order (nothing waits inside it), by CUDA events or by the clock on the wall. Sweeps of the networks take turns,
-in an order that rotates, and differences are taken between sweeps of one turn: what drifts, cancels. (Eager networks
-take a tenth of the turns.) The interval is a
+in an order that rotates, and differences are taken between sweeps of one turn: what drifts, cancels. The interval is a
 95 % bootstrap interval of the median difference over the turns.
+
+Ways: ``graph``, each network in a CUDA graph as ``bitbrush.load(.., graph=True)`` makes one, the default on a GPU,
+where everything else waits for the host; ``compiled`` by torch.compile (minutes for each network); ``eager``, a tenth
+of the turns. Written after every way.
 
 Products are cut by the rule and not by measurement (``BITBRUSH_TUNE=0``, unless set): with one cut for all networks,
 what differs is what is compared.
 
-The bar is at most 1 % of a compiled step on a GPU. Compilations after a network's first call are counted, and printed
+The bar is at most 1 % of a step on a GPU. Compilations after a network's first call are counted, and printed
 with their reason; there should be none.
 """
 
@@ -52,7 +55,7 @@ import bitbrush
 from bitbrush import assets, kernels
 from bitbrush.engine.progress import Silent
 from bitbrush.evaluation.sampling import with_ddim
-from bitbrush.network import correction, wrap
+from bitbrush.network import correction, graphs, wrap
 from bitbrush.network.correction import CorrectionSpec
 from bitbrush.network.pipelines import takes_prompt, text_tokens
 from bitbrush.network.survey import example_inputs
@@ -245,10 +248,10 @@ def compile_all(made: Networks, sweep: Sweep, args: argparse.Namespace) -> tuple
     compiled: Networks = {}
     facts: dict[str, Any] = {"graphs": {}, "seconds": {}, **choice}
     for name, model in made.items():
-        before, begin = graphs(), time.perf_counter()
+        before, begin = captures(), time.perf_counter()
         compiled[name] = torch.compile(model, **choice)  # type: ignore[assignment]
         first_call(compiled[name], sweep)
-        facts["graphs"][name], facts["seconds"][name] = graphs() - before, round(time.perf_counter() - begin, 1)
+        facts["graphs"][name], facts["seconds"][name] = captures() - before, round(time.perf_counter() - begin, 1)
         print(f"compiled {name} in {facts['seconds'][name]} s", file=sys.stderr, flush=True)
     torch._logging.set_logs(recompiles=True)
     return compiled, facts
@@ -270,7 +273,7 @@ def first_call(model: nn.Module, sweep: Sweep) -> None:
         return
 
 
-def graphs() -> int:
+def captures() -> int:
     """Graphs that Dynamo has captured so far."""
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
@@ -283,7 +286,7 @@ def breaks() -> dict[str, int]:
 # ---- all together ------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Make the networks, measure them eager and compiled."""
+    """Make the networks, measure them in every way that is asked for."""
     device = "cuda" if torch.cuda.is_available() and not args.smoke else "cpu"
     dtype = getattr(torch, args.dtype or ("bfloat16" if device == "cuda" else "float32"))
     folder = assets.path(args.model) if args.model == "emoji-sd-tiny" else Path(args.zoo) / args.model
@@ -304,28 +307,58 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                      "diffusers": diffusers.__version__, "python": platform.python_version()},
         "command": " ".join(["benchmarks/time_cost.py", *sys.argv[1:]]),
     }
-    for _ in range(args.warmup):
+    works = {"graph": in_graphs, "eager": eager, "compiled": compiled}
+    for way in args.ways:
+        out |= works[way](made, sweep, args)
+        print("\n".join(rows(way, out[way])), file=sys.stderr, flush=True)
+        write(args, out)
+    return out
+
+
+def in_graphs(made: Networks, sweep: Sweep, args: argparse.Namespace) -> dict[str, Any]:
+    """Every network answers by a CUDA graph (on a CPU: as always)."""
+    for model in made.values():
+        graphs.enable(model)
+    warm(made, sweep, max(2, args.warmup))
+    found = summary(measure(made, sweep, args.rounds), args.steps)
+    captured = {name: sum(getattr(graph, "replay", None) is not None for graph in model.graphs.known.values())
+                for name, model in made.items()}  # fmt: skip
+    for model in made.values():
+        graphs.disable(model)
+    return {"graph": found, "captured": captured}
+
+
+def eager(made: Networks, sweep: Sweep, args: argparse.Namespace) -> dict[str, Any]:
+    """As they are."""
+    warm(made, sweep, args.warmup)
+    return {"eager": summary(measure(made, sweep, max(3, args.rounds // 10)), args.steps)}
+
+
+def compiled(made: Networks, sweep: Sweep, args: argparse.Namespace) -> dict[str, Any]:
+    """Compiled one after the other."""
+    ready, facts = compile_all(made, sweep, args)
+    first = captures()
+    warm(ready, sweep, args.warmup)
+    found = summary(measure(ready, sweep, args.rounds), args.steps)
+    return {"compiled": found, "compile": facts | {"compiled_again": captures() - first, "graph_breaks": breaks()}}
+
+
+def warm(made: Networks, sweep: Sweep, times: int) -> None:
+    """Sweeps that are not measured."""
+    for _ in range(times):
         for model in made.values():
             sweep(model)
-    out["eager"] = summary(measure(made, sweep, max(3, args.rounds // 10)), args.steps)
-    print("\n".join(rows("eager", out["eager"])), file=sys.stderr, flush=True)
-    compiled, facts = compile_all(made, sweep, args)
-    first = graphs()
-    for _ in range(args.warmup):
-        for model in compiled.values():
-            sweep(model)
-    out["compiled"] = summary(measure(compiled, sweep, args.rounds), args.steps)
-    out["compile"] = facts | {"compiled_again": graphs() - first, "graph_breaks": breaks()}
-    return out
 
 
 def table(result: dict[str, Any]) -> str:
     """What was measured, for people."""
     lines = [f"{result['model']}, {result['dtype']}, batch {result['batch']}, {result['steps']} timesteps, "
              f"{result['rounds']} turns on {result['device']}"]
-    for form in ("eager", "compiled"):
-        lines += ["", *rows(form, result[form])]
-    facts = result["compile"]
+    for form in ("graph", "eager", "compiled"):
+        lines += ["", *rows(form, result[form])] if form in result else []
+    facts = result.get("compile")
+    if facts is None:
+        return "\n".join(lines)
     lines += ["", f"graphs at the first call: {', '.join(f'{k} {v}' for k, v in facts['graphs'].items())}",
               f"compiled again afterwards: {facts['compiled_again']}; graph breaks: {facts['graph_breaks'] or 'none'}"]
     return "\n".join(lines)
@@ -353,6 +386,8 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, help="sweeps before (default 3; --smoke 1)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on a GPU")
     parser.add_argument("--only", nargs="+", metavar="NETWORK", help="these beside static (compiling takes minutes)")
+    parser.add_argument("--ways", nargs="+", choices=["graph", "eager", "compiled"],
+                        help="default: graph on a GPU, eager and compiled elsewhere")
     parser.add_argument("--kernel", default="auto", help="that computes the packed layers (default auto)")
     parser.add_argument("--mode", default="default", help="of torch.compile")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -362,11 +397,15 @@ def main() -> None:
         if getattr(args, name) is None:
             setattr(args, name, small if args.smoke else full)
     os.environ.setdefault("BITBRUSH_TUNE", "0")  # one rule cuts the products of all: what is compared is the rest
-    result = run(args)
+    args.ways = args.ways or (["graph"] if torch.cuda.is_available() and not args.smoke else ["eager", "compiled"])
+    print(table(run(args)))
+
+
+def write(args: argparse.Namespace, result: dict[str, Any]) -> None:
+    """As far as it is known."""
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / f"time_cost-{args.model}.json"
     file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(table(result))
 
 
 if __name__ == "__main__":

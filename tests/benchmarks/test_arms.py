@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import bitbrush
 
@@ -45,23 +46,52 @@ def test_the_tables_find_every_arm_that_their_bars_compare(script: Script) -> No
     assert len(named) >= 8 and named <= {run.arm for run in arms.bars()}
 
 
-def test_runs_wait_for_the_one_they_share_steps_with(script: Script, tmp_path: Path) -> None:
+def runner_of(arms: ModuleType, runs: list[Any], folder: Path, fails: str = "", budget: float = 60.0) -> Any:
+    """A runner whose processes are notes in ``order``; the run ``fails`` does."""
+    args = argparse.Namespace(budget=budget, gpus=["0"], slots=2, work=folder, zoo=None, out=None, smoke=True)
+    runner = arms.Runner(runs, args)
+    runner.order, arms.SECONDS = [], 0.01
+
+    def call(run: Any, gpu: str) -> int:
+        runner.order.append(run.arm)
+        if run.arm != fails:
+            (folder / run.facts).parent.mkdir(exist_ok=True)
+            (folder / run.facts).write_text("{}")
+        return int(run.arm == fails)
+
+    runner.call, runner.log = call, lambda run: Path(__file__)
+    return runner
+
+
+def test_runs_wait_for_the_artifact_they_share_steps_with(script: Script, tmp_path: Path) -> None:
     arms = script("arms")
     first = arms.Run("m", "r", "w4a8", "a")
     runs = [arms.Run("m", "r", "w4a8", "b", after=first.name), first,
             arms.Run("m", "r", "w4a8", "c", after="elsewhere")]
-    args = argparse.Namespace(budget=60.0, gpus=["0"], slots=2, work=tmp_path, zoo=None, out=None, smoke=True)
-    runner, order = arms.Runner(runs, args), []
-    runner.call = lambda run, gpu: order.append(run.arm) or int(run.arm == "c")
-    runner.log = lambda run: Path(__file__)
-    arms.SECONDS = 0.01
-    assert runner.run() == 1 and runner.failed == [runs[2].name]
-    assert sorted(order) == ["a", "b", "c"] and order.index("a") < order.index("b")
+    runner = runner_of(arms, runs, tmp_path)
+    assert runner.run() == 0 and sorted(runner.order) == ["a", "b", "c"]
+    assert runner.order.index("a") < runner.order.index("b")
+
+
+def test_what_waits_for_a_failed_run_is_left_out(script: Script, tmp_path: Path) -> None:
+    arms = script("arms")
+    first = arms.Run("m", "r", "w4a8", "a")
+    second = arms.Run("m", "r", "w4a8", "b", after=first.name)
+    runs = [arms.Run("m", "r", "w4a8", "c", after=second.name), second, first, arms.Run("m", "r", "w4a8", "d")]
+    runner = runner_of(arms, runs, tmp_path, fails="a")
+    assert runner.run() == 3 and sorted(runner.order) == ["a", "d"] and not runner.waiting
+
+
+def test_the_artifact_waited_for_is_the_one_that_is_written(script: Script) -> None:
+    arms, quality = script("arms"), script("quality")
+    for run in arms.bars() + arms.ablations():
+        weights, activations = quality.parse_bits(run.bits)
+        seed = run.seeds[0] if run.ablation else 0
+        arm = quality.Arm(run.recipe, weights, activations, run.arm, seed)
+        assert run.facts == f"{run.model}/{arm.key}.facts.json"
 
 
 def test_nothing_begins_after_the_budget(script: Script, tmp_path: Path) -> None:
     arms = script("arms")
-    args = argparse.Namespace(budget=-1.0, gpus=["0"], slots=1, work=tmp_path, zoo=None, out=None, smoke=True)
-    runner = arms.Runner([arms.Run("m", "r", "w4a8", "a")], args)
-    runner.call = lambda run, gpu: 1 / 0
-    assert runner.run() == 0 and len(runner.waiting) == 1
+    runner = runner_of(arms, [arms.Run("m", "r", "w4a8", "a")], tmp_path, budget=-1.0)
+    assert runner.run() == 0 and len(runner.waiting) == 1 and not runner.order
