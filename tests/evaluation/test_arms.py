@@ -15,7 +15,7 @@ import tiny
 from bitbrush import assets
 from bitbrush.artifact.save import save
 from bitbrush.errors import ArtifactError, InputError
-from bitbrush.evaluation.arms import Arm, check_folder, draws_from_text, is_pipeline, open_pipeline
+from bitbrush.evaluation.arms import Arm, check_folder, check_kernel, draws_from_text, is_pipeline, open_pipeline
 
 
 def test_a_function_is_called_once_a_turn_and_dropped() -> None:
@@ -59,6 +59,27 @@ def test_an_artifact_is_checked_by_its_hashes(tmp_path: Path) -> None:
     arm.check(prompts=False)  # sizes only
     with pytest.raises(ArtifactError), arm.turn():
         arm.digest()
+
+
+def test_a_kernel_is_of_results_and_tells_their_pictures_apart(tmp_path: Path) -> None:
+    pipe, plan = tiny.quantized_pipeline("text", timed=False)
+    folder, plain = save(pipe, tmp_path / "q", plan), tmp_path / "m"
+    small.least_pipeline().save_pretrained(plain)
+    arms = {kernel: Arm("q", folder, device="cpu", kernel=kernel) for kernel in ("reference", "auto")}
+    chosen = {}
+    for kernel, arm in arms.items():
+        with arm.turn():
+            layers = [m for m in arm.pipeline().unet.modules() if hasattr(m, "declare_packed")]
+            chosen[kernel] = {layer.kernel for layer in layers}
+    assert chosen == {"reference": {"reference"}, "auto": {"auto"}}
+    assert arms["reference"].digest() == Arm("q", folder).digest() != arms["auto"].digest()
+    assert Arm("m", plain, kernel="auto").digest() == Arm("m", plain).digest()
+    check_kernel("auto", arms.values(), "here")
+    check_kernel("reference", [Arm("m", plain)], "here")
+    with pytest.raises(InputError, match="has nothing to compute"):
+        check_kernel("auto", [Arm("m", plain), Arm("given", pipe)], "here")
+    with pytest.raises(InputError, match="no kernel named"):
+        check_kernel("fastest", arms.values(), "here")
 
 
 def test_what_cannot_be_hashed_is_never_used_again() -> None:

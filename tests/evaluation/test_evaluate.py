@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import bitbrush
 import small
 import tiny
+from bitbrush.artifact.save import save
 from bitbrush.engine.progress import Silent
 from bitbrush.errors import InputError
 from bitbrush.evaluation import EmojiClip, draw, psnr, sampling
@@ -315,6 +316,16 @@ def test_cost_and_inside_are_called_as_agreed(pipes: dict[str, Any], monkeypatch
     assert found.inside == {"far": {"part": "inside"}}
     assert calls["cost"][0] == (1, ["autocast", "batch", "folder", "guidance", "progress", "prompts", "steps"])
     assert calls["inside"] == [(2, ["autocast", "guidance", "n", "progress", "prompts", "seed", "steps", "token"])]
+
+
+def test_a_result_is_evaluated_with_the_kernel_asked_for(tmp_path: Path) -> None:
+    pipe, plan = tiny.quantized_pipeline("unconditional")
+    given = {"reference": tiny.pipeline("unconditional"), "metrics": ["psnr"], "device": "cpu", **QUICK}
+    folder, work = save(pipe, tmp_path / "q", plan), tmp_path / "work"
+    plain, fast = (evaluate({"q": folder}, kernel=kernel, work=work, **given) for kernel in ("reference", "auto"))
+    assert fast.settings["kernel"] == {"q": "auto"} and "kernel" not in plain.settings
+    with pytest.raises(InputError, match="has nothing to compute"):
+        evaluate({"q": pipe}, kernel="auto", **given)
 
 
 def test_the_result_in_all_its_forms(pipes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from bitbrush.cli.options import (
     Device,
     Guidance,
     Json,
+    Kernel,
     Prompts,
     Steps,
     command_line,
@@ -75,6 +76,7 @@ def evaluate_command(
     eight_bits: Annotated[bool, typer.Option("--eight-bits", help="Store pictures with 256 levels.")] = False,
     work: Work = None,
     device: Device = None,
+    kernel: Kernel = "reference",
     output: Annotated[Path, typer.Option("--output", "-o", help="The HTML page.")] = Path("report.html"),
     data: Annotated[Path | None, typer.Option("--data", help="Write all numbers to this JSON file too.")] = None,
     as_json: Json = False,
@@ -96,12 +98,13 @@ def evaluate_command(
     shown: dict[str, object] = {"--reference": reference, "--prompts": prompts, "-n": n, "--metrics": metrics}
     shown |= {"--seeds": seeds, "--steps": steps, "--guidance": guidance, "--batch": batch, "--real": real}
     shown |= {"--extractor": extractor, "--evaluator": evaluator, "--device": device, "-o": output}
+    shown |= {"--kernel": kernel} if kernel != "reference" else {}
     options: dict[str, Any] = {
         "n": n, "metrics": None if metrics is None else _names(metrics), "seeds": numbers, "steps": steps,
         "guidance": guidance, "batch": batch, "sampler": sampler, "autocast": autocast, "device": device, "work": work,
         "real": real, "resize": resize, "extractor": extractor, "evaluator": evaluator, "captions": closed,
         "perceptual": lpips_weights, "floor": floor, "speed": speed, "inside": inside, "token": token, "keep": keep,
-        "eight_bits": eight_bits,
+        "eight_bits": eight_bits, "kernel": kernel,
     }  # fmt: skip
     with screen.progress() as progress:
         found = run(outputs, reference, output, data, texts, split, options, command_line("eval", outputs, shown),

@@ -10,7 +10,7 @@ import gc
 import inspect
 import json
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import diffusers
 import torch
 from torch import nn
 
-from bitbrush import loading
+from bitbrush import kernels, loading
 from bitbrush.artifact import manifest
 from bitbrush.artifact.load import load
 from bitbrush.errors import ArtifactError, InputError
@@ -39,10 +39,14 @@ class Arm:
         given: What the caller gave.
         device: Where a path is opened; None: CUDA where there is one. Objects stay where they are.
         sampler: ``"own"``, or ``"ddim"``: unconditional pipelines are put under DDIM.
+        kernel: What computes the packed layers of a result of bitbrush, as for `bitbrush.load`.
     """
 
-    def __init__(self, name: str, given: Given, *, device: str | None = None, sampler: str = "own") -> None:
+    def __init__(
+        self, name: str, given: Given, *, device: str | None = None, sampler: str = "own", kernel: str = "reference"
+    ) -> None:
         self.name, self.given, self.sampler = name, given, sampler
+        self.kernel = kernel if self.is_result else "reference"
         self.device = device or loading.default_device()
         self.opaque = ""  # why its pictures cannot be used again
         self._digest: str | None = None
@@ -57,6 +61,11 @@ class Arm:
     def folder(self) -> Path | None:
         """The folder that was given, if it is one."""
         return self.path if self.path is not None and self.path.is_dir() else None
+
+    @property
+    def is_result(self) -> bool:
+        """Whether a folder was given that bitbrush wrote."""
+        return self.folder is not None and (self.folder / manifest.NAME).exists()
 
     def check(self, *, prompts: bool) -> None:
         """All that can be said before anything is drawn.
@@ -111,7 +120,7 @@ class Arm:
 
     def _open(self) -> Any:
         if isinstance(self.given, str | Path):
-            found = open_pipeline(str(self.given), self.device, checked=self._digest is not None)
+            found = open_pipeline(str(self.given), self.device, checked=self._digest is not None, kernel=self.kernel)
         elif is_pipeline(self.given):
             found = self.given
         else:
@@ -124,8 +133,9 @@ class Arm:
     def _hash(self) -> str:
         folder = self.folder
         if folder is not None:
-            if (folder / manifest.NAME).exists():
-                return text_digest(manifest.check(folder).files)
+            if self.is_result:
+                files = manifest.check(folder).files
+                return text_digest(files if self.kernel == "reference" else {**files, "kernel": self.kernel})
             return folder_digest(folder)
         if isinstance(self.given, str | Path) and Path(self.given).is_file():
             return file_digest(Path(self.given))
@@ -134,6 +144,18 @@ class Arm:
         except Opaque as error:
             self.opaque = f"{error.what} ({error.where}: {error.why})"
             return f"never again: {uuid.uuid4().hex}"
+
+
+def check_kernel(kernel: str, arms: Iterable[Arm], where: str) -> None:
+    """Refuses a kernel that is not known, or that nothing would use.
+
+    Raises:
+        InputError: So.
+    """
+    kernels.known(kernel)
+    if kernel != "reference" and not any(arm.is_result for arm in arms):
+        raise InputError(f"kernel {kernel!r} has nothing to compute", where=where,
+                         why="no candidate is a folder that bitbrush wrote", try_="leave it out, or give such a folder")
 
 
 def is_pipeline(given: object) -> bool:

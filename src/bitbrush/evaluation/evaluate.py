@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from bitbrush.errors import ArtifactError, InputError, NumericsError
-from bitbrush.evaluation.arms import Arm, is_pipeline
+from bitbrush.evaluation.arms import Arm, check_kernel, is_pipeline
 from bitbrush.evaluation.asked import Asked, Tools, default_metrics, open_tools, versions
 from bitbrush.evaluation.drawing import Drawer, Drawn
 from bitbrush.evaluation.measuring import Measured, Meter, chosen, step_errors
@@ -42,7 +42,7 @@ def evaluate(
     work: Path | str | None = None, real: Any = None, resize: Resize | None = None, extractor: Any = None,
     evaluator: Any = None, captions: Sequence[str] | None = None, perceptual: Any = None, floor: bool = True,
     speed: bool = False, inside: bool = False, token: str | None = None, keep: int = 8, tracked: int = 64,
-    eight_bits: bool = False, progress: Progress | None = None,
+    eight_bits: bool = False, kernel: str = "reference", progress: Progress | None = None,
 ) -> Evaluation:  # fmt: skip
     """Draws ``n`` pictures a seed with every arm, from the same noise, and measures what the candidates cost.
 
@@ -79,6 +79,7 @@ def evaluate(
         keep: Pictures of the first seed that the result keeps, and as many of the worst of each candidate at most.
         tracked: Pictures a seed whose latents are kept for the error per step (in whole batches).
         eight_bits: Store pictures with 256 levels a colour: a quarter of the disk, and paired metrics compare these.
+        kernel: What computes the packed layers of candidates that are folders of bitbrush, as for ``bitbrush.load``.
         progress: Told of every batch.
 
     Raises:
@@ -87,13 +88,14 @@ def evaluate(
         NumericsError: A picture is not finite.
     """
     named = candidates if isinstance(candidates, Mapping) else {"candidate": candidates}
-    arms = {name: Arm(str(name), given, device=device, sampler=sampler) for name, given in
+    arms = {name: Arm(str(name), given, device=device, sampler=sampler, kernel=kernel) for name, given in
             {REFERENCE: reference, **named}.items()}
     asked = Asked(
         None if prompts is None else list(prompts), n, tuple(dict.fromkeys(metrics or ())), tuple(seeds), steps,
         guidance, batch, sampler, autocast, floor, keep, tracked, eight_bits, speed, inside, token,
     )  # fmt: skip
     asked.check(named, WHERE)
+    check_kernel(kernel, arms.values(), WHERE)
     for arm in arms.values():
         arm.check(prompts=asked.prompts is not None)
     if metrics is None:
@@ -235,6 +237,8 @@ class Run:
         asked, tools, reference = self.asked, self.tools, self.drawn[REFERENCE]
         settings = self.result.settings
         settings |= {"device": reference.device, "scheduler": reference.scheduler, "eight_bits": asked.eight_bits}
+        chosen = {name: arm.kernel for name, arm in self.arms.items() if arm.kernel != "reference"}
+        settings |= {"kernel": chosen} if chosen else {}
         settings["floor_seeds"] = list(asked.floor_seeds) if asked.floor else []
         settings["extractor"] = tools.extractor.to_json() if tools.extractor is not None else None
         settings["evaluator"] = evaluator_label(tools.evaluator) if tools.evaluator is not None else None
