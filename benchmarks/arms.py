@@ -101,6 +101,9 @@ def bars() -> list[Run]:
                           for arm in ("float-activations", *softmax)]  # fmt: skip
     found += [Run("emoji-sd", "dgq", "w4a6", arm, preset(arm), after=grouped.name)
               for arm in ("bar", "tensor", "tensor-mse")]  # fmt: skip
+    found += [Run(model, recipe, bits, "bar") for model, bits in (
+        ("cifar10-ddpm", "w8a4"), ("cifar10-ddpm", "w4a6"), ("emoji-sd", "w8a6"), ("emoji-sd", "w4a6"),
+        ("cifar10-ddpm", "w6a6")) for recipe in ("rtn", "rtn-dynamic", "qdiffusion")]  # fmt: skip
     found += [Run("cifar10-ddpm", "dgq", "w4a6", "bar"),
               Run("cifar10-ddpm", "vqdm", "w3a16", "bar", "--set tune.iterations=1500")]  # fmt: skip
     return found
