@@ -9,7 +9,7 @@ it is measured on: tr(D H D^T) / tr(W H W^T). Codebooks are fitted with the sett
 ``vqdm``, and counted whole: codes, scales, and of a shared set the part of the layer's weights. The scalar arms have a
 float16 scale and a zero-point of as many bits as a code for each group of columns; the groups are the largest that give
 them at least as many bits as the codebooks take. Their ranges are those of least squared error. Rows: every layer of
-more than 100,000 weights. The bar: codebooks below both arms in every row.
+more than 100,000 weights. The bar: codebooks below both arms in every row. Written to --out after every set.
 """
 
 from __future__ import annotations
@@ -188,13 +188,26 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     named = {name for group in groups for name in group.layers}
     layers = {name: layer for name, layer in wrap.layers(pipe.unet).items() if name in named}
     fitted, held = (covariances(pipe, layers, sites, args, first) for first in (0, args.trajectories))
-    bits, rows = total_bits(sites, plan), []
-    for group in groups:
+    bits, rows = total_bits(sites, plan), list[dict[str, Any]]()
+    facts = {"model": args.model, "bits": args.bits, "preset": args.preset, "step": step.model_dump(mode="json"),
+             "trajectories": args.trajectories, "steps": args.steps, "device": pipe.device.type, "sets": len(groups),
+             "command": "python benchmarks/codebook_error.py " + command(args)}
+    for done, group in enumerate(groups, 1):
         rows += compare(group, layers, fitted, held, step, bits, args.bits)
-        print(f"{group.name}: {len(rows)} rows", file=sys.stderr)
-    return {"model": args.model, "bits": args.bits, "preset": args.preset, "step": step.model_dump(mode="json"),
-            "trajectories": args.trajectories, "steps": args.steps, "device": pipe.device.type,
-            "ok": bool(rows) and all(row["ok"] for row in rows), "layers": rows}
+        print(f"{group.name}: {len(rows)} rows, set {done} of {len(groups)}", file=sys.stderr, flush=True)
+        result = {**facts, "sets_done": done, "ok": bool(rows) and all(row["ok"] for row in rows), "layers": rows}
+        if args.out is not None:  # a run that is stopped has measured what it has
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def command(args: argparse.Namespace) -> str:
+    """The arguments that matter, without paths of the machine."""
+    words = [args.model, "--bits", str(args.bits), *(["--preset", args.preset] if args.preset else [])]
+    words += [word for item in args.set for word in ("--set", item)]
+    words += ["--trajectories", str(args.trajectories), "--steps", str(args.steps), "--batch", str(args.batch)]
+    return " ".join(words + (["--zoo", "ZOO"] if args.model != "emoji-sd-tiny" else []))
 
 
 def table(result: dict[str, Any]) -> str:
@@ -231,9 +244,6 @@ def main() -> None:
                     *args.set]
         args.preset = args.preset or ("small" if args.model == "emoji-sd-tiny" else None)
     result = run(args)
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(table(result))
     sys.exit(0 if result["ok"] else 1)
 
