@@ -46,6 +46,7 @@ def page(results: Results) -> str:
         chosen = [r for r in main if _key(r) == (model, recipe, weights, activations)]
         lines += section(model, recipe, weights, activations, chosen)
     lines += ablations(results)
+    lines += codebooks()
     lines += spike()
     return "\n".join(lines) + "\n"
 
@@ -173,6 +174,42 @@ def shortcuts(by_arm: dict[str, dict[int, dict[str, Any]]]) -> list[str]:
         values = [errors[name, key] for key in ("weights0", "weights1", "activations0", "activations1")]
         lines.append(f"| {name} | " + " | ".join(f"{sum(v) / len(v):.4f}" for v in values) + " |")
     return [*lines, ""]
+
+
+def codebooks() -> list[str]:
+    """Layer errors of additive codebooks beside scalar codes of at least as many bits."""
+    results = [json.loads(file.read_text()) for file in sorted((HERE / "results" / "codebook_error").glob("*.json"))]
+    if not results:
+        return []
+    heads = ("model", "bits", "layers", "below nearest", "below GPTQ", "error beside GPTQ's, median", "not below GPTQ")
+    lines = [
+        "## Codebooks beside scalar codes, layer by layer",
+        "",
+        "Error of a layer's output on inputs held out, every layer of more than 100,000 weights, all arms fitted to the",
+        "same inputs. The scalar arms (rounding to nearest, GPTQ) have a scale and zero-point for each group of columns,",
+        "in groups so small that they take at least as many bits as the codebooks, everything counted. The bar: below",
+        "both in every layer.",
+        "",
+        f"| {' | '.join(heads)} |",
+        "|---|---:|---:|---:|---:|---:|---|",
+        *(f"| {' | '.join(_codebook_row(found))} |" for found in results),
+        "",
+    ]
+    return [*lines, *(f"    {found['command']}" for found in results), ""]
+
+
+def _codebook_row(found: dict[str, Any]) -> list[str]:
+    rows = found["layers"]
+    beside = {row["layer"]: row["codebooks"] / row["gptq"] for row in rows}
+    missed = [f"`{name}` ({share:.2f})" for name, share in beside.items() if share >= 1]
+    count = str(len(rows))
+    if found["sets_done"] < found["sets"]:
+        count += f" (of {found['sets_done']} of {found['sets']} sets)"
+    named = ", ".join(missed[:6]) + (f" and {len(missed) - 6} more" if len(missed) > 6 else "")
+    bits = [row["bits"] for row in rows]
+    return [found["model"], f"{min(bits):.2f} to {max(bits):.2f}", count,
+            str(sum(row["codebooks"] < row["nearest"] for row in rows)), str(len(rows) - len(missed)),
+            f"{sorted(beside.values())[len(beside) // 2]:.2f}", named or "none"]  # fmt: skip
 
 
 def spike() -> list[str]:
