@@ -105,6 +105,11 @@ def steps(parts: Parts, model: str) -> Lines:
     for name, form in networks.FORMS.items():
         if name in found:
             rows.append(_form(form, found[name], base, known.get(name)))
+            rows += [
+                [f"{form.title}, {way}", number(one.get("gpu_ms")), number(one["wall_ms"]), "", "", "",
+                 over(one.get("gpu_ms"), known.get(name))]
+                for way, one in found[name]["ways"].items() if way != found[name]["strongest"] and "wall_ms" in one
+            ]  # fmt: skip
     lines = [f"### {models.find(model).title}", ""]
     lines += table(["", "GPU, ms", "wall, ms", "bf16 in the same turns: GPU, wall", "speed-up (wall)",
                     "weights", "GPU time over the floor"], rows)  # fmt: skip
