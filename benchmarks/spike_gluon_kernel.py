@@ -398,7 +398,7 @@ def build(variant: Variant, **what: bool) -> Any:
 
 
 def evidence(variant: Variant, **what: bool) -> dict[str, Any]:
-    """What the assembler says of a build: registers, bytes spilled, bytes of shared memory, products it serialised."""
+    """A build's PTX, and what the assembler says: registers, bytes spilled, shared memory, whether products wait."""
     built = build(variant, **what)
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
@@ -409,4 +409,4 @@ def evidence(variant: Variant, **what: bool) -> dict[str, Any]:
     numbers = [re.search(text, done.stderr) for text in (r"Used (\d+) reg", r"(\d+) bytes spill stores")]
     registers, spilled = (int(found[1]) if found else -1 for found in numbers)
     return {"registers": registers, "spilled": spilled, "shared": built.metadata.shared,
-            "serialised": "serializ" in done.stderr}
+            "serialised": "serializ" in done.stderr, "ptx": built.asm["ptx"]}  # fmt: skip
