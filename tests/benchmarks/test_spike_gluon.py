@@ -59,10 +59,9 @@ def test_a_variant_builds_and_its_warps_end(spike: ModuleType, name: str) -> Non
                for start, width in ((0, variant.bn1), (variant.bn1, variant.bn2))
                for first in range(start, start + width, 128)]  # fmt: skip
     assert products == {(m, n, width, k): 1 for m in rows for n, width in columns for k in steps}
-    constants = variant.constants()
-    parts = [(n0 + first, m) for n0 in range(0, N, variant.bn) for m in rows[:: variant.bmc // 64]
-             for start, width, chunk in ((0, variant.bn1, constants["CH1"]), (variant.bn1, variant.bn2, constants["CH2"]))
-             for first in range(start, start + width, chunk)]  # fmt: skip
+    one, two = (variant.constants()[name] for name in ("CH1", "CH2"))
+    chunks = [*range(0, variant.bn1, one), *range(variant.bn1, variant.bn, two)]
+    parts = [(n0 + n, m) for n0 in range(0, N, variant.bn) for n in chunks for m in rows[:: variant.bmc // 64]]
     assert stores == dict.fromkeys(parts, 1)
 
 
