@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from bitbrush.kernels import gpu, int8_ops, norm_ops  # noqa: F401 - the operations are registered by their module
 
@@ -40,12 +41,14 @@ class FusedBlock(nn.Module):
 
     Attributes:
         joined: Layers joined to one product, by what they are for; made where the weights are.
+        loaded: Of the hook that makes them again when other weights have been loaded.
     """
 
     plain_class: type[nn.Module]
     passes_codes = True
     """Not a norm alone."""
     joined: dict[str, Any]
+    loaded: RemovableHandle
 
     def join(self) -> None:
         """Make what is kept of several layers, where their weights are."""
@@ -104,6 +107,11 @@ def fuse(model: nn.Module) -> dict[str, str]:
 
 def _mix(module: Any) -> None:
     module.__class__, module.joined = _mixed(module.__class__), {}
+    module.loaded = module.register_load_state_dict_post_hook(_loaded)
+    module.join()
+
+
+def _loaded(module: Any, _keys: object) -> None:
     module.join()
 
 
@@ -112,7 +120,8 @@ def unfuse(model: nn.Module) -> None:
     found: list[Any] = [block for block in model.modules() if isinstance(block, FusedBlock)]
     for block in found:
         block.__class__ = block.plain_class
-        del block.joined
+        block.loaded.remove()
+        del block.joined, block.loaded
 
 
 def fused(model: nn.Module) -> list[str]:

@@ -82,7 +82,7 @@ class QuantLayer(nn.Module):
         self.kernel_of: dict[str, str] = {}  # where that is "auto": by kind of device
         self.trial_weight: Tensor | None = None
         self.trial_bias: Tensor | None = None
-        self._row_tables: dict[str, Tensor] = {}  # of mixed bits, by what and where: `top` and `binary_rows`
+        self._row_tables: dict[Any, Tensor] = {}  # by what and where: of mixed bits, and what a kernel keeps
         self.float_weight = None
         self.register_buffer("codes", None, persistent=False)
         self.register_buffer("trained_bias", None, persistent=False)
@@ -292,6 +292,14 @@ class QuantLayer(nn.Module):
         self._row_tables.clear()
         kernels.prepare(self)
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Take other tensors, and forget what was kept of those before."""
+        from bitbrush import kernels
+
+        super()._load_from_state_dict(*args, **kwargs)
+        self._row_tables.clear()
+        kernels.prepare(self)
 
     def computed(self, x: Tensor, weight: Tensor) -> Tensor:
         """The output that the sim face and the reference kernel give for a decoded weight."""
