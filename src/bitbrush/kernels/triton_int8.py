@@ -344,17 +344,30 @@ def unpack(
         order: The row of ``out`` of each packed row; None: the same.
         halved: Symmetric 1-bit rows.
     """
+    key = (out.shape, data.shape, data.stride(), bits, zero_point.shape, order is None, counts, taps, halved)
+    launch = _UNPACKED.get(key)
+    if launch is None:
+        ordered = order is not None
+        launch = _UNPACKED[key] = _cut_rows(out, data, bits, zero_point, ordered, counts, widths, taps, halved)
+    launch((data, zero_point, data if order is None else order, out))
+
+
+_UNPACKED: dict[Any, Launch] = {}
+
+
+def _cut_rows(
+    out: Tensor, data: Tensor, bits: int, zero_point: Tensor, order: bool, counts: tuple[int, ...],
+    widths: tuple[int, ...], taps: int, halved: bool,
+) -> Launch:
     from bitbrush.kernels import triton_int8_kernels as kernels
 
     length, rows, columns, height = out.shape[1], data.shape[0], 256, 16
-    ends = tuple(accumulate(width * taps for width in widths))
-    with torch.cuda.device_of(out):
-        kernels.unpack[(-(-rows // height), -(-length // columns))](
-            data, zero_point, data if order is None else order, out, rows, length, data.stride(0),
-            *plane_starts(length, bits), zero_point.shape[1],
-            ENDS=ends, REAL=tuple(zip(counts, widths, strict=True)), BITS=bits, ORDER=order is not None,
-            HALVED=halved, BR=height, BK=columns, num_warps=4,
-        )
+    numbers = (rows, length, data.stride(0), *plane_starts(length, bits), zero_point.shape[1])
+    options = {
+        "ENDS": tuple(accumulate(width * taps for width in widths)), "REAL": tuple(zip(counts, widths, strict=True)),
+        "BITS": bits, "ORDER": order, "HALVED": halved, "BR": height, "BK": columns, "num_warps": 4,
+    }
+    return Launch(kernels.unpack, (-(-rows // height), -(-length // columns)), numbers, options)
 
 
 @cache
