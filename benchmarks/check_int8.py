@@ -190,8 +190,10 @@ def fused(device: str) -> dict[str, Any]:
         if not torch.equal(found["joined"], found["single"]) or apart.max() > 1:
             report["wrong"].append(str(cut))
         os.environ["BITBRUSH_EARLY"] = "1"
+        triton_int8.early.cache_clear()
         again = [chain(device, i) for _ in range(20)]
         del os.environ["BITBRUSH_EARLY"]
+        triton_int8.early.cache_clear()
         if any(not torch.equal(each[name], found[name]) for each in again for name in found):
             report["wrong"].append(f"launched early: {cut}")
     tuning.config = usual

@@ -205,7 +205,7 @@ def plant(name: str) -> None:
             "sum-of-weights": {"weight_sum": tables.weight_sum + 1},
         }.get(name, {})
         w = w.flip(1) if name == "tap-order" else w
-        return product(a, w, Tables(**{**vars(tables), **change}), *rest, **options)
+        return product(a, w, tables._replace(**change), *rest, **options)
 
     def borderless(*args: Any, **options: Any) -> Tensor:
         out, frame = encoded(*args, **options), options["frame"]

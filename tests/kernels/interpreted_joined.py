@@ -9,7 +9,6 @@ import itertools
 import json
 import os
 import sys
-from dataclasses import replace
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
@@ -73,7 +72,7 @@ def plant(name: str) -> None:
 
     def third_as_second(a: Tensor, w: Tensor, tables: Tables, *rest: Any, **options: Any) -> Tensor:
         others = tables.others[:1] * len(tables.others)
-        return product(a, w, replace(tables, others=others), *rest, **options)
+        return product(a, w, tables._replace(others=others), *rest, **options)
 
     def rows_of_the_first(a: Tensor, *rest: Any, **options: Any) -> Tensor:
         parts = 1 + len(rest[1].others)
@@ -84,7 +83,7 @@ def plant(name: str) -> None:
 
     def stale(*args: Any, **options: Any) -> Tensor:
         then: Next = args[-1]
-        return given(*args[:-1], replace(then, times=then.times * 0), **options)
+        return given(*args[:-1], then._replace(times=then.times * 0), **options)
 
     if name in ("third-as-second", "rows-of-the-first"):
         triton_int8.product = third_as_second if name == "third-as-second" else rows_of_the_first

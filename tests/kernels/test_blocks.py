@@ -226,6 +226,80 @@ def test_joined_layers_share_their_bytes_wherever_they_are(tmp_path: Path) -> No
     assert len(codes) > 100 and all(torch.equal(after[name], before[name]) for name in codes)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("assign", [False, True])
+def test_what_is_kept_of_weights_goes_when_others_are_loaded(bits: int, assign: bool) -> None:
+    unet, other, given = network(bits), network(bits), inputs()
+    for layer in wrap.layers(other).values():
+        fill(layer, torch.Generator().manual_seed(layer.in_channels_))
+    for each in (unet, other):
+        kernels.use(each, "cuda-int8")
+    before, _ = called(unet, *given)
+    want, _ = called(other, *given)
+    unet.load_state_dict(other.state_dict(), assign=assign)
+    got, count = called(unet, *given)
+    assert torch.equal(got, want) and not torch.equal(got, before)
+    assert {name: count[name] for name in FUSED} == FUSED
+
+
+@torch.no_grad()
+def test_what_is_kept_follows_every_change() -> None:
+    def changed(unet: UNet2DConditionModel, what: str) -> UNet2DConditionModel:
+        block = unet.down_blocks[0].attentions[0].transformer_blocks[0]
+        if what == "dtype":
+            unet.to(torch.bfloat16)
+        elif what == "scale":
+            block.ff.net[2].input.set_scale(block.ff.net[2].input.scale * 2)
+        elif what == "buffers":  # as offloading moves them, one by one
+            for layer in wrap.layers(unet).values():
+                for held in (layer._buffers, layer.input._buffers):
+                    held.update({name: tensor.clone() for name, tensor in held.items() if "codes" not in name})
+        elif what == "kernel":
+            kernels.use(unet, "reference")
+            kernels.use(unet, "cuda-int8")
+        elif what == "copy":
+            unet = copy.deepcopy(unet)
+        return unet
+
+    plain, _ = called(_used(), *inputs())
+    for what in ("dtype", "scale", "buffers", "kernel", "copy"):
+        given = inputs(dtype=torch.bfloat16 if what == "dtype" else torch.float32)
+        unet = _used()
+        called(unet, *inputs())
+        called(unet, inputs()[0], torch.tensor(1), inputs()[2])  # another row of the tables
+        got, count = called(changed(unet, what), *given)
+        want, _ = called(changed(_used(), what), *given)
+        assert torch.equal(got, want) and {name: count[name] for name in FUSED} == FUSED, what
+        assert torch.equal(got, plain) == (what not in ("dtype", "scale"))
+
+
+def _used() -> UNet2DConditionModel:
+    unet = network(8)
+    kernels.use(unet, "cuda-int8")
+    return unet
+
+
+@torch.no_grad()
+def test_parts_that_are_put_in_later_are_seen() -> None:
+    unet, given = _used(), inputs()
+    _, plain = called(unet, *given)
+    block = unet.down_blocks[0].attentions[0].transformer_blocks[0]
+    own = block.attn1.to_q
+    block.attn1.to_q = nn.Linear(own.in_features, own.out_features, bias=False)  # as adapters are
+    _, count = called(unet, *given)
+    assert count["int8_gated"] == plain["int8_gated"] - 1
+    block.attn1.to_q = own
+    block.ff.net[0] = nn.Identity()  # without the projection that is looked for
+    with pytest.raises(RuntimeError):  # the class's own way, where shapes do not fit
+        called(unet, *given)
+    layer = block.attn2.to_k
+    before = gpu.facts(layer)
+    assert gpu.facts(layer) is before
+    layer.spec = layer.spec.model_copy(update={"weight": WeightSpec(grid=Grid(bits=4))})
+    assert before.whole and not gpu.facts(layer).whole
+
+
 def _storages(model: nn.Module) -> list[Tensor]:
     return list({tensor.untyped_storage().data_ptr(): tensor for tensor in model.state_dict().values()}.values())
 

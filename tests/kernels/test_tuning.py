@@ -23,7 +23,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(tuning, "_name", lambda device: "a-gpu")
     monkeypatch.setattr(tuning, "_processors", lambda device: 132)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    tuning._known.cache_clear()
+    tuning.forget()
     return tmp_path / "bitbrush" / "kernels" / "a-gpu.json"
 
 
@@ -43,7 +43,7 @@ def test_the_fastest_is_found_once_and_kept(file: Path, monkeypatch: pytest.Monk
     assert (found.bm, found.bn, found.stages) == (64, 128, 3) and len(tried) == len(set(tried)) >= 4
     assert config(PROBLEM, DEVICE, lambda cut: None) == found and len(set(tried)) == len(tried)
     assert json.loads(file.read_text())[PROBLEM.key()]["bm"] == 64
-    tuning._known.cache_clear()  # another process
+    tuning.forget()  # another process
     assert config(PROBLEM, DEVICE, lambda cut: pytest.fail("measured again")) == found
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitbrush.kernels import int8_ops, triton_attend
+from bitbrush.kernels import direct, int8_ops, triton_attend
 from bitbrush.kernels.triton_int8 import ONE_ROW
 from bitbrush.numbers import packing
 
@@ -68,3 +68,4 @@ def _shape(
 _LIBRARY.impl("attend_encode", _cuda, "CUDA")
 _LIBRARY.impl("attend_encode", _plain, "CPU")
 torch.library.register_fake("bitbrush::attend_encode", _shape, lib=_LIBRARY)
+direct.register("attend_encode", _cuda)

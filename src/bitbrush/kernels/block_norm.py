@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitbrush.kernels import norm_ops  # noqa: F401 - its operations are registered by their module
+from bitbrush.kernels import direct, norm_ops  # noqa: F401 - its operations are registered by their module
 from bitbrush.kernels.blocks import FusedBlock
 
 HALF = (torch.bfloat16, torch.float16)
@@ -29,7 +29,7 @@ class FusedNorm(FusedBlock):
         if plain or (torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)) or not _last(x):
             out: Tensor = self.plain_class.forward(self, x)
             return out
-        found: Tensor = torch.ops.bitbrush.group_norm(x, self.weight, self.bias, self.num_groups, self.eps, False)
+        found: Tensor = direct.OPS.group_norm(x, self.weight, self.bias, self.num_groups, self.eps, False)
         return found
 
 

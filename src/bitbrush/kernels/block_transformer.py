@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bitbrush.kernels import attend_ops, gpu, joined, joined_ops  # noqa: F401 - their operations are registered by their modules
+from bitbrush.kernels import (  # noqa: F401 - the operations are registered by their modules
+    attend_ops,
+    direct,
+    gpu,
+    joined,
+    joined_ops,
+)
 from bitbrush.kernels.blocks import FusedBlock, first_reason, ready, watched
 from bitbrush.kernels.gpu import Given
 from bitbrush.kernels.joined import Joined
-from bitbrush.numbers import packing
 
-_OPS = torch.ops.bitbrush
+_OPS = direct.OPS
 _SELF, _CONTEXT = "queries, keys and values", "keys and values of the context"
 
 
@@ -68,15 +74,17 @@ class FusedTransformer(FusedBlock):
     ) -> Tensor:
         """The block's output; see `diffusers.models.attention.BasicTransformerBlock`."""
         asked = attention_mask is not None or encoder_attention_mask is not None or bool(cross_attention_kwargs)
-        if asked or encoder_hidden_states is None or hidden_states.ndim != 3 or not _plain_now(self, hidden_states):
+        able = not asked and encoder_hidden_states is not None and hidden_states.ndim == 3
+        parts = _plain_now(self, hidden_states) if able else None
+        if parts is None or encoder_hidden_states is None:
             out: Tensor = self.plain_class.forward(
                 self, hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep,
                 cross_attention_kwargs, class_labels, added_cond_kwargs,
             )
             return out
-        x = _self_attention(self, hidden_states)
-        x = _cross_attention(self, x, encoder_hidden_states)
-        return _feed_forward(self, x)
+        x = _self_attention(parts, self.joined.get(_SELF), hidden_states)
+        x = _cross_attention(parts, self.joined.get(_CONTEXT), x, encoder_hidden_states)
+        return _feed_forward(parts, x)
 
     def join(self: Any) -> None:
         """Queries, keys and values as one product, and those of the context, where the weights are on a GPU."""
@@ -92,23 +100,72 @@ class FusedTransformer(FusedBlock):
                 self.joined[name] = joined.join(layers)
 
 
-def _plain_now(block: Any, x: Tensor) -> bool:
-    """Whether nobody has changed the block's attentions or looks into it, and all of it is run by this kernel."""
+class _Attention(NamedTuple):
+    module: Any
+    q: Any
+    k: Any
+    v: Any
+    last: Any
+
+
+class _Parts(NamedTuple):
+    """The block's parts as they are now: whoever puts others in shall be seen."""
+
+    norms: tuple[Any, Any, Any]
+    own: _Attention
+    cross: _Attention
+    ff: tuple[Any, Any]
+    first: Any
+    last: Any
+
+    def layers(self) -> tuple[Any, ...]:
+        """All that multiply."""
+        return (*self.own[1:], *self.cross[1:], self.first, self.last)
+
+
+def _attention(attn: Any) -> _Attention:
+    held = attn._modules
+    return _Attention(attn, held["to_q"], held["to_k"], held["to_v"], held["to_out"]._modules["0"])
+
+
+def _parts(block: Any) -> _Parts:
+    held = block._modules
+    ff, net = held["ff"], held["ff"]._modules["net"]._modules
+    return _Parts((held["norm1"], held["norm2"], held["norm3"]), _attention(held["attn1"]), _attention(held["attn2"]),
+                  (ff, net["0"]), net["0"]._modules["proj"], net["2"])  # fmt: skip
+
+
+def _plain_now(block: Any, x: Tensor) -> _Parts | None:
+    """The block's parts, or None where somebody has changed its attentions or looks into it, or where not all of it is
+    run by this kernel."""
+    kind = _plain_processor()
+    try:
+        parts = _parts(block)
+    except (KeyError, AttributeError):  # another module stands where one of the class's own did
+        return None
+    if type(parts.own.module.processor) is not kind or type(parts.cross.module.processor) is not kind:
+        return None
+    layers = parts.layers()
+    if block._chunk_size is not None or watched((*parts.norms, parts.own.module, parts.cross.module, *parts.ff)):
+        return None
+    return None if watched(layers) or not ready(layers, x) else parts
+
+
+@cache
+def _plain_processor() -> type:
     from diffusers.models.attention_processor import AttnProcessor2_0
 
-    if any(type(attn.processor) is not AttnProcessor2_0 for attn in (block.attn1, block.attn2)):
-        return False
-    inner, layers = (block.norm1, block.norm2, block.norm3, block.attn1, block.attn2, block.ff), _layers(block).values()
-    return block._chunk_size is None and not watched((*inner, block.ff.net[0], *layers)) and ready(layers, x)
+    return AttnProcessor2_0
 
 
 # ---- parts -----------------------------------------------------------------------------------------------------------
 def _normed(norm: nn.LayerNorm, layers: list[Any], x: Tensor) -> tuple[Tensor, list[Given]]:
     """Codes of the norm for each layer, one below the other, and what encoded them."""
-    given = [gpu.given_input(layer, x) for layer in layers]
+    given, weights = [gpu.given_input(layer, x) for layer in layers], norm._parameters
     codes = _OPS.layer_norm_encode(
-        x, norm.weight, norm.bias, norm.eps, [g.inverse for g in given], [g.zero_point for g in given],
-        [g.times for g in given], [layer.input.top for layer in layers], [layer.input_scale for layer in layers],
+        x, weights["weight"], weights["bias"], norm.eps, [g.inverse for g in given], [g.zero_point for g in given],
+        [g.times for g in given], [gpu.facts(layer).top for layer in layers],
+        [gpu.input_scale(layer) for layer in layers],
     )
     return codes, given
 
@@ -116,51 +173,51 @@ def _normed(norm: nn.LayerNorm, layers: list[Any], x: Tensor) -> tuple[Tensor, l
 def _products(layers: list[Any], join: Joined | None, codes: Tensor, given: list[Given], x: Tensor) -> list[Tensor]:
     """Each layer's output ``[B, L, N]`` for its codes: of one product where the layers are joined."""
     if join is None or join.codes.device != codes.device:  # offloading moves the layers' tensors one by one
-        own = codes.reshape(len(layers), -1, codes.shape[-1]).unbind(0)
+        own = codes.reshape(len(layers), -1, codes.shape[-1]).unbind(0) if len(layers) > 1 else (codes,)
         return [gpu.multiply(layer, c, g, x) for layer, c, g in zip(layers, own, given, strict=True)]
     out = join.multiply(codes, given, x.dtype)
     return list(out.reshape(*x.shape[:-1], len(layers), -1).unbind(-2))
 
 
-def _attended(attn: Any, parts: list[Tensor], x: Tensor) -> Tensor:
+def _attended(attn: _Attention, parts: list[Tensor], x: Tensor) -> Tensor:
     """``x`` and what the heads make of queries, keys and values, through the last layer."""
-    q, k, v = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in parts)
-    last = attn.to_out[0]
+    heads, last = attn.module.heads, attn.last
+    q, k, v = [part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in parts]
     given = gpu.given_input(last, x)
     if attend_ops.fits(q, k, given.kind):
-        codes = _OPS.attend_encode(q, k, v, given.inverse, given.zero_point, given.times, last.input.top,
-                                   last.input_scale)  # fmt: skip
+        codes = _OPS.attend_encode(q, k, v, given.inverse, given.zero_point, given.times, gpu.facts(last).top,
+                                   gpu.input_scale(last))  # fmt: skip
         return gpu.multiply(last, codes, given, x, residual=x)
     found = F.scaled_dot_product_attention(q, k, v, dropout_p=0.0, is_causal=False)
-    heads = found.transpose(1, 2).flatten(2)
-    given = gpu.given_input(last, heads)
-    return gpu.multiply(last, gpu.input_rows(last, heads, given), given, heads, residual=x)
+    side = found.transpose(1, 2).flatten(2)
+    given = gpu.given_input(last, side)
+    return gpu.multiply(last, gpu.input_rows(last, side, given), given, side, residual=x)
 
 
-def _self_attention(block: Any, x: Tensor) -> Tensor:
-    attn = block.attn1
-    layers = [attn.to_q, attn.to_k, attn.to_v]
-    codes, given = _normed(block.norm1, layers, x)
-    return _attended(attn, _products(layers, block.joined.get(_SELF), codes, given, x), x)
+def _self_attention(parts: _Parts, join: Joined | None, x: Tensor) -> Tensor:
+    attn = parts.own
+    layers = [attn.q, attn.k, attn.v]
+    codes, given = _normed(parts.norms[0], layers, x)
+    return _attended(attn, _products(layers, join, codes, given, x), x)
 
 
-def _cross_attention(block: Any, x: Tensor, context: Tensor) -> Tensor:
-    attn = block.attn2
-    layers = [attn.to_k, attn.to_v]
-    codes, given = _normed(block.norm2, [attn.to_q], x)
-    query = _products([attn.to_q], None, codes, given, x)
+def _cross_attention(parts: _Parts, join: Joined | None, x: Tensor, context: Tensor) -> Tensor:
+    attn = parts.cross
+    layers = [attn.k, attn.v]
+    codes, given = _normed(parts.norms[1], [attn.q], x)
+    query = _products([attn.q], None, codes, given, x)
     given = [gpu.given_input(layer, context) for layer in layers]
     codes = torch.cat([gpu.input_rows(layer, context, g) for layer, g in zip(layers, given, strict=True)])
-    return _attended(attn, query + _products(layers, block.joined.get(_CONTEXT), codes, given, context), x)
+    return _attended(attn, query + _products(layers, join, codes, given, context), x)
 
 
-def _feed_forward(block: Any, x: Tensor) -> Tensor:
-    first, last = block.ff.net[0].proj, block.ff.net[2]
-    codes, (given,) = _normed(block.norm3, [first], x)
+def _feed_forward(parts: _Parts, x: Tensor) -> Tensor:
+    first, last = parts.first, parts.last
+    codes, (given,) = _normed(parts.norms[2], [first], x)
     behind = gpu.given_input(last, x)
     gated = _OPS.int8_gated(
-        codes, gpu.int8_weight(first), given.scale, given.zero_point, given.times, first.weight_scale,
-        gpu.weight_sum(first), packing.padded(first.segments)[0], first.bias, behind.inverse, behind.zero_point,
-        behind.times, last.input.top, last.input_scale, x.dtype,
+        codes, gpu.int8_weight(first), given.scale, given.zero_point, given.times, first._buffers["weight_scale"],
+        gpu.weight_sum(first), gpu.facts(first).widths[0], first._parameters["bias"], behind.inverse,
+        behind.zero_point, behind.times, gpu.facts(last).top, gpu.input_scale(last), x.dtype,
     )
     return gpu.multiply(last, gated, behind, x, residual=x)

@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from bitbrush.kernels import gpu, int8_ops, norm_ops  # noqa: F401 - the operations are registered by their module
+from bitbrush.kernels import direct, gpu, int8_ops, norm_ops  # noqa: F401 - the operations are registered by their module
 
 if TYPE_CHECKING:
     from bitbrush.network.layers import QuantLayer
@@ -40,12 +41,14 @@ class FusedBlock(nn.Module):
 
     Attributes:
         joined: Layers joined to one product, by what they are for; made where the weights are.
+        loaded: Of the hook that makes them again when other weights have been loaded.
     """
 
     plain_class: type[nn.Module]
     passes_codes = True
     """Not a norm alone."""
     joined: dict[str, Any]
+    loaded: RemovableHandle
 
     def join(self) -> None:
         """Make what is kept of several layers, where their weights are."""
@@ -104,6 +107,11 @@ def fuse(model: nn.Module) -> dict[str, str]:
 
 def _mix(module: Any) -> None:
     module.__class__, module.joined = _mixed(module.__class__), {}
+    module.loaded = module.register_load_state_dict_post_hook(_loaded)
+    module.join()
+
+
+def _loaded(module: Any, _keys: object) -> None:
     module.join()
 
 
@@ -112,7 +120,8 @@ def unfuse(model: nn.Module) -> None:
     found: list[Any] = [block for block in model.modules() if isinstance(block, FusedBlock)]
     for block in found:
         block.__class__ = block.plain_class
-        del block.joined
+        block.loaded.remove()
+        del block.joined, block.loaded
 
 
 def fused(model: nn.Module) -> list[str]:
@@ -146,7 +155,10 @@ def first_reason(layers: Parts) -> str | None:
 def watched(parts: Iterable[nn.Module]) -> bool:
     """Whether a hook wants to see what goes into or out of a part, or a part has a forward of its own: offloading puts
     one into a module, which brings the weights first."""
-    return any(part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__ for part in parts)
+    for part in parts:  # noqa: SIM110 - a generator takes twice as long
+        if part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__:
+            return True
+    return False
 
 
 def ready(layers: Iterable[QuantLayer], x: Tensor) -> bool:
@@ -155,11 +167,18 @@ def ready(layers: Iterable[QuantLayer], x: Tensor) -> bool:
 
     if torch.is_grad_enabled() and x.requires_grad:
         return False
+    device, pictures, asked = x.device.type, x.ndim == 4, None
     for layer in layers:
-        if not hasattr(layer, "declare_packed") or kernels.taken(layer, x) != KERNEL:
+        if not hasattr(layer, "declare_packed") or kernels.chosen(layer, device) != KERNEL:
             return False
-        times = layer.input.times() if layer.input is not None else None
-        if times is not None and len(times) > 1:
+        quantizer = layer._modules.get("input")
+        if quantizer is None or not quantizer.enabled or (not pictures and isinstance(layer, nn.Conv2d)):
+            return False  # what `gpu.leaves` leaves to the reference
+        clock = quantizer._clock[0] if quantizer.spec.timed else None  # type: ignore[index, union-attr]
+        if clock is None or (clock, quantizer.spec.lookup) == asked:  # type: ignore[union-attr]
+            continue
+        asked = (clock, quantizer.spec.lookup)  # type: ignore[union-attr]
+        if len(clock.rows(quantizer.spec.lookup)) > 1:  # type: ignore[union-attr]
             return False
     return True
 
@@ -175,9 +194,9 @@ def group_normed(
         seen: The same as the layer sees them: pictures, or tokens ``[B, H * W, C]``.
         silu: Whether SiLU stands between norm and layer.
     """
-    given = gpu.given_input(layer, seen)
-    codes = torch.ops.bitbrush.group_norm_encode(
-        x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu, given.inverse, given.zero_point, given.times,
-        list(layer.segments), layer.input.top, int8_ops.numbers_of(given.frame), layer.input_scale,
+    given, known, weights = gpu.given_input(layer, seen), gpu.facts(layer), norm._parameters
+    codes = direct.OPS.group_norm_encode(
+        x, weights["weight"], weights["bias"], norm.num_groups, norm.eps, silu, given.inverse, given.zero_point,
+        given.times, known.counts, known.top, int8_ops.numbers_of(given.frame), gpu.input_scale(layer),
     )
     return gpu.multiply(layer, codes, given, seen, shared=shared, residual=residual)

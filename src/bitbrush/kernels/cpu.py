@@ -134,8 +134,8 @@ def run(layer: QuantLayer, x: Tensor) -> Tensor:
 def leaves(layer: QuantLayer, x: Tensor) -> bool:
     """Whether an input is left to the reference: while the activation quantizer is switched off, or where a gradient is
     wanted. Integers carry neither."""
-    off = layer.input is None or not layer.input.enabled
-    return off or (torch.is_grad_enabled() and x.requires_grad)
+    quantizer = layer.input
+    return quantizer is None or not quantizer.enabled or (torch.is_grad_enabled() and x.requires_grad)
 
 
 def input_codes(layer: QuantLayer, x: Tensor) -> Tensor:

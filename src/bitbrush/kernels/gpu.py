@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from bitbrush.kernels import cpu, cpu_fused, gpu_decode, int8_ops, reference, triton_int8
+from bitbrush.kernels import cpu, cpu_fused, direct, gpu_decode, int8_ops, reference, triton_int8
 from bitbrush.kernels.triton_int8 import BY_ROW, BY_SAMPLE, ONE_ROW, Frame, Tables
 from bitbrush.numbers import packing
 from bitbrush.numbers.codec import encode
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
 MOST_SEGMENTS = 16
 """Each segment is unrolled in the kernel."""
-_OPS = torch.ops.bitbrush
+_OPS = direct.OPS
 
 
 def why_not(layer: QuantLayer, device_type: str) -> str | None:
@@ -56,11 +55,55 @@ def _conv_reason(layer: Any) -> str | None:
 
 def leaves(layer: QuantLayer, x: Tensor) -> bool:
     """Whether an input is left to the reference; see `cpu.leaves`."""
-    return cpu.leaves(layer, x) or (isinstance(layer, nn.Conv2d) and x.ndim != 4)
+    return cpu.leaves(layer, x) or (x.ndim != 4 and isinstance(layer, nn.Conv2d))
 
 
-@dataclass(frozen=True)
-class Given:
+class Facts(NamedTuple):
+    """What a layer's spec and shape say; see `facts`.
+
+    Attributes:
+        spec: Of the layer when this was found.
+        conv, pointwise: Whether it is a convolution, and one that is a linear layer of pixels.
+        pad, stride, kernel: Of a convolution.
+        counts, widths: Channels of each segment, and padded.
+        static: Whether one row of tables serves all times.
+        top: Largest code, of the widest row.
+        whole: Whether every weight has 8 bits: its bytes are the integers themselves.
+    """
+
+    spec: Any
+    conv: bool
+    pointwise: bool
+    pad: int
+    stride: int
+    kernel: tuple[int, int]
+    counts: tuple[int, ...]
+    widths: tuple[int, ...]
+    static: bool
+    top: int
+    whole: bool
+
+
+def facts(layer: QuantLayer) -> Facts:
+    """What does not change while the layer has its spec. Kept, but not by a graph that is being compiled."""
+    kept: Facts | None = None if torch.compiler.is_compiling() else layer.__dict__.get("kernel_facts")
+    if kept is not None and kept.spec is layer.spec:
+        return kept
+    like: Any = layer
+    spec, conv, given = layer.spec, isinstance(layer, nn.Conv2d), layer.spec.activation
+    found = Facts(
+        spec, conv, conv and _pointwise(layer), int(like._reversed_padding_repeated_twice[0]) if conv else 0,
+        int(like.stride[0]) if conv else 1, layer.kernel_hw, layer.segments, packing.padded(layer.segments),
+        given is not None and given.mode == "static" and not (given.timed or given.time_bits),
+        (1 << given.most_bits) - 1 if given is not None else 0,
+        spec.weight is not None and spec.weight.bit_classes() == (8,),
+    )  # fmt: skip
+    if not torch.compiler.is_compiling():
+        layer.__dict__["kernel_facts"] = found
+    return found
+
+
+class Given(NamedTuple):
     """How an input lies in memory, and what encodes it: tables ``[T, S]`` and which row of them serves what
     (`triton_int8`)."""
 
@@ -94,13 +137,14 @@ def multiply(
         shared: ``[samples, N]``: the same for all places of a sample.
         residual: Like the output.
     """
-    conv = isinstance(layer, nn.Conv2d)
+    known, buffers = facts(layer), layer._buffers
+    conv = known.conv
     if residual is not None:
         residual = (residual.permute(0, 2, 3, 1) if conv else residual).contiguous()
     y: Tensor = _OPS.int8_product(
-        codes, int8_weight(layer), given.scale, given.zero_point, given.times, given.kind, layer.weight_scale,
-        weight_sum(layer), list(packing.padded(layer.segments)), int8_ops.numbers_of(given.frame), given.per_sample,
-        layer.bias, shared, residual, x.dtype,
+        codes, int8_weight(layer), given.scale, given.zero_point, given.times, given.kind, buffers["weight_scale"],
+        weight_sum(layer), known.widths, int8_ops.numbers_of(given.frame), given.per_sample,
+        layer._parameters["bias"], shared, residual, x.dtype,
     )
     if not conv:
         return y.reshape(*x.shape[:-1], -1)
@@ -112,13 +156,17 @@ def multiply(
 def given_input(layer: QuantLayer, x: Tensor) -> Given:
     """How an input of this shape lies in memory and what encodes it now; of a linear layer, the last size of ``x`` does
     not matter."""
-    pointwise = isinstance(layer, nn.Conv2d) and _pointwise(layer)
-    scale, inverse, zero, times, kind = _tables(layer, x)
-    if isinstance(layer, nn.Conv2d) and not pointwise:
-        pad, stride = int(layer._reversed_padding_repeated_twice[0]), int(layer.stride[0])
-        frame = Frame(x.shape[0], x.shape[2], x.shape[3], layer.kernel_hw, pad, stride, kind == ONE_ROW)
+    known = facts(layer)
+    if known.static:
+        tables: dict[str, Any] = layer._modules["input"]._buffers  # type: ignore[union-attr]
+        scale, inverse, zero = tables["scale"], tables["inverse_scale"], tables["zero_point"]
+        times, kind = first_row(layer), ONE_ROW
+    else:
+        scale, inverse, zero, times, kind = _tables(layer, x)
+    if known.conv and not known.pointwise:
+        frame = Frame(x.shape[0], x.shape[2], x.shape[3], known.kernel, known.pad, known.stride, kind == ONE_ROW)
         return Given(frame, 1, scale, inverse, zero, times, kind)
-    places = x.shape[2:] if pointwise else x.shape[1:-1]
+    places = x.shape[2:] if known.pointwise else x.shape[1:-1]
     return Given(None, max(1, math.prod(places)), scale, inverse, zero, times, kind)
 
 
@@ -156,16 +204,21 @@ def _tables(layer: QuantLayer, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
 
 def first_row(layer: QuantLayer) -> Tensor:
     """The row of a table that has one: int64 ``[1]``, on the layer's device. Kept: graphs need not fill it."""
-    return _kept(layer, "first_row", lambda: torch.zeros(1, dtype=torch.int64, device=layer.weight_scale.device))
+    return _kept(layer, "first_row", _first_row)
 
 
-def _kept(layer: QuantLayer, what: str, make: Callable[[], Tensor]) -> Tensor:
+def _first_row(layer: QuantLayer) -> Tensor:
+    return torch.zeros(1, dtype=torch.int64, device=layer.weight_scale.device)
+
+
+def _kept(layer: QuantLayer, what: str, make: Callable[[QuantLayer], Tensor]) -> Tensor:
     """A tensor that is made once a device; one that is made while a graph is traced is part of that graph."""
-    key = f"{what} {layer.weight_scale.device}"
-    if key in layer._row_tables:
-        return layer._row_tables[key]
+    key = (what, layer._buffers["weight_scale"].device)  # type: ignore[union-attr]
+    kept = layer._row_tables.get(key)
+    if kept is not None:
+        return kept
     with torch.inference_mode(False), torch.no_grad():
-        found = make()
+        found = make(layer)
     if not torch.compiler.is_compiling():
         layer._row_tables[key] = found
     return found
@@ -177,16 +230,21 @@ def input_rows(layer: QuantLayer, x: Tensor, given: Given) -> Tensor:
         raise ValueError("the input of this layer is not quantized")
     if torch.compiler.is_compiling():
         return codes_in_graph(layer, x, given.frame)
-    rows, factor = _rows(layer, x, given.frame), layer.input_scale
+    known, rows, factor = facts(layer), _rows(layer, x, given.frame), input_scale(layer)
     if layer.spec.rotation != "none":
         rows, factor = layer.prepare(x).reshape(rows.shape), None
-    tops = layer.input.row_tops()
+    tops = known.top if known.static else layer.input.row_tops()
     codes: Tensor = _OPS.int8_encode(
-        rows, given.inverse, given.zero_point, given.times, given.kind, list(layer.segments), layer.input.top,
+        rows, given.inverse, given.zero_point, given.times, given.kind, known.counts, known.top,
         tops.flatten() if isinstance(tops, Tensor) else None, int8_ops.numbers_of(given.frame), given.per_sample,
         factor,
     )
     return codes
+
+
+def input_scale(layer: QuantLayer) -> Tensor | None:
+    """Factors of the input's channels."""
+    return layer._buffers.get("input_scale")
 
 
 def codes_in_graph(layer: QuantLayer, x: Tensor, frame: Frame | None) -> Tensor:
@@ -242,12 +300,12 @@ def accumulators(layer: QuantLayer, x: Tensor) -> list[Tensor]:
 
 def int8_weight(layer: QuantLayer) -> Tensor:
     """``code - zero_point`` int8 ``[N, K]``: the packed bytes themselves where they are 8 bits wide."""
+    if facts(layer).whole:
+        return packing.int8_rows(layer._buffers["codes8"])  # type: ignore[arg-type]
     spec = layer.spec.weight
     if spec is None:
         raise ValueError("the weight of this layer is not quantized")
     classes = spec.bit_classes()
-    if classes == (8,):
-        return packing.int8_rows(layer.codes8)  # type: ignore[arg-type]
     kh, kw = layer.kernel_hw
     found: Tensor = _OPS.int8_weight(
         [getattr(layer, f"codes{bits}") for bits in classes], list(classes), layer.weight_zero_point,
@@ -258,14 +316,14 @@ def int8_weight(layer: QuantLayer) -> Tensor:
 
 def weight_sum(layer: QuantLayer) -> Tensor:
     """int32 ``[S, N]``: each row's sum over each segment. Kept, for graphs that are captured later."""
+    return _kept(layer, "weight_sum", _weight_sum)
+
+
+def _weight_sum(layer: QuantLayer) -> Tensor:
     taps = layer.kernel_hw[0] * layer.kernel_hw[1]
-
-    def sums() -> Tensor:
-        widths = [taps * width for width in packing.padded(layer.segments)]
-        parts = int8_weight(layer)[:, : layer.row_length].split(widths, 1)
-        return torch.stack([part.sum(1, dtype=torch.int32) for part in parts])
-
-    return _kept(layer, "weight_sum", sums)
+    widths = [taps * width for width in packing.padded(layer.segments)]
+    parts = int8_weight(layer)[:, : layer.row_length].split(widths, 1)
+    return torch.stack([part.sum(1, dtype=torch.int32) for part in parts])
 
 
 def prepare(layer: QuantLayer) -> None:

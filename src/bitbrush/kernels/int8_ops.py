@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bitbrush.kernels import cpu_weights, triton_encode, triton_int8, tuning
+from bitbrush.kernels import cpu_weights, direct, triton_encode, triton_int8, tuning
 from bitbrush.kernels.triton_int8 import BY_ROW, BY_SAMPLE, Extra, Frame, Tables
 from bitbrush.numbers import packing
 from bitbrush.numbers.codec import encode as encode_codes
@@ -244,3 +244,4 @@ for _name, _cuda, _plain, _shape in (
     _LIBRARY.impl(_name, _cuda, "CUDA")
     _LIBRARY.impl(_name, _plain, "CPU")
     torch.library.register_fake(f"bitbrush::{_name}", _shape, lib=_LIBRARY)
+    direct.register(_name, _cuda, 2 if _name == "int8_weight" else 0)

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from bitbrush.kernels import gpu
+from bitbrush.kernels import direct, gpu
 from bitbrush.kernels.gpu import Given
 from bitbrush.numbers import packing
 
 if TYPE_CHECKING:
     from bitbrush.network.layers import QuantLayer
 
-_OPS = torch.ops.bitbrush
+_OPS = direct.OPS
 
 
 @dataclass

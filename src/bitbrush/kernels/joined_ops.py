@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu
 
-from bitbrush.kernels import int8_ops, triton_int8, tuning
+from bitbrush.kernels import direct, int8_ops, triton_int8, tuning
 from bitbrush.kernels.triton_int8 import JOINED, ONE_ROW, Config, Extra, Next, Tables
 from bitbrush.numbers import packing
 
@@ -143,3 +143,4 @@ for _name, _cuda, _plain, _shape in (
     _LIBRARY.impl(_name, _cuda, "CUDA")
     _LIBRARY.impl(_name, _plain, "CPU")
     torch.library.register_fake(f"bitbrush::{_name}", _shape, lib=_LIBRARY)
+    direct.register(_name, _cuda)

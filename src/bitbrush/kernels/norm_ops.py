@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitbrush.kernels import triton_norm
+from bitbrush.kernels import direct, triton_norm
 from bitbrush.kernels.int8_ops import by_channel, frame_of, laid_out
 from bitbrush.numbers import packing
 from bitbrush.numbers.codec import encode
@@ -172,3 +172,4 @@ for _name, _cuda, _plain, _shape in (
     _LIBRARY.impl(_name, _cuda, "CUDA")
     _LIBRARY.impl(_name, _plain, "CPU")
     torch.library.register_fake(f"bitbrush::{_name}", _shape, lib=_LIBRARY)
+    direct.register(_name, _cuda)

@@ -5,10 +5,13 @@ Importing this module does not import Triton.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from bitbrush.kernels.triton_int8 import Frame, launched
+from bitbrush.kernels.launching import Launch
+from bitbrush.kernels.triton_int8 import Frame, early, launched
 from bitbrush.numbers import packing
 
 CHUNK = 16
@@ -44,27 +47,41 @@ def encode(
         top: Largest code, or float32 ``[T]``.
         factor: ``input_scale`` float32 ``[C]``.
     """
+    tops = top if isinstance(top, Tensor) else None
+    key = (x.shape, counts, kind, None if tops is not None else top, frame, per_sample, factor is None, x.device,
+           early(x.device))  # fmt: skip
+    known = _KNOWN.get(key)
+    if known is None:
+        known = _KNOWN[key] = _cut(x, kind, counts, top, frame, per_sample, factor is not None)
+    size, launch = known
+    out = torch.empty(size, dtype=torch.int8, device=x.device)
+    if out.numel():
+        launch((x, out, x if factor is None else factor, inverse, zero_point, times, x if tops is None else tops))
+    return out
+
+
+_KNOWN: dict[Any, tuple[tuple[int, int], Launch]] = {}
+
+
+def _cut(
+    x: Tensor, kind: int, counts: tuple[int, ...], top: int | Tensor, frame: Frame | None, per_sample: int,
+    factor: bool,
+) -> tuple[tuple[int, int], Launch]:
     from bitbrush.kernels import triton_encode_kernels as kernels
 
     place = frame or Frame(1, 1, 1)
     rows = x.shape[0] if frame is None else frame.rows
     samples = max(1, -(-rows // per_sample)) if frame is None else frame.batch
-    length = sum(packing.padded(counts))
-    out = torch.empty((rows, length), dtype=torch.int8, device=x.device)
-    if not out.numel():
-        return out
+    length, by_row = sum(packing.padded(counts)), isinstance(top, Tensor)
     chunks = (rows if frame is None else frame.pitch) * length // CHUNK
     grid = (-(-chunks // CHUNKS), 1, 1)
     if frame is not None:
         grid = (grid[0], frame.height + border_lines(frame), frame.batch)
-    tops = top if isinstance(top, Tensor) else None
-    with torch.cuda.device_of(x):
-        kernels.encode[grid](
-            x, out, x if factor is None else factor, inverse, zero_point, times, x if tops is None else tops,
-            0.0 if isinstance(top, Tensor) else float(top), rows, samples, per_sample, place.pitch, place.height,
-            place.pad, place.high, place.wide,
-            PLACES=places(counts), CHANNELS=sum(counts), LENGTH=length, TABLE=kind, SPATIAL=frame is not None,
-            FACTOR=factor is not None, TOPS=tops is not None, CHUNKS=CHUNKS, num_warps=WARPS, enable_fp_fusion=False,
-            **launched(x.device),
-        )
-    return out
+    numbers = (0.0 if isinstance(top, Tensor) else float(top), rows, samples, per_sample, place.pitch, place.height,
+               place.pad, place.high, place.wide)  # fmt: skip
+    options = {
+        "PLACES": places(counts), "CHANNELS": sum(counts), "LENGTH": length, "TABLE": kind,
+        "SPATIAL": frame is not None, "FACTOR": factor, "TOPS": by_row, "CHUNKS": CHUNKS, "num_warps": WARPS,
+        "enable_fp_fusion": False, **launched(x.device),
+    }
+    return (rows, length), Launch(kernels.encode, grid, numbers, options)

@@ -21,11 +21,12 @@ import os
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from bitbrush.kernels.launching import Described, Launch
 from bitbrush.numbers.packing import padded, plane_starts
 
 LINEAR, FLAT, GATHERED = 0, 1, 2
@@ -34,8 +35,7 @@ ONE_ROW, BY_SAMPLE, BY_ROW, JOINED = 0, 1, 2, 3
 outputs of a layer where several are joined."""
 
 
-@dataclass(frozen=True)
-class Frame:
+class Frame(NamedTuple):
     """Geometry of a convolution's input in memory.
 
     Args:
@@ -102,8 +102,10 @@ class Config:
         return most if most <= 128 else None
 
 
-@dataclass(frozen=True)
-class Tables:
+_USUAL = Config()
+
+
+class Tables(NamedTuple):
     """What turns sums into values: see docs/format.md.
 
     Args:
@@ -124,8 +126,7 @@ class Tables:
     others: tuple[tuple[Tensor, Tensor, Tensor], ...] = ()
 
 
-@dataclass(frozen=True)
-class Extra:
+class Extra(NamedTuple):
     """What is added before the one rounding: ``bias [N]``, ``shared [samples, N]``, ``residual`` like the output."""
 
     bias: Tensor | None = None
@@ -133,8 +134,7 @@ class Extra:
     residual: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Next:
+class Next(NamedTuple):
     """What encodes the output of a gated product for the layer that follows: `encode` with one row of the tables."""
 
     inverse: Tensor
@@ -173,37 +173,75 @@ def product(
         per_sample: Rows of a sample (linear layers).
         sums: int32 ``[S, M, N]`` to which the corrected sums are written, for tests.
     """
+    extra, config = extra or Extra(), config or _USUAL
+    n, kind = w.shape[0], tables.kind
+    key = (a.shape, a.stride(), w.shape, w.stride(), widths, frame, per_sample, kind, len(tables.others),
+           extra.bias is None, extra.shared is None, extra.residual is None, sums is None, a.device,
+           early(a.device))  # fmt: skip
+    known = _PRODUCTS.get(key)
+    if known is None or known.asked is not config:
+        known = _PRODUCTS[key] = _cut_product(a, w, tables, widths, frame, per_sample, extra, config, sums is not None)
+    rows = a.shape[0] // (1 + len(tables.others))
+    shape = (rows, n) if frame is None else (frame.batch, *frame.out, n)
+    y = torch.empty(shape, dtype=dtype, device=a.device)
+    if not y.numel():
+        return y
+    bias, shared, residual = (y if t is None else t for t in extra)
+    kept, others = y if sums is None else sums, tables.others
+    given: tuple[Any, ...] = tables[:3]
+    of_weight = (tables.weight_scale, tables.weight_sum)
+    tensors = (a, w, y, kept, bias, residual, shared, *given, *of_weight)
+    if kind == JOINED:
+        given = tuple(zip(given, *others, strict=True))
+        tensors = (*tensors, *[t for other in others for t in other])
+    if known.left is None or known.right is None:
+        left, right = a, w
+    else:
+        left, right = known.left(a), known.right(w)
+    known.launch(tensors, (left, right, y, kept, bias, residual, shared, *given, *of_weight))
+    return y
+
+
+class _Cut(NamedTuple):
+    """A product as it is launched: by which config, what describes its operands where they are copied so."""
+
+    asked: Config
+    launch: Launch
+    left: Described | None
+    right: Described | None
+
+
+_PRODUCTS: dict[Any, _Cut] = {}
+_GATED: dict[Any, _Cut] = {}
+
+
+def _cut_product(
+    a: Tensor, w: Tensor, tables: Tables, widths: tuple[int, ...], frame: Frame | None, per_sample: int, extra: Extra,
+    asked: Config, keep: bool,
+) -> _Cut:
     from bitbrush.kernels import triton_int8_kernels as kernels
 
-    extra, config = extra or Extra(), fitting(config or Config(), widths, frame)
-    n, parts, given = w.shape[0], 1 + len(tables.others), (tables.scale, tables.zero_point, tables.times)
+    config = fitting(asked, widths, frame)
+    parts = 1 + len(tables.others)
     if frame is None:
         m = out_rows = a.shape[0] // parts
-        shape: tuple[int, ...] = (m, n)
         spatial, (out_h, out_w), place = LINEAR, (1, 1), Frame(1, 1, 1)
     else:
         out_h, out_w = frame.out
         out_rows, place = frame.batch * out_h * out_w, frame
-        spatial, shape = (FLAT if config.tma else GATHERED), (frame.batch, out_h, out_w, n)
+        spatial = FLAT if config.tma else GATHERED
         m = ((frame.batch - 1) * frame.height + out_h - 1) * frame.pitch + out_w if config.tma else out_rows
-    y = torch.empty(shape, dtype=dtype, device=a.device)
-    if not y.numel():
-        return y
-    columns = n // parts
-    left, right = _operands(a, w, config)
-    with torch.cuda.device_of(a):
-        kernels.product[(-(-m // config.bm) * -(-columns // config.bn) * parts,)](
-            left, right, y, y if sums is None else sums, *(y if t is None else t for t in (
-                extra.bias, extra.residual, extra.shared)),
-            *(zip(given, *tables.others, strict=True) if tables.kind == JOINED else given), tables.weight_scale,
-            tables.weight_sum, m, columns, out_rows, m if parts > 1 else 0, per_sample, place.pitch, place.height,
-            out_h, out_w, place.stride, a.stride(0), w.stride(0), widths[0],
-            WIDTHS=widths if frame is not None or len(widths) > 1 else (0,), KH=place.kernel[0], KW=place.kernel[1],
-            TABLE=tables.kind, PARTS=parts, SPATIAL=spatial, TMA=config.tma, BIAS=extra.bias is not None,
-            RESIDUAL=extra.residual is not None, SHARED=extra.shared is not None, KEEP=sums is not None,
-            **_cut(config, a.device),
-        )
-    return y
+    columns = w.shape[0] // parts
+    numbers = (m, columns, out_rows, m if parts > 1 else 0, per_sample, place.pitch, place.height, out_h, out_w,
+               place.stride, a.stride(0), w.stride(0), widths[0])  # fmt: skip
+    options = {
+        "WIDTHS": widths if frame is not None or len(widths) > 1 else (0,), "KH": place.kernel[0],
+        "KW": place.kernel[1], "TABLE": tables.kind, "PARTS": parts, "SPATIAL": spatial, "TMA": config.tma,
+        "BIAS": extra.bias is not None, "RESIDUAL": extra.residual is not None, "SHARED": extra.shared is not None,
+        "KEEP": keep, **_cut(config, a.device),
+    }
+    grid = (-(-m // config.bm) * -(-columns // config.bn) * parts,)
+    return _Cut(asked, Launch(kernels.product, grid, numbers, options), *_operands(a, w, config))
 
 
 def gated(
@@ -218,25 +256,41 @@ def gated(
         tables: ONE_ROW.
         dtype: To which product, gelu and their product are rounded.
     """
+    config = config or _USUAL
+    key = (a.shape, a.stride(), w.shape, w.stride(), width, dtype, then.top, bias is None, then.factor is None,
+           a.device, early(a.device))  # fmt: skip
+    known = _GATED.get(key)
+    if known is None or known.asked is not config:
+        known = _GATED[key] = _cut_gated(a, w, width, dtype, then, bias is not None, config)
+    y = torch.empty((a.shape[0], padded((w.shape[0] // 2,))[0]), dtype=torch.int8, device=a.device)
+    if not y.numel():
+        return y
+    rest = (y, y if bias is None else bias, *tables[:3], tables.weight_scale, tables.weight_sum,
+            y if then.factor is None else then.factor, then.inverse, then.zero_point, then.times)  # fmt: skip
+    if known.left is None or known.right is None:
+        known.launch((a, w, *rest))
+    else:
+        known.launch((a, w, *rest), (known.left(a), known.right(_paired(w)), *rest))
+    return y
+
+
+def _cut_gated(
+    a: Tensor, w: Tensor, width: int, dtype: torch.dtype, then: Next, bias: bool, asked: Config
+) -> _Cut:
     import triton.language as tl
 
     from bitbrush.kernels import triton_int8_kernels as kernels
 
-    config = fitting(config or Config(), (width,), None)
+    config = fitting(asked, (width,), None)
     m, n = a.shape[0], w.shape[0] // 2
-    y = torch.empty((m, padded((n,))[0]), dtype=torch.int8, device=a.device)
-    if not y.numel():
-        return y
-    left, right = _operands(a, w, config, paired=True)
-    with torch.cuda.device_of(a):
-        kernels.gated[(-(-m // config.bm) * -(-y.shape[1] // (config.bn // 2)),)](
-            left, right, y, y if bias is None else bias, tables.scale, tables.zero_point, tables.times,
-            tables.weight_scale, tables.weight_sum, y if then.factor is None else then.factor, then.inverse,
-            then.zero_point, then.times, float(then.top), m, n, a.stride(0), w.stride(0), y.stride(0), width,
-            TMA=config.tma, BIAS=bias is not None, FACTOR=then.factor is not None,
-            TYPE=getattr(tl, str(dtype).removeprefix("torch.")), **_cut(config, a.device),
-        )
-    return y
+    (length,) = padded((n,))
+    options = {
+        "TMA": config.tma, "BIAS": bias, "FACTOR": then.factor is not None,
+        "TYPE": getattr(tl, str(dtype).removeprefix("torch.")), **_cut(config, a.device),
+    }
+    grid = (-(-m // config.bm) * -(-length // (config.bn // 2)),)
+    numbers = (float(then.top), m, n, a.stride(0), w.stride(0), length, width)
+    return _Cut(asked, Launch(kernels.gated, grid, numbers, options), *_operands(a, w, config, paired=True))
 
 
 def _cut(config: Config, device: torch.device) -> dict[str, Any]:
@@ -252,9 +306,10 @@ def launched(device: torch.device) -> dict[str, Any]:
     return {"EARLY": True, "launch_pdl": True} if early(device) else {"EARLY": False}
 
 
+@cache
 def early(device: torch.device) -> bool:
     """Whether a kernel is launched while the one before it still runs, for whose end it then waits itself: this hides
-    the time of a launch. ``BITBRUSH_EARLY=1``, on GPUs that can."""
+    the time of a launch. ``BITBRUSH_EARLY=1``, on GPUs that can; asked once."""
     return os.environ.get("BITBRUSH_EARLY") == "1" and device.type == "cuda" and _capability(device) >= (9, 0)
 
 
@@ -263,17 +318,18 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def _operands(a: Tensor, w: Tensor, config: Config, paired: bool = False) -> tuple[Any, Any]:
-    """Pointers or descriptors of copies: of two halves of w's rows at once where they are paired."""
-    if not config.tma:
-        return a, w
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    left = TensorDescriptor.from_tensor(a, [config.bm, config.bk])
+def _operands(a: Tensor, w: Tensor, config: Config, paired: bool = False) -> tuple[Described | None, Described | None]:
+    """What describes the operands for copies (None: pointers do): two halves of w's rows at once where paired."""
+    if not config.tma or not a.numel() or not w.numel():
+        return None, None
+    left = Described(a, [config.bm, config.bk])
     if paired:
-        halves = w.unflatten(0, (2, -1))
-        return left, TensorDescriptor.from_tensor(halves, [2, config.bn // 2, config.bk])
-    return left, TensorDescriptor.from_tensor(w, [config.bn, config.bk])
+        return left, Described(_paired(w), [2, config.bn // 2, config.bk])
+    return left, Described(w, [config.bn, config.bk])
+
+
+def _paired(w: Tensor) -> Tensor:
+    return w.unflatten(0, (2, -1))
 
 
 def unpack(
@@ -288,17 +344,30 @@ def unpack(
         order: The row of ``out`` of each packed row; None: the same.
         halved: Symmetric 1-bit rows.
     """
+    key = (out.shape, data.shape, data.stride(), bits, zero_point.shape, order is None, counts, taps, halved)
+    launch = _UNPACKED.get(key)
+    if launch is None:
+        ordered = order is not None
+        launch = _UNPACKED[key] = _cut_rows(out, data, bits, zero_point, ordered, counts, widths, taps, halved)
+    launch((data, zero_point, data if order is None else order, out))
+
+
+_UNPACKED: dict[Any, Launch] = {}
+
+
+def _cut_rows(
+    out: Tensor, data: Tensor, bits: int, zero_point: Tensor, order: bool, counts: tuple[int, ...],
+    widths: tuple[int, ...], taps: int, halved: bool,
+) -> Launch:
     from bitbrush.kernels import triton_int8_kernels as kernels
 
     length, rows, columns, height = out.shape[1], data.shape[0], 256, 16
-    ends = tuple(accumulate(width * taps for width in widths))
-    with torch.cuda.device_of(out):
-        kernels.unpack[(-(-rows // height), -(-length // columns))](
-            data, zero_point, data if order is None else order, out, rows, length, data.stride(0),
-            *plane_starts(length, bits), zero_point.shape[1],
-            ENDS=ends, REAL=tuple(zip(counts, widths, strict=True)), BITS=bits, ORDER=order is not None,
-            HALVED=halved, BR=height, BK=columns, num_warps=4,
-        )
+    numbers = (rows, length, data.stride(0), *plane_starts(length, bits), zero_point.shape[1])
+    options = {
+        "ENDS": tuple(accumulate(width * taps for width in widths)), "REAL": tuple(zip(counts, widths, strict=True)),
+        "BITS": bits, "ORDER": order, "HALVED": halved, "BR": height, "BK": columns, "num_warps": 4,
+    }
+    return Launch(kernels.unpack, (-(-rows // height), -(-length // columns)), numbers, options)
 
 
 @cache

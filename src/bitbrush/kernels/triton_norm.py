@@ -9,11 +9,14 @@ Importing this module does not import Triton.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from bitbrush.kernels.launching import Launch
 from bitbrush.kernels.triton_encode import CHUNK, CHUNKS, WARPS, border_lines
-from bitbrush.kernels.triton_int8 import Frame, launched, processors
+from bitbrush.kernels.triton_int8 import Frame, early, launched, processors
 from bitbrush.numbers import packing
 
 MOST_CHUNKS = 64
@@ -54,23 +57,38 @@ def layer_norm(
     Args:
         tables: (inverse, zero_point, times, factor or None) of each of the P consumers.
     """
+    rows, channels = x.shape
+    factors = tuple(f is not None for *_, f in tables)
+    key = (x.shape, weight is None, bias is None, eps, tops, factors, x.device, early(x.device))
+    launch = _LAYER_NORMS.get(key)
+    if launch is None:
+        launch = _LAYER_NORMS[key] = _cut_rows(x, weight is not None, bias is not None, eps, tops, factors)
+    out = torch.empty((len(tops) * rows, *packing.padded((channels,))), dtype=torch.int8, device=x.device)
+    if not out.numel():
+        return out
+    given = tuple([(i, z, t, x if f is None else f) for i, z, t, f in tables])
+    alone = (x, x if weight is None else weight, x if bias is None else bias, out)
+    launch((*alone, *[t for table in given for t in table]), (*alone, given))
+    return out
+
+
+_LAYER_NORMS: dict[Any, Launch] = {}
+
+
+def _cut_rows(
+    x: Tensor, weight: bool, bias: bool, eps: float, tops: tuple[int, ...], factors: tuple[bool, ...]
+) -> Launch:
     from bitbrush.kernels import triton_norm_kernels as kernels
 
     rows, channels = x.shape
     (length,) = packing.padded((channels,))
-    out = torch.empty((len(tops) * rows, length), dtype=torch.int8, device=x.device)
-    if not out.numel():
-        return out
     warps, parts, height = row_cut(length)
-    with torch.cuda.device_of(x):
-        kernels.layer_norm[(-(-rows // height),)](
-            x, x if weight is None else weight, x if bias is None else bias, out,
-            tuple((i, z, t, x if f is None else f) for i, z, t, f in tables), eps, rows,
-            TOPS=tops, CHANNELS=channels, LENGTH=length, WEIGHT=weight is not None, BIAS=bias is not None,
-            FACTORS=tuple(f is not None for *_, f in tables), PARTS=parts, BR=height, INNER=warps * PIECE,
-            VECTOR=VECTOR, num_warps=warps, maxnreg=REGISTERS, enable_fp_fusion=False, **launched(x.device),
-        )
-    return out
+    options = {
+        "TOPS": tops, "CHANNELS": channels, "LENGTH": length, "WEIGHT": weight, "BIAS": bias, "FACTORS": factors,
+        "PARTS": parts, "BR": height, "INNER": warps * PIECE, "VECTOR": VECTOR, "num_warps": warps,
+        "maxnreg": REGISTERS, "enable_fp_fusion": False, **launched(x.device),
+    }
+    return Launch(kernels.layer_norm, (-(-rows // height),), (eps, rows), options)
 
 
 def sum_block(groups: int, size: int) -> tuple[int, int]:
@@ -86,6 +104,21 @@ def group_sums(x: Tensor, groups: int) -> tuple[Tensor, Tensor, int]:
     Args:
         x: ``[B, C, H, W]``, channels last.
     """
+    key = (x.shape, groups, x.device, early(x.device))
+    known = _SUMS.get(key)
+    if known is None:
+        known = _SUMS[key] = _cut_sums(x, groups)
+    launch, chunks, chunk = known
+    mean, square = torch.empty((2, x.shape[0], chunks, groups), dtype=torch.float32, device=x.device)
+    launch((x, mean, square))
+    return mean, square, chunk
+
+
+_SUMS: dict[Any, tuple[Launch, int, int]] = {}
+
+
+def _cut_sums(x: Tensor, groups: int) -> tuple[Launch, int, int]:
+    """The launch, and how many chunks of how many pixels there are."""
     from bitbrush.kernels import triton_norm_kernels as kernels
 
     batch, channels, pixels = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
@@ -98,14 +131,12 @@ def group_sums(x: Tensor, groups: int) -> tuple[Tensor, Tensor, int]:
     chunk = -(-pixels // wanted)
     chunk = -(-chunk // step) * step
     chunks = -(-pixels // chunk)
-    mean, square = torch.empty((2, batch, chunks, groups), dtype=torch.float32, device=x.device)
-    with torch.cuda.device_of(x):
-        kernels.group_sums[(blocks, chunks, batch)](
-            x, mean, square, pixels, chunk, chunks,
-            CHANNELS=channels, SIZE=size, GROUPS=groups, BLOCK=block, BG=power(block), BC=columns, LANES=lanes,
-            DEEP=deep, EVEN=pixels % step == 0, num_warps=SUM_WARPS, enable_fp_fusion=False, **launched(x.device),
-        )
-    return mean, square, chunk
+    options = {
+        "CHANNELS": channels, "SIZE": size, "GROUPS": groups, "BLOCK": block, "BG": power(block), "BC": columns,
+        "LANES": lanes, "DEEP": deep, "EVEN": pixels % step == 0, "num_warps": SUM_WARPS, "enable_fp_fusion": False,
+        **launched(x.device),
+    }
+    return Launch(kernels.group_sums, (blocks, chunks, batch), (pixels, chunk, chunks), options), chunks, chunk
 
 
 def column_blocks(counts: tuple[int, ...]) -> tuple[tuple[tuple[int, int, int, int, int], ...], int]:
@@ -146,28 +177,44 @@ def _normed(
     tables: tuple[Tensor, Tensor, Tensor] | None, counts: tuple[int, ...], top: int, frame: Frame | None,
     factor: Tensor | None,
 ) -> None:
-    from bitbrush.kernels import triton_norm_kernels as kernels
-
     if not out.numel():
         return
-    batch, channels, pixels = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
-    place = frame or Frame(batch, x.shape[2], x.shape[3])
     mean, square, chunk = group_sums(x, groups)
+    key = (x.shape, out.shape, groups, eps, silu, tables is None, counts, top, frame, factor is None, mean.shape[1],
+           chunk, x.device, early(x.device))  # fmt: skip
+    launch = _GROUP_NORMS.get(key)
+    if launch is None:
+        launch = _GROUP_NORMS[key] = _cut_pictures(x, out, groups, eps, silu, tables is not None, counts, top, frame,
+                                                   factor is not None, (mean.shape[1], chunk))  # fmt: skip
+    launch((x, mean, square, weight, bias, out, *(tables or (x, x, x)), x if factor is None else factor))
+
+
+_GROUP_NORMS: dict[Any, Launch] = {}
+
+
+def _cut_pictures(
+    x: Tensor, out: Tensor, groups: int, eps: float, silu: bool, codes: bool, counts: tuple[int, ...], top: int,
+    frame: Frame | None, factor: bool, summed: tuple[int, int],
+) -> Launch:
+    """summed: chunks of the sums, and pixels of one."""
+    from bitbrush.kernels import triton_norm_kernels as kernels
+
+    (batch, channels, high, wide), (chunks, chunk) = x.shape, summed
+    pixels, place = high * wide, frame or Frame(batch, high, wide)
     size, (blocks, many) = channels // groups, column_blocks(counts)
     below = border_lines(place) * place.pitch
     rows = place.height * place.pitch + below
     programs = max(1, PROGRAMS * processors(x.device) // (batch * many))
     span = max(ROWS, -(-rows // programs // ROWS) * ROWS)
-    with torch.cuda.device_of(x):
-        kernels.group_norm[(many, -(-rows // span), batch)](
-            x, mean, square, weight, bias, out, *(tables or (x, x, x)), x if factor is None else factor, float(top),
-            eps, pixels, chunk, mean.shape[1], span, batch, place.pitch, place.height, place.pad, place.high,
-            place.wide, below,
-            BLOCKS=blocks, CHANNELS=channels, LENGTH=channels if tables is None else out.shape[1], SIZE=size,
-            GROUPS=groups, SILU=silu, FACTOR=factor is not None, SPATIAL=frame is not None, CODES=tables is not None,
-            MOST=power(mean.shape[1]), BG=power(min(groups, (COLUMNS - 1) // size + 2)), BC=COLUMNS, BR=ROWS,
-            num_warps=WARPS, enable_fp_fusion=False, **launched(x.device),
-        )
+    numbers = (float(top), eps, pixels, chunk, chunks, span, batch, place.pitch, place.height, place.pad, place.high,
+               place.wide, below)  # fmt: skip
+    options = {
+        "BLOCKS": blocks, "CHANNELS": channels, "LENGTH": out.shape[1] if codes else channels, "SIZE": size,
+        "GROUPS": groups, "SILU": silu, "FACTOR": factor, "SPATIAL": frame is not None, "CODES": codes,
+        "MOST": power(chunks), "BG": power(min(groups, (COLUMNS - 1) // size + 2)), "BC": COLUMNS, "BR": ROWS,
+        "num_warps": WARPS, "enable_fp_fusion": False, **launched(x.device),
+    }
+    return Launch(kernels.group_norm, (many, -(-rows // span), batch), numbers, options)
 
 
 def geglu(

@@ -13,10 +13,10 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -59,8 +59,7 @@ def untimed() -> Iterator[None]:
         _UNTIMED.reset(token)
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """What a cut depends on. parts: layers in one product that have codes of their own; gated: `triton_int8.gated`."""
 
     rows: int
@@ -115,6 +114,21 @@ def by_rule(problem: Problem, processors: int = 132) -> Config:
 
 def config(problem: Problem, device: torch.device, run: Callable[[Config], Any]) -> Config:
     """The fastest cut known for a problem, or found now by running it."""
+    met = _MET.get((problem, device))
+    return _met(problem, device, run) if met is None else met
+
+
+_MET: dict[tuple[Problem, torch.device], Config] = {}
+"""Cuts that this process has asked for: to find the file and a key in it takes as long as a launch."""
+
+
+def forget() -> None:
+    """Read again what lies on disk."""
+    _MET.clear()
+    _known.cache_clear()
+
+
+def _met(problem: Problem, device: torch.device, run: Callable[[Config], Any]) -> Config:
     known = _known(str(device), _file(device))
     found = known.get(problem.key())
     if found is None:
@@ -122,6 +136,7 @@ def config(problem: Problem, device: torch.device, run: Callable[[Config], Any])
             return by_rule(problem, _processors(device))
         found = known[problem.key()] = _fastest(problem, device, run)
         _keep(_file(device), known)
+    _MET[problem, device] = found
     return found
 
 

@@ -83,8 +83,11 @@ class Clock(nn.Module):
                 why="the layer was called outside a denoiser forward",
                 try_="call the whole denoiser, or wrap the call in `with clock.at(t):`",
             )
-        grid, last = self.timesteps, self.timesteps.numel() - 1
-        if last < 0:
+        grid = self.timesteps
+        known = None if self._found is None else self._found.get(lookup)
+        if known is not None and known.device == grid.device:
+            return known
+        if not grid.numel():
             raise InputError(
                 "the time grid is empty, so timestep-dependent scales cannot be chosen",
                 where="a layer with a table of scales a timestep", why="no step has said which timesteps there are",
@@ -93,10 +96,8 @@ class Clock(nn.Module):
         now = self.now.to(grid.device)  # offloading may have moved the model since the call began
         if self._found is None:
             return self._look(now, lookup)
-        known = self._found.get(lookup)
-        if known is None or known.device != grid.device:
-            known = self._found[lookup] = self._look(now, lookup)
-            self._say(now, known, lookup)
+        known = self._found[lookup] = self._look(now, lookup)
+        self._say(now, known, lookup)
         return known
 
     def _look(self, now: Tensor, lookup: Lookup) -> Tensor:

@@ -9,14 +9,12 @@ A `QuantLinear` or `QuantConv2d` stands in place of the original module. It has
 
 The weight is stored as *codes*. `pack` packs those codes; nothing is ever quantized twice. While a step trains, it puts
 the relaxed weight into ``trial_weight`` (a bias into ``trial_bias``) and the sim face uses it; a forward never changes
-state. A bias that was trained is the buffer ``trained_bias`` until `pack` makes it the layer's; the float face keeps
-the teacher's.
+state. A trained bias is a buffer, ``trained_bias``, until `pack` makes it the layer's; float keeps the teacher's.
 
 With ``LayerSpec.input_scale`` the layer computes with ``x * input_scale``, and the codes are those of the *scaled*
 weight ``W / input_scale``: the product is the same, the ranges are not (smoothing). Only `prepare` multiplies. With
 ``LayerSpec.low_rank`` a branch in 16 bits stands beside the product; the codes are those of what it leaves over. With
-``LayerSpec.rotation`` (linear layers) input and weight are then rotated by the same orthogonal matrix, see
-`numbers.rotation`; it has no tensors.
+``LayerSpec.rotation`` (linear layers) both are then rotated by one orthogonal matrix (`numbers.rotation`).
 
 Both classes derive from the torch class they replace, with ``weight`` as a read-only property that decodes: adapters
 (LoRA through PEFT) then accept the layer as a base. A merge cannot be written back; the plug-in refuses it by name.
@@ -82,7 +80,7 @@ class QuantLayer(nn.Module):
         self.kernel_of: dict[str, str] = {}  # where that is "auto": by kind of device
         self.trial_weight: Tensor | None = None
         self.trial_bias: Tensor | None = None
-        self._row_tables: dict[str, Tensor] = {}  # of mixed bits, by what and where: `top` and `binary_rows`
+        self._row_tables: dict[Any, Tensor] = {}  # by what and where: of mixed bits, and what a kernel keeps
         self.float_weight = None
         self.register_buffer("codes", None, persistent=False)
         self.register_buffer("trained_bias", None, persistent=False)
@@ -207,8 +205,7 @@ class QuantLayer(nn.Module):
 
     def set_weight(self, codes: Tensor, scale: Tensor, zero_point: Tensor) -> None:
         """Store the codes (weight's shape, uint8) and their tables ``[N, S]``."""
-        device = self.weight_scale.device
-        codes = codes.detach().to(device, torch.uint8)
+        device, codes = self.weight_scale.device, codes.detach().to(self.weight_scale.device, torch.uint8)
         self.codes = codes.clone(memory_format=torch.contiguous_format)  # 1x1 weights have ambiguous strides
         self.weight_scale = scale.detach().float().to(device).contiguous()
         self.weight_zero_point = zero_point.detach().to(device=device, dtype=torch.uint8).contiguous()
@@ -292,6 +289,10 @@ class QuantLayer(nn.Module):
         self._row_tables.clear()
         kernels.prepare(self)
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._apply(lambda tensor: tensor)  # what was kept is made again
 
     def computed(self, x: Tensor, weight: Tensor) -> Tensor:
         """The output that the sim face and the reference kernel give for a decoded weight."""
