@@ -151,9 +151,9 @@ def test_all_parts_of_mpqdm_together(tmp_path: Path) -> None:
 @pytest.mark.parametrize("pipe", [plain, text])
 def test_quests_stages_move_only_their_own(pipe: Any, tmp_path: Path) -> None:
     losses = {"output": 1.0, "layers": 1.0}
-    guided = pipe is text
-    one = tune(FULL, id="one", layers="time_proj", scales="own", losses=losses, order="sequential", iterations=8)
-    two = tune(FULL, id="two", layers="qkv_ff", scales="not_time", losses=losses, iterations=8)
+    guided, gentle = pipe is text, {**FULL, "lr_weights": 1e-3}  # at 2e-3 eight iterations better nothing on some CPUs
+    one = tune(gentle, id="one", layers="time_proj", scales="own", losses=losses, order="sequential", iterations=16)
+    two = tune(gentle, id="two", layers="qkv_ff", scales="not_time", losses=losses, iterations=16)
     head = TIMED + '"*:q | *:k | *:v | *:softmax" = { activation = { bits = 8, timed = true } }\n'
     start, first, second = pair(tmp_path, head, (GUIDED if guided else WALKS) + SPLIT + FIT + RANGES, one, two,
                                 pipe=pipe)
