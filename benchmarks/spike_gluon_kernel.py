@@ -140,6 +140,13 @@ def _added(acc, left, right, BMC: gl.constexpr, BN: gl.constexpr):
 
 
 @gluon.jit
+def _of_columns(sum_w_ptr, scale_w_ptr, bias_ptr, first, n_count, centre, BN: gl.constexpr):
+    """(corrections, scales, biases) of BN columns."""
+    n = first + gl.arange(0, BN, layout=_table_layout(BN))
+    return _asked(sum_w_ptr, n, n_count) * centre, _asked(scale_w_ptr, n, n_count), _asked(bias_ptr, n, n_count)
+
+
+@gluon.jit
 def _consumer(
     a_ring, w1_ring, w2_ring, full, empty, turn, tables1, tables2, y1, y2, stage1, stage2, y_ptr, acc_ptr, bias_ptr,
     residual_ptr, scale_a_ptr, zero_a_ptr, times_ptr, scale_w_ptr, sum_w_ptr, trace_ptr, tiles_m, tiles_n, m_count,
@@ -165,16 +172,10 @@ def _consumer(
         m0 = row * (COPIES * BMC) + INDEX * BMC
         n0 = column * (BN1 + BN2)
         # what belongs to the columns: asked for now, so that nothing waits for memory after the sums
-        n1 = n0 + gl.arange(0, BN1, layout=_table_layout(BN1))
-        sums1 = _asked(sum_w_ptr, n1, n_count) * centre
-        scales1 = _asked(scale_w_ptr, n1, n_count)
-        bias1 = _asked(bias_ptr, n1, n_count)
+        sums1, scales1, bias1 = _of_columns(sum_w_ptr, scale_w_ptr, bias_ptr, n0, n_count, centre, BN1)
         acc1 = gl.zeros([BMC, BN1], gl.int32, layout=_sums_layout(BN1))
         if BN2 > 0:
-            n2 = n0 + BN1 + gl.arange(0, BN2, layout=_table_layout(BN2))
-            sums2 = _asked(sum_w_ptr, n2, n_count) * centre
-            scales2 = _asked(scale_w_ptr, n2, n_count)
-            bias2 = _asked(bias_ptr, n2, n_count)
+            sums2, scales2, bias2 = _of_columns(sum_w_ptr, scale_w_ptr, bias_ptr, n0 + BN1, n_count, centre, BN2)
             acc2 = gl.zeros([BMC, BN2], gl.int32, layout=_sums_layout(BN2))
         at = position % STAGES
         phase = (position // STAGES) & 1

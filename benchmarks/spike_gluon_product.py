@@ -32,10 +32,10 @@ import spike_gluon_kernel as kernel
 import torch
 import triton
 from torch import Tensor
+from tune_int8 import graph_time
 
 LIMIT, PATIENCE = 10.0, 90.0
 """Seconds between two lines of a process: from `built` on, and before (it starts, compiles)."""
-RUNS, REPEATS = 20, 5
 SHAPES = (
     (2048, 10240, 1280), (2048, 1280, 1280), (2048, 1280, 5120), (8192, 5120, 640), (8192, 640, 640),
     (8192, 640, 2560), (4608, 12288, 3072), (4608, 3072, 3072), (4608, 3072, 15360), (1000, 1296, 656),
@@ -160,26 +160,6 @@ def ours(given: dict[str, Tensor], config: Any) -> Tensor:
                       extra=i8.Extra(bias=given["bias"]))
 
 
-def timed(run: Callable[[], Any]) -> float:
-    """Microseconds: of graphs of RUNS launches, the median of REPEATS."""
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(RUNS):
-            run()
-    graph.replay()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    times = []
-    for _ in range(REPEATS):
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(1000 * start.elapsed_time(end) / RUNS)
-    return sorted(times)[REPEATS // 2]
-
-
 def _difference(found: Tensor, wanted: Tensor) -> str:
     wrong = found != wanted
     if not wrong.any():
@@ -242,7 +222,7 @@ def timing(item: Item, given: dict[str, Tensor], wanted: tuple[Tensor, Tensor], 
         checks["output"] = _difference(y, wanted[1])
     torch.cuda.synchronize()
     say(state="built")
-    us = timed(run)
+    us = graph_time(run, "cuda")
     if item.what in BYNAME:  # once more, after all those launches
         checks["again"] = _difference(y, wanted[1])
     say(state="done", us=us, **checks)
@@ -376,7 +356,7 @@ def on_gpu(out: Path, budget: float) -> None:
     """Build, ladder, timings; JSON after every item."""
     begin = time.time()
     until = begin + budget - 3
-    found: dict[str, Any] = {"triton": triton.__version__, "gpu": torch.cuda.get_device_name(), "runs": RUNS,
+    found: dict[str, Any] = {"triton": triton.__version__, "gpu": torch.cuda.get_device_name(),
                              "ladder": {}, "results": {}}  # fmt: skip
     parts = max(2, min(12, (os.cpu_count() or 4) - 2))
     makers = [myself("--built", f"{i}/{parts}") for i in range(parts)]

@@ -16,6 +16,7 @@ The model gets a class that derives from its own and has its name, as `bitbrush.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import warnings
 from collections import OrderedDict
@@ -70,8 +71,7 @@ class Graphs:
 
     def __deepcopy__(self, memo: Any) -> Graphs:
         """A copy of the model has graphs of its own."""
-        new = object.__new__(Graphs)
-        new.keep, new.record, new.kind, new.names = self.keep, self.record, self.kind, self.names
+        new = copy.copy(self)
         new.clear()
         return new
 
@@ -87,12 +87,12 @@ class Graphs:
             self.parts = _Parts(model)
         if not self.parts.quiet(model):
             return plain(*args, **kwargs)
-        args, kwargs = self._timed(args, kwargs, device)
+        args, kwargs, timestep = self._timed(args, kwargs, device)
         leaves, shape = pytree.tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if any(t.device != device for t in tensors) or not all(isinstance(x, (Tensor, *PLAIN)) for x in leaves):
             return plain(*args, **kwargs)
-        self.parts.notice(model, self._of(args, kwargs))
+        self.parts.notice(model, timestep)
         key = (shape, torch.is_inference_mode_enabled(), self.parts.state(model), tuple(
             (tuple(x.shape), x.stride(), x.dtype) if isinstance(x, Tensor) else (type(x), x) for x in leaves))
         if key not in self.known:
@@ -119,30 +119,25 @@ class Graphs:
         try:
             graph.replay, graph.output = self.record(lambda: plain(*args, **kwargs), self.pool)
         except RuntimeError as error:
-            warnings.warn(f"bitbrush could not capture a CUDA graph of {type(self).__name__.lower()} for these inputs, "
-                          f"which run without one: {str(error).splitlines()[0]}", Notice, stacklevel=4)
+            warnings.warn("bitbrush could not capture a CUDA graph for inputs like these, which run without one: "
+                          f"{str(error).splitlines()[0]}", Notice, stacklevel=4)
         return graph
-
-    def _of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The timestep of a call; None where the model takes none."""
-        if "timestep" in kwargs or "timestep" not in self.names:
-            return kwargs.get("timestep")
-        place = self.names.index("timestep")
-        return args[place] if place < len(args) else None
 
     def _timed(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments with the timestep as a tensor on the device: a number would become part of the graph."""
-        given = self._of(args, kwargs)
-        if given is None or (isinstance(given, Tensor) and given.device == device):
-            return args, kwargs
+    ) -> tuple[tuple[Any, ...], dict[str, Any], Tensor | None]:
+        """The arguments with the timestep as a tensor on the device (a number would become part of the graph), and
+        that tensor; None where the model takes none."""
+        place = self.names.index("timestep") if "timestep" in self.names else len(args)
+        given = kwargs.get("timestep", args[place] if place < len(args) else None)
+        if given is None:
+            return args, kwargs, None
         if not isinstance(given, Tensor):  # as diffusers makes a tensor of a number
             given = torch.tensor(given, dtype=torch.float64 if isinstance(given, float) else torch.int64)
+        given = given.to(device)
         if "timestep" in kwargs:
-            return args, {**kwargs, "timestep": given.to(device)}
-        place = self.names.index("timestep")
-        return (*args[:place], given.to(device), *args[place + 1 :]), kwargs
+            return args, {**kwargs, "timestep": given}, given
+        return (*args[:place], given, *args[place + 1 :]), kwargs, given
 
 
 class _Parts:
