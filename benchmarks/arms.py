@@ -86,6 +86,7 @@ def bars() -> list[Run]:
     found += [first, Run("cifar10-ddpm", "adpdm", "w4a4", "bar", preset("adaround"), after=first.name)]
     found += [Run("cifar10-ddpm", "adpdm", bits, "static", f"{preset('static')} {ada}", after=first.name)
               for bits in ("w4a6", "w4a4")]  # fmt: skip
+    found += [Run("cifar10-ddpm", "adpdm", "w6a6", "adaround", f"{preset('conv-in-8')} {ada}")]
     found += [Run("emoji-sd", "pcr", "w8a6", arm, preset(arm)) for arm in ("bar", "no-relax", "random")]
     for model, recipe, bits, flags in (
         ("emoji-sd", "qdiffusion", "w4a8", ""), ("cifar10-ddpm", "qdiffusion", "w4a8", ""),

@@ -22,12 +22,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from bitbrush.network import graphs
+from bitbrush.network.layers import QuantLayer
 from speed import networks, ours, timing
 from speed.models import Inputs, Model
 from speed.record import Item, Record, told
 
 WARM, WALL_STEPS, ROUNDS = 3, 10, 11
 BY_BLOCKS, WHOLE = "compiled by blocks", "compiled"
+LOADED = "eager, `load(graph=True)`"
+"""As a user gets graphs: inputs are copied in, the answer out, and the timestep is looked at, in every call."""
 BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D", "Upsample2D", "Downsample2D", "FluxSingleTransformerBlock")
 """Classes of diffusers that are compiled for themselves."""
 WAYS = {"auto": ((BY_BLOCKS, WHOLE), (BY_BLOCKS,)), "both": ((BY_BLOCKS, WHOLE),) * 2, "whole": ((WHOLE,),) * 2,
@@ -51,8 +55,8 @@ class Step:
     calls: dict[str, Callable[[], Any]]
 
     def strongest(self) -> str:
-        """The way that takes the shortest time on the wall."""
-        known = {name: way["wall_ms"] for name, way in self.ways.items() if "wall_ms" in way}
+        """The way that takes the shortest time on the wall, of those that can be called again."""
+        known = {name: self.ways[name]["wall_ms"] for name in self.calls}
         return min(known, key=lambda name: known[name])
 
 
@@ -125,9 +129,27 @@ def ways(net: nn.Module, arguments: Inputs, device: str, *, smoke: bool, compili
             step.ways[name] |= {"first_s": round(time.perf_counter() - begin, 1), **counted}
         except Exception as error:  # noqa: BLE001 - a way that does not work is a result
             step.ways.setdefault(name, {})["error"] = told(error)
+    if device == "cuda" and any(isinstance(part, QuantLayer) for part in net.modules()):
+        step.ways[LOADED] = loaded(net, arguments, device)
     if not step.calls:
         raise RuntimeError("; ".join(str(way.get("error")) for way in step.ways.values()))
     return step
+
+
+def loaded(net: nn.Module, arguments: Inputs, device: str) -> dict[str, Any]:
+    """Time on the wall of a packed network that answers by graphs of its own, and whether its answer is the eager one."""
+    try:
+        eager = ours.output(lambda: net(**arguments))
+        graphs.enable(net)
+        for _ in range(WARM):
+            answer = ours.output(lambda: net(**arguments))
+        way: dict[str, Any] = {"wall_ms": timing.wall(lambda: net(**arguments), device, steps=WALL_STEPS) * 1e3}
+        return way | {"captured": sum(getattr(one, "replay", None) is not None for one in net.graphs.known.values()),
+                      "as_eager": answer == eager}  # fmt: skip
+    except Exception as error:  # noqa: BLE001 - a way that does not work is a result
+        return {"error": told(error)}
+    finally:
+        graphs.disable(net)
 
 
 def _time(step: Step, name: str, call: Callable[[], Any], device: str, *, smoke: bool) -> None:
