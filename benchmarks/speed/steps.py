@@ -137,7 +137,7 @@ def ways(net: nn.Module, arguments: Inputs, device: str, *, smoke: bool, compili
 
 
 def loaded(net: nn.Module, arguments: Inputs, device: str) -> dict[str, Any]:
-    """Time on the wall of a packed network that answers by graphs of its own, and whether its answer is the eager one."""
+    """Time on the wall of a packed network that answers by graphs of its own, and whether it answers as without."""
     try:
         eager = ours.output(lambda: net(**arguments))
         graphs.enable(net)
