@@ -266,3 +266,23 @@ def test_attention_before_an_encode_is_on_the_tensor_cores_and_writes_bytes(keys
                  out_ptr="*i8", scale="fp32", **of_rows)
     assert len(re.findall(r"wgmma\.mma_async\S+bf16\.bf16", ptx)) >= 2 and "st.global" in ptx
     assert "cvt.rn.bf16x2.f32" in ptx and ".local" not in ptx
+
+
+def test_round_trips_move_sixteen_bytes_at_a_time_and_divide_as_ieee_has_it() -> None:
+    from bitbrush.kernels import triton_fake_kernels as kernels
+
+    wide = {"out_ptr": "*bf16", "scale_ptr": "*fp32", "zero_ptr": "*fp32"}
+    ptx = {
+        "log2": _built(kernels.log2, {"EXEMPT": 0, "BLOCK": 2048}, x_ptr="*fp32", out_ptr="*bf16", delta_ptr="*fp32",
+                       top="i32"),
+        "start token": _built(kernels.log2, {"EXEMPT": 1, "BLOCK": 2048}, x_ptr="*fp32", out_ptr="*bf16",
+                              delta_ptr="*fp32", top="i32"),
+        "tokens": _built(kernels.tables, {"ALONG": True, "BR": 16, "BC": 128}, **wide),
+        "pictures": _built(kernels.tables, {"ALONG": False, "BR": 4, "BC": 512}, **wide),
+    }
+    for name, text in ptx.items():
+        assert "ld.global.v4.b32" in text and set(re.findall(r"st\.global\.(\S+?)\s", text)) == {"v4.b32"}, name
+        assert "fma" not in text and "cvt.rn.bf16x2.f32" in text and ".local" not in text, name
+        if name in ("log2", "start token"):
+            assert "div.rn.f32" in text and "ftz" not in text, name
+    assert len(ptx) == 4

@@ -43,7 +43,7 @@ def build() -> Fused | None:
         forward(one, one, one, one, 255)
         backward(one, one, one, one, one, 255, True)
 
-    return Fused(fits, forward, backward) if _works(attempt) else None
+    return Fused(fits, forward, backward) if works(attempt) else None
 
 
 @functools.cache
@@ -55,10 +55,10 @@ def build_weight() -> FusedWeight | None:
         weight_forward(one, one, one, rows, one.byte())
         weight_backward(one, one, one, one, rows, one.byte(), True)
 
-    return FusedWeight(weight_forward, weight_backward) if _works(attempt) else None
+    return FusedWeight(weight_forward, weight_backward) if works(attempt) else None
 
 
-def _works(attempt: Callable[[], None]) -> bool:
+def works(attempt: Callable[[], None]) -> bool:
     """Whether Triton is there and compiles what is attempted."""
     if not has_triton_package() or not torch.cuda.is_available() or torch.version.hip is not None:
         return False

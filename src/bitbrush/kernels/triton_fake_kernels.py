@@ -1,4 +1,4 @@
-"""The Triton code of `bitbrush.kernels.triton_fake`. Importing this module imports Triton.
+"""The Triton code of `bitbrush.kernels.triton_fake` and `triton_rounds`. Importing this module imports Triton.
 
 Parameters have no annotations but Triton's own: it takes every other one for a global variable that the kernel reads.
 """
@@ -36,6 +36,50 @@ def forward(
     code = half_even(x * inverse) + zero
     code = tl.where(code < 0.0, 0.0, tl.where(code > top, top, code))  # NaN stays NaN, as in torch.clamp
     tl.store(out_ptr + where, ((code - zero) * scale).to(out_ptr.dtype.element_ty), mask=column < length)
+
+
+@triton.jit
+def tables(
+    x_ptr, out_ptr, scale_ptr, inverse_ptr, zero_ptr, rows, columns, entries, top,
+    ALONG: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+):
+    """A block of one sample, as `forward`: with ALONG an entry of the table a column, else an entry a row."""
+    row = tl.program_id(0) * BR + tl.arange(0, BR)
+    column = tl.program_id(1) * BC + tl.arange(0, BC)
+    sample = tl.program_id(2)
+    where = (sample.to(tl.int64) * rows + row)[:, None] * columns + column[None, :]
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    entry = (sample * entries + column)[None, :] if ALONG else (sample * entries + row % entries)[:, None]
+    there = (column < columns)[None, :] if ALONG else (row < rows)[:, None]
+    scale, zero = tl.load(scale_ptr + entry, mask=there, other=1.0), tl.load(zero_ptr + entry, mask=there, other=0.0)
+    inverse = tl.load(inverse_ptr + entry, mask=there, other=1.0)
+    x = tl.load(x_ptr + where, mask=inside, other=0.0).to(tl.float32)
+    code = half_even(x * inverse) + zero
+    code = tl.where(code < 0.0, 0.0, tl.where(code > top, top, code))  # NaN stays NaN, as in torch.clamp
+    tl.store(out_ptr + where, ((code - zero) * scale).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def log2(
+    x_ptr, out_ptr, delta_ptr, length, width, top, EXEMPT: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """One block of a stretch with one delta: the power of two next to x / delta by its bits, clamped, times delta.
+
+    2**64 keeps what matters from being subnormal; 0x4AFB0C carries a mantissa above that of sqrt(2) into the exponent
+    (`bitbrush.numbers.codec.round_trip_log2`). Columns below EXEMPT stay as they are.
+    """
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    where = tl.program_id(1).to(tl.int64) * length + column
+    delta = tl.load(delta_ptr + tl.program_id(1))
+    x = tl.load(x_ptr + where, mask=column < length, other=0.0).to(tl.float32)
+    ratio = tl.div_rn(x * 18446744073709551616.0, tl.zeros((BLOCK,), tl.float32) + tl.where(delta > 0.0, delta, 1.0))
+    bits = (ratio.to(tl.int32, bitcast=True) + 0x4AFB0C) & -8388608
+    least, most = tl.maximum(191 - top, 0) << 23, 191 << 23
+    bits = tl.minimum(tl.maximum(bits, least), most)
+    value = delta * (bits.to(tl.float32, bitcast=True) * 5.421010862427522e-20)
+    if EXEMPT:
+        value = tl.where(column % width < EXEMPT, x, value)
+    tl.store(out_ptr + where, value.to(out_ptr.dtype.element_ty), mask=column < length)
 
 
 @triton.jit

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +16,22 @@ from bitbrush.numbers.grid import GROUPED, ActivationSpec
 from bitbrush.numbers.ranges import affine_parameters
 from bitbrush.numbers.straight_through import Fused, fake_quantize
 
+if TYPE_CHECKING:
+    from bitbrush.kernels.triton_rounds import Rounds
+
 
 def round_trip(x: Tensor, scale: Tensor, inverse: Tensor, zero: Tensor, top: int | Tensor) -> Tensor:
-    """``decode(encode(x))`` in the dtype of ``x``; on CUDA in one kernel where one scale serves a tensor or a sample,
-    and all samples have as many codes.
+    """``decode(encode(x))`` in the dtype of ``x``; on CUDA in one kernel where all samples have as many codes, and
+    scales belong to the tensor, samples, channels, pixels or tokens.
 
-    Both forms do the same float32 operations in the same order, so they give the same bits (tests on a GPU compare).
+    All forms do the same float32 operations in the same order, so they give the same bits (tests on a GPU compare).
     """
     fused = fused_form(x)
     if fused is not None and isinstance(top, int) and fused.fits(x, scale, zero):
         return fused.forward(x, scale, inverse, zero, top)
+    rounds = fused_rounds(x)
+    if rounds is not None and isinstance(top, int) and rounds.fits(x, scale, zero):
+        return rounds.tables(x, scale, inverse, zero, top)
     return decode(encode(x, inverse, zero, top), scale, zero).to(x.dtype)
 
 
@@ -36,6 +42,15 @@ def fused_form(x: Tensor) -> Fused | None:
     from bitbrush.kernels import triton_fake
 
     return triton_fake.build()
+
+
+def fused_rounds(x: Tensor) -> Rounds | None:
+    """The one-pass round trips without gradients for tensors on the device of ``x``; None as for `fused_form`."""
+    if not x.is_cuda or torch.compiler.is_compiling():
+        return None
+    from bitbrush.kernels import triton_rounds
+
+    return triton_rounds.build()
 
 
 class ActivationQuantizer(nn.Module):

@@ -5,7 +5,8 @@ computes attention explicitly, with a quantizer on each operand that the plan na
 
 The explicit form makes tensors with a number for each pair of positions. So it runs in parts, over samples and, where
 one sample is too large, over heads; in training each part is computed again in backward instead of being kept. Scales
-are looked up once, while the clock stands, so a part that is computed again finds the same ones. Where the softmax is
+are looked up once, while the clock stands, so a part that is computed again finds the same ones. Without gradients q, k
+and v are rounded before, whole. Where the softmax is
 not quantized, training takes the fused kernels of ``scaled_dot_product_attention``; `softmax_in_training` makes it take
 them although it is.
 
@@ -39,6 +40,8 @@ from bitbrush.numbers.straight_through import fake_quantize
 OPERANDS = ("q", "k", "v", "softmax")
 PART = 64 << 20
 """Bytes that the float32 scores of one part may take; a handful of tensors of that size exist at a time."""
+FEWER = 4
+"""Times as much without gradients on CUDA, where launching many small parts takes the host longer than the GPU."""
 
 SoftmaxForm = Literal["exact", "float"]
 
@@ -143,10 +146,14 @@ class QuantAttention(nn.Module):
         tables = [t for r in roundings if r is not None and r.tables is not None for t in r.tables]
         wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *tables))
         approximate = torch.is_grad_enabled() and self.training_softmax == "float"
-        if self.face == "sim" and (approximate or (wanted and of_softmax is None)):
+        fused = self.face == "sim" and (approximate or (wanted and of_softmax is None))
+        if fused or not wanted:  # whole, not part by part
             q, k, v = _rounded(of_q, q), _rounded_k(of_k, k), _rounded(of_v, v)
+            of_q = of_k = of_v = None
+        if fused:
             return F.scaled_dot_product_attention(q, k, v, None if mask is None else mask.to(q.dtype))
-        sizes = _sizes(q, k, of_softmax is not None and _spans_batch(of_softmax))
+        most = PART * FEWER if q.is_cuda and not wanted else PART
+        sizes = _sizes(q, k, of_softmax is not None and _spans_batch(of_softmax), most)
         counts = -(-q.shape[0] // sizes[0]), -(-q.shape[1] // sizes[1])
         cuts = [_cut(t, sizes, counts) for t in (q, k, v, mask)]
         cuts += [_cut_rounding(r, sizes, counts) for r in (of_q, of_k, of_v)]
@@ -219,7 +226,10 @@ def _known(rounding: _Rounding | None, cuts: list[list[Any]], counts: tuple[int,
     return rounding._replace(tables=(_joined(found, counts[1]).amax(shared, keepdim=True),))
 
 
-def _rounded(rounding: _Rounding | ActivationQuantizer | None, x: Tensor) -> Tensor:
+def _rounded(
+    rounding: _Rounding | ActivationQuantizer | None, x: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
+    """``x`` rounded, in its dtype; ``dtype`` is what it is wanted in next, where that saves a pass."""
     if rounding is None:
         return x
     if isinstance(rounding, ActivationQuantizer):
@@ -227,7 +237,7 @@ def _rounded(rounding: _Rounding | ActivationQuantizer | None, x: Tensor) -> Ten
         return out
     tables, top = rounding.tables, rounding.top
     if isinstance(rounding.quantizer, Log2Quantizer):
-        return rounding.quantizer.round_trip(x, None if tables is None else tables[0])
+        return rounding.quantizer.round_trip(x, None if tables is None else tables[0], dtype)
     scale, inverse, zero = rounding.quantizer.parameters_for(x, x.ndim - 1) if tables is None else tables
     if rounding.trial or (torch.is_grad_enabled() and x.requires_grad):
         return fake_quantize(x, scale, zero, top, fused_form(x), inverse)
@@ -252,22 +262,25 @@ def _explicit(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *roundings: _Rounding | ActivationQuantizer | None
 ) -> Tensor:
     """Attention with the scores written out, every operand rounded as given (q, k, v, softmax)."""
-    weights, of_softmax = _weights(q, k, mask, roundings[0], roundings[1]), roundings[3]
-    if not isinstance(getattr(of_softmax, "quantizer", of_softmax), Log2Quantizer):
-        weights = weights.to(v.dtype)  # logarithms come first: float16 has few bits of small weights
-    return _rounded(of_softmax, weights).to(v.dtype) @ _rounded(roundings[2], v)
+    of_softmax = roundings[3]
+    logarithms = isinstance(getattr(of_softmax, "quantizer", of_softmax), Log2Quantizer)
+    kept = torch.float32 if logarithms else v.dtype  # they come first: float16 has few bits of small weights
+    weights = _weights(q, k, mask, roundings[0], roundings[1], kept)
+    return _rounded(of_softmax, weights, v.dtype).to(v.dtype) @ _rounded(roundings[2], v)
 
 
 def _weights(
     q: Tensor, k: Tensor, mask: Tensor | None, of_q: _Rounding | ActivationQuantizer | None,
-    of_k: _Rounding | ActivationQuantizer | None,
+    of_k: _Rounding | ActivationQuantizer | None, dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The softmax of the scores, float32."""
+    """The softmax of the scores, computed in float32 and rounded once to ``dtype``."""
     scores = _rounded(of_q, q) @ _rounded_k(of_k, k).transpose(-1, -2)
     scores *= q.shape[-1] ** -0.5
     if mask is not None:
         scores = scores + mask
-    return torch.softmax(scores.float(), dim=-1)
+    if scores.is_cuda and scores.dtype == dtype and not (torch.is_grad_enabled() and scores.requires_grad):
+        return torch._softmax(scores, -1, False)  # float32 within; autocast would have it write that, too
+    return torch.softmax(scores.float(), dim=-1).to(dtype)
 
 
 def attention_weights(attention: Any, q: Tensor, k: Tensor) -> Tensor:
@@ -290,13 +303,13 @@ def attention_weights(attention: Any, q: Tensor, k: Tensor) -> Tensor:
     return _rounded(of_softmax, _weights(q, k, None, of_q, of_k)).float()
 
 
-def _sizes(q: Tensor, k: Tensor, whole: bool) -> tuple[int, int]:
-    """(samples, heads) of a part, so that its scores keep to `PART`: one head of one sample at least."""
+def _sizes(q: Tensor, k: Tensor, whole: bool, most: int) -> tuple[int, int]:
+    """(samples, heads) of a part, so that its scores keep to ``most`` bytes: one head of one sample at least."""
     batch, heads = q.shape[:2]
     one = 4 * q.shape[2] * k.shape[2]
-    if whole or batch * heads * one <= PART:
+    if whole or batch * heads * one <= most:
         return batch, heads
-    return (PART // (heads * one), heads) if heads * one <= PART else (1, max(1, PART // one))
+    return (most // (heads * one), heads) if heads * one <= most else (1, max(1, most // one))
 
 
 def _cut(t: Tensor | None, sizes: tuple[int, int], counts: tuple[int, int]) -> list[Any]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bitbrush.errors import InputError
-from bitbrush.network.activation import ActivationQuantizer
+from bitbrush.network.activation import ActivationQuantizer, fused_rounds
 from bitbrush.network.clock import Clock
 from bitbrush.numbers.codec import encode_log2, round_trip_log2
 from bitbrush.numbers.grid import ActivationSpec, LayerSpec
@@ -53,20 +53,25 @@ class Log2Quantizer(ActivationQuantizer):
         """Codes of what is quantized, float32 integers ``[B, heads, T, T' - exempt]``."""
         return encode_log2(self._split(x)[1], self.delta(x) if delta is None else delta, self.top)
 
-    def round_trip(self, x: Tensor, delta: Tensor | None = None) -> Tensor:
-        """Values of the grid in the dtype of ``x``, straight-through where a gradient is wanted.
+    def round_trip(self, x: Tensor, delta: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """Values of the grid, straight-through where a gradient is wanted; otherwise on CUDA by one kernel.
 
         Args:
             x: ``[B, heads, T, T']``.
             delta: As `delta` gives it for all that ``x`` is a part of; None: ``x`` is everything.
+            dtype: Of the answer; None: that of ``x``.
         """
-        delta = self.delta(x) if delta is None else delta
-        kept, rest = self._split(x)
+        delta, dtype = self.delta(x) if delta is None else delta, dtype or x.dtype
         if torch.is_grad_enabled() and x.requires_grad:
+            kept, rest = self._split(x)
             rest = fake_log2(rest, delta, self.top)
         else:
+            rounds = fused_rounds(x)
+            if rounds is not None and rounds.fits_log2(x, delta):
+                return rounds.log2(x, delta, self.top, len(self.exempt), dtype)
+            kept, rest = self._split(x)
             rest = round_trip_log2(rest, delta, self.top).to(x.dtype)
-        return torch.cat([kept, rest], dim=-1) if kept.shape[-1] else rest
+        return (torch.cat([kept, rest], dim=-1) if kept.shape[-1] else rest).to(dtype)
 
     def forward(self, x: Tensor, channel_dim: int) -> Tensor:
         """`round_trip` of weights in one piece; ``channel_dim`` is for the interface."""
