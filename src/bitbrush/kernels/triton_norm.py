@@ -46,15 +46,17 @@ def power(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def row_cut(channels: int) -> tuple[int, int, int]:
-    """How whole rows are held: (warps, pieces of a row, a power of two, rows).
+def row_cut(channels: int) -> tuple[int, int, int, int]:
+    """How whole rows are held: (channels of a thread's load, warps, pieces of a row, a power of two of rows).
 
-    A piece has `VECTOR` channels for every thread of the warps, so that all of a program's threads lie along a row, and
-    a warp alone sums it without waiting for others. A thread has at most about 48 numbers.
+    A piece has that many channels for every thread of the warps, so that all of a program's threads lie along a row,
+    and a warp alone sums it without waiting for others. A thread has at most about 48 numbers. Where half a load leaves
+    fewer threads idle at a row's end, it is taken: 640 channels are 5 pieces of 128, not 3 of 256.
     """
     warps = min(16, power(-(-channels // (5 * PIECE))))
-    many = -(-channels // (warps * PIECE))
-    return warps, power(many), 1 << (max(1, 6 // many).bit_length() - 1)
+    vector = min((VECTOR, VECTOR // 2), key=lambda n: -(-channels // (32 * n * warps)) * n)
+    many = -(-channels // (warps * 32 * vector))
+    return vector, warps, many, 1 << (max(1, 48 // (many * vector)).bit_length() - 1)
 
 
 def layer_norm(
@@ -91,10 +93,10 @@ def _cut_rows(
 
     rows, channels = x.shape
     (length,) = packing.padded((channels,))
-    warps, parts, height = row_cut(length)
+    vector, warps, parts, height = row_cut(length)
     options = {
         "TOPS": tops, "CHANNELS": channels, "LENGTH": length, "WEIGHT": weight, "BIAS": bias, "FACTORS": factors,
-        "PARTS": parts, "BR": height, "INNER": warps * PIECE, "VECTOR": VECTOR, "num_warps": warps,
+        "PARTS": parts, "BR": height, "INNER": 32 * warps * vector, "VECTOR": vector, "num_warps": warps,
         "maxnreg": REGISTERS, "enable_fp_fusion": False, **launched(x.device),
     }
     return Launch(kernels.layer_norm, (-(-rows // height),), (eps, rows), options)
@@ -233,8 +235,8 @@ def _cut_pictures(
         "BLOCKS": blocks, "CHANNELS": channels, "LENGTH": out.shape[1] if codes else channels, "SIZE": size,
         "GROUPS": groups, "SILU": silu, "FACTOR": factor, "SPATIAL": frame is not None, "CODES": codes,
         "MOST": power(chunks), "BG": power(min(groups, (COLUMNS - 1) // size + 2)), "BC": COLUMNS, "BR": ROWS,
-        "PAIRED": follows, "num_warps": WARPS, "maxnreg": APPLY_REGISTERS, "enable_fp_fusion": False, **launched(x.device),
-        **({"launch_pdl": True} if follows else {}),
+        "PAIRED": follows, "num_warps": WARPS, "maxnreg": APPLY_REGISTERS, "enable_fp_fusion": False,
+        **launched(x.device), **({"launch_pdl": True} if follows else {}),
     }
     return Launch(kernels.group_norm, (many, -(-rows // span), batch), numbers, options)
 

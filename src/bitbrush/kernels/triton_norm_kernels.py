@@ -85,46 +85,60 @@ def layer_norm(
 ):
     """BR whole rows in registers; their codes for each consumer, whose rows lie below those of the one before.
 
-    All that is read is asked for before anything waits.
-    Rows are PARTS pieces of INNER channels, VECTOR for each thread: so every thread has its place in all pieces, and
-    what lies beyond CHANNELS is known where this is built.
+    Rows are PARTS pieces of INNER channels, VECTOR for each thread. All that is read is asked for before anything
+    waits: first what belongs to columns, which serves all rows of a thread.
 
     Args:
         tables: (inverse, zero_point, times, factor) of each consumer.
     """
     in_turn(EARLY)
     row = tl.program_id(0) * BR + tl.arange(0, BR)
-    inner = tl.max_contiguous(tl.arange(0, INNER), VECTOR)
-    column = tl.arange(0, PARTS)[None, :, None] * INNER + inner[None, None, :]
-    kept = (row < rows)[:, None, None]
-    real = column < CHANNELS
-    where = row.to(tl.int64)[:, None, None]
-    x = tl.load(x_ptr + where * CHANNELS + column, mask=kept & real, other=0.0).to(tl.float32)
-    each = column + tl.zeros((BR, 1, 1), dtype=tl.int32)  # every thread loads what it multiplies
-    weight, bias, steps = each, each, tl.tuple([])
-    if WEIGHT:
-        weight = tl.load(weight_ptr + column, mask=real, other=0.0)
-    if BIAS:
-        bias = tl.load(bias_ptr + column, mask=real, other=0.0)
+    inner = tl.max_contiguous(tl.arange(0, INNER), VECTOR)[None, :]
+    kept, where = (row < rows)[:, None], row.to(tl.int64)[:, None]
+    pieces, weights, biases, steps = tl.tuple([]), tl.tuple([]), tl.tuple([]), tl.tuple([])
+    for d in tl.static_range(PARTS):
+        column = d * INNER + inner
+        if WEIGHT:
+            weights += (tl.load(weight_ptr + column, mask=column < CHANNELS, other=0.0),)
+        if BIAS:
+            biases += (tl.load(bias_ptr + column, mask=column < CHANNELS, other=0.0),)
     for p in tl.static_range(len(TOPS)):
-        time = tl.load(tables[p][2])
-        steps += (tl.load(tables[p][0] + time), tl.load(tables[p][1] + time))
-    x = tl.where(real, x - _share(tl.sum(tl.sum(x, 1, True), 2, True), CHANNELS), 0.0)
-    x = x * tl.rsqrt(_share(tl.sum(tl.sum(x * x, 1, True), 2, True), CHANNELS) + eps)
-    if WEIGHT and BIAS:
-        x = tl.fma(x, weight.to(tl.float32), bias.to(tl.float32))
-    elif WEIGHT:
-        x = x * weight.to(tl.float32)
-    elif BIAS:
-        x = x + bias.to(tl.float32)
-    x = rounded(x, x_ptr.dtype.element_ty)
+        steps += (tl.load(tables[p][2]),)
+    tl.debug_barrier()  # or the assembler asks for them when the sums are there
+    for d in tl.static_range(PARTS):
+        column = d * INNER + inner
+        pieces += (tl.load(x_ptr + where * CHANNELS + column, mask=kept & (column < CHANNELS), other=0.0),)
+    entries = tl.tuple([])
     for p in tl.static_range(len(TOPS)):
-        inverse, zero = steps[2 * p], steps[2 * p + 1].to(tl.float32)
-        y = x
-        if FACTORS[p]:
-            y = x * tl.load(tables[p][3] + each, mask=real, other=0.0)
-        tl.store(out_ptr + (where + p * rows.to(tl.int64)) * LENGTH + column, centred(y, inverse, zero, TOPS[p] + 0.0),
-                 mask=kept & (column < LENGTH))
+        entries += (tl.load(tables[p][0] + steps[p]), tl.load(tables[p][1] + steps[p]).to(tl.float32))
+    total = tl.zeros((BR, INNER), dtype=tl.float32)
+    for d in tl.static_range(PARTS):
+        total += pieces[d].to(tl.float32)
+    mean = _share(tl.sum(total, 1, True), CHANNELS)
+    square = tl.zeros((BR, INNER), dtype=tl.float32)
+    for d in tl.static_range(PARTS):
+        apart = pieces[d].to(tl.float32) - mean
+        if (d + 1) * INNER > CHANNELS:
+            apart = tl.where(d * INNER + inner < CHANNELS, apart, 0.0)
+        square = tl.fma(apart, apart, square)
+    rate = tl.rsqrt(_share(tl.sum(square, 1, True), CHANNELS) + eps)
+    for d in tl.static_range(PARTS):
+        column, x = d * INNER + inner, (pieces[d].to(tl.float32) - mean) * rate
+        if WEIGHT and BIAS:
+            x = tl.fma(x, weights[d].to(tl.float32), biases[d].to(tl.float32))
+        elif WEIGHT:
+            x = x * weights[d].to(tl.float32)
+        elif BIAS:
+            x = x + biases[d].to(tl.float32)
+        x = rounded(x, x_ptr.dtype.element_ty)
+        if (d + 1) * INNER > CHANNELS:
+            x = tl.where(column < CHANNELS, x, 0.0)
+        for p in tl.static_range(len(TOPS)):
+            y = x
+            if FACTORS[p]:
+                y = x * tl.load(tables[p][3] + column, mask=column < CHANNELS, other=0.0)
+            tl.store(out_ptr + (where + p * rows.to(tl.int64)) * LENGTH + column,
+                     centred(y, entries[2 * p], entries[2 * p + 1], TOPS[p] + 0.0), mask=kept & (column < LENGTH))
 
 
 # ---- GroupNorm -------------------------------------------------------------------------------------------------------
@@ -287,7 +301,8 @@ def group_norm(
     real = channel < end
     now, inside = _rows(x_ptr, start, limit, sample, pixels, pitch, pad, high, wide, channel, real, CHANNELS, SPATIAL,
                         BR)
-    weight, bias = tl.load(weight_ptr + channel, mask=real, other=0.0), tl.load(bias_ptr + channel, mask=real, other=0.0)
+    weight = tl.load(weight_ptr + channel, mask=real, other=0.0)
+    bias = tl.load(bias_ptr + channel, mask=real, other=0.0)
     if CODES:
         time = tl.load(times_ptr) * len(BLOCKS) + segment
     if PAIRED:

@@ -73,7 +73,7 @@ def group_norm(
     x: Tensor, out: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool,
     tables: tuple[Tensor, Tensor, Tensor], top: int, frame: Frame | None, factor: Tensor | None, how: Cut,
 ) -> None:
-    """Writes int8 codes less 128 of ``x [B, C, H, W]``, channels last, to ``out [rows, C]``: rows of pixels, or a frame.
+    """Writes int8 codes less 128 of ``x [B, C, H, W]``, channels last, to ``out [rows, C]``: pixels, or their frame.
 
     Args:
         tables: (inverse, zero_point, times).

@@ -68,9 +68,9 @@ def group_norm(
 ):
     """Codes less 128 of a group of a sample: each of SPLIT programs reads all of it and writes its own tiles.
 
-    A thread has VECTOR channels, the same in every tile; SIZE / VECTOR threads have a pixel's, so that few of LANES have
-    no place. A program asks for all tiles before it waits, its own first: so each is brought from memory by one program,
-    and the others find it in the cache. Borders are written while the tiles are under way.
+    A thread has VECTOR channels, the same in every tile; SIZE / VECTOR threads have a pixel's, so that few of LANES
+    have no place. A program asks for all tiles before it waits, its own first: so each is brought from memory by one
+    program, and the others find it in the cache. Borders are written while the tiles are under way.
     """
     in_turn(EARLY)
     UNIT: tl.constexpr = SIZE // VECTOR
