@@ -316,7 +316,7 @@ def early(device: torch.device) -> bool:
 @cache
 def overlaps(device: torch.device) -> bool:
     """Whether a GPU can launch a kernel while the one before it still runs."""
-    return device.type == "cuda" and _capability(device) >= (9, 0)
+    return device.type == "cuda" and torch.version.cuda is not None and _capability(device) >= (9, 0)
 
 
 @cache

@@ -113,8 +113,10 @@ def sum_block(groups: int, size: int) -> tuple[int, int]:
 
 
 def paired(device: torch.device) -> bool:
-    """Whether the second pass is launched while the first one runs: on GPUs that can."""
-    return PAIRED and overlaps(device)
+    """Whether the second pass is launched while the first one runs: on GPUs that can, by drivers that keep it so in a
+    CUDA graph (12.3)."""
+    driver = getattr(torch._C, "_cuda_getDriverVersion", None)
+    return PAIRED and overlaps(device) and driver is not None and driver() >= 12030
 
 
 def group_sums(x: Tensor, groups: int) -> tuple[Tensor, Tensor, int]:
