@@ -69,11 +69,15 @@ def layer_norms() -> Iterator[Case]:
 
 
 def group_norms() -> Iterator[Case]:
-    """GroupNorm: frames or rows, segments, groups of odd sizes, chunks that end within a picture."""
+    """GroupNorm: frames or rows, segments, groups of odd sizes, chunks that end within a picture; last, what one launch
+    does where processors are few: parts of one group or more, a last tile that few or no pixels fill."""
     for i, (counts, groups, batch, high, wide, dtype, pad) in enumerate((
         ((40,), 4, 2, 8, 8, FLOATS[1], 1), ((64, 32), 32, 1, 9, 5, FLOATS[2], 1),
         ((320,), 32, 2, 12, 9, FLOATS[1], None), ((33, 7), 4, 2, 6, 7, FLOATS[0], None),
         ((30,), 3, 1, 1, 1, FLOATS[0], 0), ((160,), 8, 3, 16, 17, FLOATS[1], 1),
+        ((480,), 32, 1, 11, 13, FLOATS[1], 1), ((352,), 32, 3, 5, 7, FLOATS[2], None),
+        ((160,), 4, 1, 20, 12, FLOATS[1], 1), ((64,), 2, 2, 5, 6, FLOATS[2], None), ((32,), 1, 3, 15, 13, FLOATS[1], 1),
+        ((96,), 1, 1, 15, 13, FLOATS[2], 1), ((96,), 2, 1, 25, 10, FLOATS[1], None), ((640,), 1, 1, 7, 5, FLOATS[1], 1),
     )):
         g, channels = drawn(50 + i), sum(counts)
         frame = [] if pad is None else [batch, high, wide, 3 if pad else 1, 3 if pad else 1, pad, 1, 1]

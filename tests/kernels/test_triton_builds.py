@@ -199,35 +199,67 @@ def test_one_pass_kernels_move_sixteen_bytes_at_a_time() -> None:
     assert len(ptx) == 5
 
 
-def test_norms_are_read_in_sixteen_bytes_and_use_no_slow_conversion() -> None:
-    """What rounds or converts one number at a time runs at an eighth of the rate of additions: two a step to bfloat16,
-    none to integers. Rows of a LayerNorm are summed within a warp, so it has no shared memory."""
-    from bitbrush.kernels import triton_norm_kernels as kernels
-    from bitbrush.kernels.triton_norm import ROWS, SUM_WARPS
+GROUP = {"CHANNELS": 640, "SIZE": 20, "GROUPS": 32}
 
-    size = {"CHANNELS": 640, "LENGTH": 640}
-    group = {"CHANNELS": 640, "SIZE": 20, "GROUPS": 32}
-    rows = {"TOPS": (255, 255), "WEIGHT": True, "BIAS": True, "FACTORS": (False, True), "VECTOR": 8,
-            "EARLY": False}
-    ptx = {
-        "layer": _built(kernels.layer_norm, {**size, **rows, "PARTS": 4, "BR": 2, "INNER": 256}, out_ptr="*i8",
-                        bias_ptr="*bf16", warps=1),
-        "group": _built(kernels.group_norm, {
-            **group, "LENGTH": 640, "BLOCKS": ((0, 0, 0, 640, 640),), "SILU": True, "FACTOR": False, "SPATIAL": True,
-            "CODES": True, "MOST": 64, "BG": 8, "BC": 64, "BR": ROWS, "EARLY": False}, out_ptr="*i8", bias_ptr="*bf16"),
-        "geglu": _built(kernels.geglu, {**size, "FACTOR": False, "CHUNKS": 128, "EARLY": False}, out_ptr="*i8"),
-        "sums": _built(kernels.group_sums, {
-            **group, "BLOCK": 8, "BG": 8, "BC": 256, "LANES": SUM_WARPS, "DEEP": 8, "EVEN": True, "EARLY": False,
-        }, warps=SUM_WARPS),
-    }  # fmt: skip
+
+def _norms() -> dict[str, str]:
+    """PTX of the kernels of norms as SDXL has them."""
+    from bitbrush.kernels import triton_norm as cuts
+    from bitbrush.kernels import triton_norm_kernels as kernels
+    from bitbrush.kernels import triton_norm_small_kernels as small
+
+    rows = {"TOPS": (255, 255), "WEIGHT": True, "BIAS": True, "FACTORS": (False, True), "EARLY": False}
+    block, columns = cuts.sum_block(32, 20)
+    held = {"HIGH": 32, "WIDE": 32, "HEIGHT": 33, "PITCH": 33, "PAD": 1, "BELOW": 66, "VECTOR": 8, "LANES": 512,
+            "TILES": 11, "OWN": 6, "SPLIT": 2, "SILU": True, "FACTOR": False, "EARLY": False}  # fmt: skip
+    second = {"LENGTH": 640, "BLOCKS": ((0, 0, 0, 640, 640),), "SILU": True, "FACTOR": False, "SPATIAL": True,
+              "CODES": True, "MOST": 64, "BG": 8, "BC": cuts.COLUMNS, "BR": cuts.ROWS, "EARLY": False}  # fmt: skip
+    made = {}
+    for channels in (640, 1280):
+        vector, warps, parts, height = cuts.row_cut(channels)
+        size = {"CHANNELS": channels, "LENGTH": channels, "PARTS": parts, "BR": height, "INNER": 32 * warps * vector,
+                "VECTOR": vector}  # fmt: skip
+        made[f"layer {channels}"] = _built(kernels.layer_norm, {**size, **rows}, out_ptr="*i8", bias_ptr="*bf16",
+                                           warps=warps, registers=cuts.REGISTERS)  # fmt: skip
+    for paired in (False, True):
+        made[f"group {paired}"] = _built(kernels.group_norm, {**GROUP, **second, "PAIRED": paired}, out_ptr="*i8",
+                                         bias_ptr="*bf16", registers=cuts.APPLY_REGISTERS)  # fmt: skip
+        made[f"sums {paired}"] = _built(kernels.group_sums, {
+            **GROUP, "BLOCK": block, "BG": 8, "BC": columns, "LANES": cuts.SUM_WARPS * cuts.PIECE // columns,
+            "DEEP": cuts.SUM_DEEP, "EVEN": True, "PAIRED": paired, "EARLY": False,
+        }, warps=cuts.SUM_WARPS, registers=cuts.SUM_REGISTERS)  # fmt: skip
+    return {**made, "held": _built(small.group_norm, {"CHANNELS": 1280, "SIZE": 40, **held}, out_ptr="*i8",
+                                   bias_ptr="*bf16", warps=16)}  # fmt: skip
+
+
+def test_norms_are_read_in_sixteen_bytes_and_use_no_slow_conversion(tmp_path: Path) -> None:
+    """What rounds or converts one number at a time runs at an eighth of the rate of additions: two a step to bfloat16,
+    none to integers. Rows of a LayerNorm are summed within a warp, so it has no shared memory. 640 channels are read by
+    8 bytes, so that no thread is idle."""
+    from bitbrush.kernels import triton_norm_kernels as kernels
+
+    size = {"CHANNELS": 640, "LENGTH": 640, "FACTOR": False, "CHUNKS": 128, "EARLY": False}
+    ptx = {**_norms(), "geglu": _built(kernels.geglu, size, out_ptr="*i8")}
+    stores = {"layer 640": {"b32"}, "layer 1280": {"v2.b32"}, "held": {"v2.b32"}, "sums True": {"b32"},
+              "sums False": {"b32"}}  # fmt: skip
     for name, text in ptx.items():
-        assert "ld.global.v4.b32" in text, name
-        stored = {"layer": {"v2.b32"}, "sums": {"b32"}}.get(name, {"v4.b32"})
-        assert set(re.findall(r"st\.global\.(\S+?)\s", text)) == stored, name
+        assert f"ld.global.{'v2' if name == 'layer 640' else 'v4'}.b32" in text, name
+        assert set(re.findall(r"st\.global\.(\S+?)\s", text)) == stores.get(name, {"v4.b32"}), name
         assert not re.search(r"cvt\.r[nzmp]i|cvt\.rn\.bf16\.f32", text), name
-        assert ("cvt.rn.bf16x2.f32" in text) == (name != "sums"), name
-        assert ".local" not in text, name
-    assert "ld.shared" not in ptx["layer"] and len(ptx) == 4
+        assert ("cvt.rn.bf16x2.f32" in text) == (not name.startswith("sums")), name
+        assert ".local" not in text and _needs(text, tmp_path)[1] == 0, name
+    assert "ld.shared" not in ptx["layer 1280"] + ptx["layer 640"] and len(ptx) == 8
+
+
+def test_a_second_pass_that_is_launched_early_reads_sums_and_writes_when_they_are_there() -> None:
+    """Before it waits it reads what was there when the sums began: the picture (four pixels of 16 channels a thread),
+    weight, bias, the time."""
+    ptx = _norms()
+    assert "griddepcontrol.launch_dependents" in ptx["sums True"] and "griddepcontrol.wait" not in ptx["sums True"]
+    assert not any("griddepcontrol" in ptx[name] for name in ("sums False", "group False", "held"))
+    before, after = ptx["group True"].split("griddepcontrol.wait;")
+    assert before.count("ld.global.v4.b32") >= 4 and "st.global" not in before and "ld.global.b64" in before
+    assert len(re.findall(r"ld\.global\.b32", after)) >= 3 and "st.global" in after
 
 
 def test_both_products_of_attention_are_on_the_tensor_cores() -> None:

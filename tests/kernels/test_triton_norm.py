@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from bitbrush.kernels.triton_encode import places
-from bitbrush.kernels.triton_norm import PIECE, VECTOR, column_blocks, row_cut, sum_block
+from bitbrush.kernels.triton_norm import column_blocks, row_cut, sum_block
+from bitbrush.kernels.triton_norm_small import Cut, cut
 from interpreter import TRITON, interpreted
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -24,7 +25,8 @@ def _interpreted(*args: str) -> tuple[dict[str, dict[str, int]], float, float]:
 def test_codes_are_equal_where_norms_are_exact_and_rarely_differ_by_one_elsewhere() -> None:
     results, merged, alone = _interpreted()
     assert {name: entry["cases"] for name, entry in results.items()} == {
-        "layer exact": 5, "layer random": 5, "group exact": 5, "group random": 6, "geglu random": 3, "encode exact": 3,
+        "layer exact": 5, "layer random": 5, "group exact": 11, "group random": 14, "geglu random": 3,
+        "encode exact": 3,
     }  # fmt: skip
     for name, entry in results.items():
         assert entry["codes"] > 5000 and entry["distinct"] > 80, name
@@ -37,8 +39,8 @@ def test_codes_are_equal_where_norms_are_exact_and_rarely_differ_by_one_elsewher
 
 @TRITON
 @pytest.mark.parametrize("fault, shows", [
-    ("consumers", "layer exact"), ("place", "group exact"), ("sums", "group exact"), ("gelu", "geglu random"),
-    ("half-up", "encode exact"),
+    ("consumers", "layer exact"), ("place", "group exact"), ("sums", "group exact"), ("tile", "group exact"),
+    ("gelu", "geglu random"), ("half-up", "encode exact"),
 ])  # fmt: skip
 def test_a_planted_fault_shows(fault: str, shows: str) -> None:
     entry = _interpreted(fault)[0][shows]
@@ -46,21 +48,36 @@ def test_a_planted_fault_shows(fault: str, shows: str) -> None:
 
 
 @pytest.mark.parametrize("channels, expected", [
-    (640, (1, 4, 2)), (1280, (1, 8, 1)), (320, (1, 2, 2)), (3072, (4, 4, 2)), (32, (1, 1, 4)), (4096, (4, 4, 1)),
-    (1152, (1, 8, 1)), (18432, (16, 8, 1)),
+    (640, (4, 1, 5, 2)), (1280, (8, 1, 5, 1)), (320, (4, 1, 3, 4)), (3072, (8, 4, 3, 2)), (32, (4, 1, 1, 8)),
+    (4096, (8, 4, 4, 1)), (1152, (4, 1, 9, 1)), (18432, (4, 16, 9, 1)),
 ])  # fmt: skip
-def test_rows_are_held_by_as_few_threads_as_have_room(channels: int, expected: tuple[int, int, int]) -> None:
-    warps, parts, rows = row_cut(channels)
-    assert (warps, parts, rows) == expected
-    assert warps * parts * PIECE >= channels and parts * rows * VECTOR <= 64
+def test_rows_are_held_by_as_few_threads_as_have_room(channels: int, expected: tuple[int, int, int, int]) -> None:
+    vector, warps, parts, rows = row_cut(channels)
+    assert (vector, warps, parts, rows) == expected
+    assert channels <= 32 * warps * parts * vector < channels + 32 * warps * vector and parts * rows * vector <= 48
 
 
-@pytest.mark.parametrize("channels, expected", [(320, (16, 256)), (640, (8, 256)), (1280, (4, 256)), (2560, (2, 256)),
-                                                (960, (8, 256)), (1920, (4, 256))])
+@pytest.mark.parametrize("channels, expected", [(320, (12, 128)), (640, (6, 128)), (1280, (3, 128)), (2560, (3, 256)),
+                                                (960, (4, 128)), (1920, (2, 128)), (10240, (1, 512))])
 def test_sums_are_of_whole_groups_whose_rows_begin_at_sixteen_bytes(channels: int, expected: tuple[int, int]) -> None:
-    block, columns = sum_block(32, channels // 32)
+    size = channels // 32
+    block, columns = sum_block(32, size)
     assert (block, columns) == expected
-    assert block * (channels // 32) * 2 % 16 == 0 and columns >= block * (channels // 32)
+    assert block * size * 2 % 16 == 0 and columns >= block * size
+
+
+def test_groups_of_small_pictures_are_held_whole() -> None:
+    """By as many programs as there are processors, each of which writes some tiles of them."""
+    held = {
+        (40, 1024, 64): Cut(8, 16, 11, 6, 2), (20, 1024, 64): Cut(4, 16, 11, 6, 2), (40, 256, 64): Cut(8, 16, 3, 2, 2),
+        (40, 64, 64): Cut(8, 16, 1, 1, 1), (40, 1024, 32): Cut(8, 16, 11, 3, 4), (40, 30, 128): Cut(8, 8, 1, 1, 1),
+    }
+    for (size, pixels, programs), how in held.items():
+        assert cut(size, pixels, programs, 132) == how
+        step = 32 * how.warps // (size // how.vector)
+        assert how.tiles * step >= pixels and how.own * how.parts >= how.tiles > how.own * (how.parts - 1)
+    for size, pixels, programs in ((20, 4096, 64), (10, 64, 64), (80, 1024, 64), (40, 1024, 160), (8192, 4, 1)):
+        assert cut(size, pixels, programs, 132) is None
 
 
 def test_segments_have_places_of_their_own() -> None:

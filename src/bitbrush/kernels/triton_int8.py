@@ -310,7 +310,13 @@ def launched(device: torch.device) -> dict[str, Any]:
 def early(device: torch.device) -> bool:
     """Whether a kernel is launched while the one before it still runs, for whose end it then waits itself: this hides
     the time of a launch. ``BITBRUSH_EARLY=1``, on GPUs that can; asked once."""
-    return os.environ.get("BITBRUSH_EARLY") == "1" and device.type == "cuda" and _capability(device) >= (9, 0)
+    return os.environ.get("BITBRUSH_EARLY") == "1" and overlaps(device)
+
+
+@cache
+def overlaps(device: torch.device) -> bool:
+    """Whether a GPU can launch a kernel while the one before it still runs."""
+    return device.type == "cuda" and torch.version.cuda is not None and _capability(device) >= (9, 0)
 
 
 @cache

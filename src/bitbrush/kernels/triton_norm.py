@@ -2,7 +2,8 @@
 
 **LayerNorm** goes once over memory: a program holds whole rows. **GroupNorm** needs two kernels, for a group of a large
 picture is more than a program holds: sums of chunks of the pixels, then a second pass that merges them (a few thousand
-numbers a program) and applies. SDXL's pictures lie in the second-level cache when they are read again.
+numbers a program) and applies. SDXL's pictures lie in the second-level cache when they are read again. Small pictures
+take one kernel (`triton_norm_small`).
 
 Importing this module does not import Triton.
 """
@@ -14,19 +15,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitbrush.kernels import triton_norm_small
 from bitbrush.kernels.launching import Launch
 from bitbrush.kernels.triton_encode import CHUNK, CHUNKS, WARPS, border_lines
-from bitbrush.kernels.triton_int8 import Frame, early, launched, processors
+from bitbrush.kernels.triton_int8 import Frame, early, launched, overlaps, processors
 from bitbrush.numbers import packing
 
 MOST_CHUNKS = 64
 """Of a sample: what every program of the second pass merges."""
-SUM_WARPS, SUM_PROGRAMS, VECTOR = 4, 2, 8
+VECTOR = 8
 PIECE = 32 * VECTOR
 """Channels that a warp reads at once: 16 bytes a thread of bfloat16."""
+SUM_WARPS, SUM_DEEP, SUM_COLUMNS = 8, 8, 256
+"""Of a program that sums: its threads ask for 8 times 16 bytes each before they wait, 30 kB together."""
+SUM_PROGRAMS, SUM_REGISTERS = 3, 80
+"""For each processor: 90 kB asked for at once, twice what memory takes to be kept busy (4.8 TB/s for 1 us, of 132)."""
+PAIRED = True
+"""Whether the second pass of a GroupNorm is launched while the first one runs; it reads the picture and its tables, and
+waits for the sums then."""
 COLUMNS, ROWS = 64, 64
 """Of a step of the second pass: 128 bytes of a bfloat16 pixel, 16 channels a thread."""
-PROGRAMS = 7
+PROGRAMS, APPLY_REGISTERS = 6, 80
 """For each processor at most in the second pass: as many as its registers hold, so that none waits for another."""
 REGISTERS = 128
 """Of a thread that holds a row's numbers, its weight and its bias: 16 warps a processor."""
@@ -37,15 +46,17 @@ def power(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def row_cut(channels: int) -> tuple[int, int, int]:
-    """How whole rows are held: (warps, pieces of a row, a power of two, rows).
+def row_cut(channels: int) -> tuple[int, int, int, int]:
+    """How whole rows are held: (channels of a thread's load, warps, pieces of a row, a power of two of rows).
 
-    A piece has `VECTOR` channels for every thread of the warps, so that all of a program's threads lie along a row, and
-    a warp alone sums it without waiting for others. A thread has at most about 48 numbers.
+    A piece has that many channels for every thread of the warps, so that all of a program's threads lie along a row,
+    and a warp alone sums it without waiting for others. A thread has at most about 48 numbers. Where half a load leaves
+    fewer threads idle at a row's end, it is taken: 640 channels are 5 pieces of 128, not 3 of 256.
     """
     warps = min(16, power(-(-channels // (5 * PIECE))))
-    many = -(-channels // (warps * PIECE))
-    return warps, power(many), 1 << (max(1, 6 // many).bit_length() - 1)
+    vector = min((VECTOR, VECTOR // 2), key=lambda n: -(-channels // (32 * n * warps)) * n)
+    many = -(-channels // (warps * 32 * vector))
+    return vector, warps, many, 1 << (max(1, 48 // (many * vector)).bit_length() - 1)
 
 
 def layer_norm(
@@ -82,20 +93,30 @@ def _cut_rows(
 
     rows, channels = x.shape
     (length,) = packing.padded((channels,))
-    warps, parts, height = row_cut(length)
+    vector, warps, parts, height = row_cut(length)
     options = {
         "TOPS": tops, "CHANNELS": channels, "LENGTH": length, "WEIGHT": weight, "BIAS": bias, "FACTORS": factors,
-        "PARTS": parts, "BR": height, "INNER": warps * PIECE, "VECTOR": VECTOR, "num_warps": warps,
+        "PARTS": parts, "BR": height, "INNER": 32 * warps * vector, "VECTOR": vector, "num_warps": warps,
         "maxnreg": REGISTERS, "enable_fp_fusion": False, **launched(x.device),
     }
     return Launch(kernels.layer_norm, (-(-rows // height),), (eps, rows), options)
 
 
 def sum_block(groups: int, size: int) -> tuple[int, int]:
-    """(groups, columns) of a program that sums: whole groups, few columns idle, rows that begin at 16 bytes."""
-    found = [n for n in range(1, groups + 1) if groups % n == 0 and (n == 1 or n * size <= 256)]
-    n = min(found, key=lambda n: (n * size % 8 != 0, power(n * size) / (n * size), -n))
+    """(groups, columns) of a program that sums: whole groups, few columns idle, rows that begin at 16 bytes.
+
+    The last program of a row may have fewer groups.
+    """
+    found = [n for n in range(1, groups + 1) if n == 1 or power(n * size) <= SUM_COLUMNS]
+    n = min(found, key=lambda n: (n < groups and n * size % VECTOR != 0, -(-groups // n) * power(n * size), n))
     return n, power(n * size)
+
+
+def paired(device: torch.device) -> bool:
+    """Whether the second pass is launched while the first one runs: on GPUs that can, by drivers that keep it so in a
+    CUDA graph (12.3)."""
+    driver = getattr(torch._C, "_cuda_getDriverVersion", None)
+    return PAIRED and overlaps(device) and driver is not None and driver() >= 12030
 
 
 def group_sums(x: Tensor, groups: int) -> tuple[Tensor, Tensor, int]:
@@ -124,17 +145,17 @@ def _cut_sums(x: Tensor, groups: int) -> tuple[Launch, int, int]:
     batch, channels, pixels = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
     size = channels // groups
     block, columns = sum_block(groups, size)
-    lanes = max(1, SUM_WARPS * PIECE // columns)
-    deep = max(1, min(8, (1 << 14) // (lanes * columns)))
-    step, blocks = lanes * deep, groups // block
+    lanes, blocks = max(1, SUM_WARPS * PIECE // columns), -(-groups // block)
+    deep = max(1, min(SUM_DEEP, SUM_DEEP * SUM_WARPS * PIECE // (lanes * columns), -(-pixels // lanes)))
+    deep, step = power(deep), lanes * power(deep)
     wanted = max(1, min(MOST_CHUNKS, SUM_PROGRAMS * processors(x.device) // (batch * blocks)))
     chunk = -(-pixels // wanted)
     chunk = -(-chunk // step) * step
     chunks = -(-pixels // chunk)
     options = {
         "CHANNELS": channels, "SIZE": size, "GROUPS": groups, "BLOCK": block, "BG": power(block), "BC": columns,
-        "LANES": lanes, "DEEP": deep, "EVEN": pixels % step == 0, "num_warps": SUM_WARPS, "enable_fp_fusion": False,
-        **launched(x.device),
+        "LANES": lanes, "DEEP": deep, "EVEN": pixels % step == 0, "PAIRED": paired(x.device), "num_warps": SUM_WARPS,
+        "maxnreg": SUM_REGISTERS, "enable_fp_fusion": False, **launched(x.device),
     }
     return Launch(kernels.group_sums, (blocks, chunks, batch), (pixels, chunk, chunks), options), chunks, chunk
 
@@ -179,6 +200,10 @@ def _normed(
 ) -> None:
     if not out.numel():
         return
+    how = triton_norm_small.small(x, groups, counts) if tables is not None else None
+    if tables is not None and how is not None:
+        triton_norm_small.group_norm(x, out, weight, bias, groups, eps, silu, tables, top, frame, factor, how)
+        return
     mean, square, chunk = group_sums(x, groups)
     key = (x.shape, out.shape, groups, eps, silu, tables is None, counts, top, frame, factor is None, mean.shape[1],
            chunk, x.device, early(x.device))  # fmt: skip
@@ -201,7 +226,7 @@ def _cut_pictures(
 
     (batch, channels, high, wide), (chunks, chunk) = x.shape, summed
     pixels, place = high * wide, frame or Frame(batch, high, wide)
-    size, (blocks, many) = channels // groups, column_blocks(counts)
+    size, (blocks, many), follows = channels // groups, column_blocks(counts), paired(x.device)
     below = border_lines(place) * place.pitch
     rows = place.height * place.pitch + below
     programs = max(1, PROGRAMS * processors(x.device) // (batch * many))
@@ -212,7 +237,8 @@ def _cut_pictures(
         "BLOCKS": blocks, "CHANNELS": channels, "LENGTH": out.shape[1] if codes else channels, "SIZE": size,
         "GROUPS": groups, "SILU": silu, "FACTOR": factor, "SPATIAL": frame is not None, "CODES": codes,
         "MOST": power(chunks), "BG": power(min(groups, (COLUMNS - 1) // size + 2)), "BC": COLUMNS, "BR": ROWS,
-        "num_warps": WARPS, "enable_fp_fusion": False, **launched(x.device),
+        "PAIRED": follows, "num_warps": WARPS, "maxnreg": APPLY_REGISTERS, "enable_fp_fusion": False,
+        **launched(x.device), **({"launch_pdl": True} if follows else {}),
     }
     return Launch(kernels.group_norm, (many, -(-rows // span), batch), numbers, options)
 

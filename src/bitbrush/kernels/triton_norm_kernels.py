@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from bitbrush.kernels.triton_encode_kernels import centred, in_turn
 
@@ -84,98 +85,129 @@ def layer_norm(
 ):
     """BR whole rows in registers; their codes for each consumer, whose rows lie below those of the one before.
 
-    All that is read is asked for before anything waits.
-    Rows are PARTS pieces of INNER channels, VECTOR for each thread: so every thread has its place in all pieces, and
-    what lies beyond CHANNELS is known where this is built.
+    Rows are PARTS pieces of INNER channels, VECTOR for each thread. All that is read is asked for before anything
+    waits: first what belongs to columns, which serves all rows of a thread.
 
     Args:
         tables: (inverse, zero_point, times, factor) of each consumer.
     """
     in_turn(EARLY)
     row = tl.program_id(0) * BR + tl.arange(0, BR)
-    inner = tl.max_contiguous(tl.arange(0, INNER), VECTOR)
-    column = tl.arange(0, PARTS)[None, :, None] * INNER + inner[None, None, :]
-    kept = (row < rows)[:, None, None]
-    real = column < CHANNELS
-    where = row.to(tl.int64)[:, None, None]
-    x = tl.load(x_ptr + where * CHANNELS + column, mask=kept & real, other=0.0).to(tl.float32)
-    each = column + tl.zeros((BR, 1, 1), dtype=tl.int32)  # every thread loads what it multiplies
-    weight, bias, steps = each, each, tl.tuple([])
-    if WEIGHT:
-        weight = tl.load(weight_ptr + column, mask=real, other=0.0)
-    if BIAS:
-        bias = tl.load(bias_ptr + column, mask=real, other=0.0)
+    inner = tl.max_contiguous(tl.arange(0, INNER), VECTOR)[None, :]
+    kept, where = (row < rows)[:, None], row.to(tl.int64)[:, None]
+    pieces, weights, biases, steps = tl.tuple([]), tl.tuple([]), tl.tuple([]), tl.tuple([])
+    for d in tl.static_range(PARTS):
+        column = d * INNER + inner
+        if WEIGHT:
+            weights += (tl.load(weight_ptr + column, mask=column < CHANNELS, other=0.0),)
+        if BIAS:
+            biases += (tl.load(bias_ptr + column, mask=column < CHANNELS, other=0.0),)
     for p in tl.static_range(len(TOPS)):
-        time = tl.load(tables[p][2])
-        steps += (tl.load(tables[p][0] + time), tl.load(tables[p][1] + time))
-    x = tl.where(real, x - _share(tl.sum(tl.sum(x, 1, True), 2, True), CHANNELS), 0.0)
-    x = x * tl.rsqrt(_share(tl.sum(tl.sum(x * x, 1, True), 2, True), CHANNELS) + eps)
-    if WEIGHT and BIAS:
-        x = tl.fma(x, weight.to(tl.float32), bias.to(tl.float32))
-    elif WEIGHT:
-        x = x * weight.to(tl.float32)
-    elif BIAS:
-        x = x + bias.to(tl.float32)
-    x = rounded(x, x_ptr.dtype.element_ty)
+        steps += (tl.load(tables[p][2]),)
+    tl.debug_barrier()  # or the assembler asks for them when the sums are there
+    for d in tl.static_range(PARTS):
+        column = d * INNER + inner
+        pieces += (tl.load(x_ptr + where * CHANNELS + column, mask=kept & (column < CHANNELS), other=0.0),)
+    entries = tl.tuple([])
     for p in tl.static_range(len(TOPS)):
-        inverse, zero = steps[2 * p], steps[2 * p + 1].to(tl.float32)
-        y = x
-        if FACTORS[p]:
-            y = x * tl.load(tables[p][3] + each, mask=real, other=0.0)
-        tl.store(out_ptr + (where + p * rows.to(tl.int64)) * LENGTH + column, centred(y, inverse, zero, TOPS[p] + 0.0),
-                 mask=kept & (column < LENGTH))
+        entries += (tl.load(tables[p][0] + steps[p]), tl.load(tables[p][1] + steps[p]).to(tl.float32))
+    total = tl.zeros((BR, INNER), dtype=tl.float32)
+    for d in tl.static_range(PARTS):
+        total += pieces[d].to(tl.float32)
+    mean = _share(tl.sum(total, 1, True), CHANNELS)
+    square = tl.zeros((BR, INNER), dtype=tl.float32)
+    for d in tl.static_range(PARTS):
+        apart = pieces[d].to(tl.float32) - mean
+        if (d + 1) * INNER > CHANNELS:
+            apart = tl.where(d * INNER + inner < CHANNELS, apart, 0.0)
+        square = tl.fma(apart, apart, square)
+    rate = tl.rsqrt(_share(tl.sum(square, 1, True), CHANNELS) + eps)
+    for d in tl.static_range(PARTS):
+        column, x = d * INNER + inner, (pieces[d].to(tl.float32) - mean) * rate
+        if WEIGHT and BIAS:
+            x = tl.fma(x, weights[d].to(tl.float32), biases[d].to(tl.float32))
+        elif WEIGHT:
+            x = x * weights[d].to(tl.float32)
+        elif BIAS:
+            x = x + biases[d].to(tl.float32)
+        x = rounded(x, x_ptr.dtype.element_ty)
+        if (d + 1) * INNER > CHANNELS:
+            x = tl.where(column < CHANNELS, x, 0.0)
+        for p in tl.static_range(len(TOPS)):
+            y = x
+            if FACTORS[p]:
+                y = x * tl.load(tables[p][3] + column, mask=column < CHANNELS, other=0.0)
+            tl.store(out_ptr + (where + p * rows.to(tl.int64)) * LENGTH + column,
+                     centred(y, entries[2 * p], entries[2 * p + 1], TOPS[p] + 0.0), mask=kept & (column < LENGTH))
 
 
 # ---- GroupNorm -------------------------------------------------------------------------------------------------------
 @triton.jit
-def _pixels(x_ptr, first, step, channel, mine, limit, CHANNELS: tl.constexpr, EVEN: tl.constexpr):
-    """A tile of pixels; EVEN: all of it lies before ``limit``, or nothing."""
-    place = first + step
-    there = mine[None, :] & (first < limit) if EVEN else mine[None, :] & (place < limit)[:, None]
-    return tl.load(x_ptr + place.to(tl.int64)[:, None] * CHANNELS + channel[None, :], mask=there, other=0.0)
+def _pixels(
+    x_ptr, first, lane, channel, mine, limit, CHANNELS: tl.constexpr, LANES: tl.constexpr, DEEP: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """DEEP tiles ``[LANES, BC]`` of pixels from ``first``; EVEN: all of them lie before ``limit``."""
+    tiles = tl.tuple([])
+    for d in tl.static_range(DEEP):
+        place = first + d * LANES + lane
+        there = mine[None, :] if EVEN else mine[None, :] & (place < limit)[:, None]
+        tiles += (tl.load(x_ptr + place.to(tl.int64)[:, None] * CHANNELS + channel[None, :], mask=there, other=0.0),)
+    return tiles
+
+
+@triton.jit
+def _summed(tiles, start, total, square, first, lane, limit, LANES: tl.constexpr, EVEN: tl.constexpr):
+    """Both sums ``[LANES, BC]``, of differences to ``start [BC]``, with those of ``tiles``."""
+    for d in tl.static_range(len(tiles)):
+        v = tiles[d].to(tl.float32) - start[None, :]
+        if not EVEN:
+            v = tl.where((first + d * LANES + lane < limit)[:, None], v, 0.0)
+        total += v
+        square = tl.fma(v, v, square)
+    return total, square
 
 
 @triton.jit(do_not_specialize=("pixels", "chunk", "chunks"))
 def group_sums(
     x_ptr, mean_ptr, square_ptr, pixels, chunk, chunks,
     CHANNELS: tl.constexpr, SIZE: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, BG: tl.constexpr,
-    BC: tl.constexpr, LANES: tl.constexpr, DEEP: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr,
+    BC: tl.constexpr, LANES: tl.constexpr, DEEP: tl.constexpr, EVEN: tl.constexpr, PAIRED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Mean, and sum of squares about it, of BLOCK groups over a chunk of a sample's pixels: float32 ``[B, chunks, G]``.
 
     Sums are of differences to the group's first value in the chunk. As that is one of the values, ``S2 - S1**2 / n``
     loses at most a factor n of float32's precision, and that only where it is all there is to the variance.
-    Each tile is asked for before the one before it is summed. EVEN: chunks are whole tiles of LANES * DEEP pixels.
+    DEEP times LANES pixels are asked for before anything waits. EVEN: chunks are whole tiles of so many. Both sums are
+    carried across threads at once, for each time costs a wait of all of them.
     """
     in_turn(EARLY)
+    if PAIRED and not EARLY:
+        gdc_launch_dependents()
     sample, part = tl.program_id(2), tl.program_id(1)
-    c, g, step = tl.arange(0, BC), tl.arange(0, BG), tl.arange(0, DEEP * LANES)
+    c, g, lane = tl.arange(0, BC), tl.arange(0, BG), tl.arange(0, LANES)
     channel, group = tl.program_id(0) * (BLOCK * SIZE) + c, tl.program_id(0) * BLOCK + g
     mine, kept = (c < BLOCK * SIZE) & (channel < CHANNELS), (g < BLOCK) & (group < GROUPS)
     first = part * chunk
     limit = tl.minimum(first + chunk, pixels)
     x_ptr += sample.to(tl.int64) * pixels * CHANNELS
-    now = _pixels(x_ptr, first, step, channel, mine, limit, CHANNELS, EVEN)
+    tiles = _pixels(x_ptr, first, lane, channel, mine, limit, CHANNELS, LANES, DEEP, EVEN)
     begin_ptr = x_ptr + first.to(tl.int64) * CHANNELS
-    start = tl.load(begin_ptr + (channel // SIZE) * SIZE, mask=mine, other=0.0).to(tl.float32)
-    total = tl.zeros((LANES, BC), dtype=tl.float32)
-    square = tl.zeros((LANES, BC), dtype=tl.float32)
-    for here in range(first, limit, DEEP * LANES):
-        ahead = _pixels(x_ptr, here + DEEP * LANES, step, channel, mine, limit, CHANNELS, EVEN)
-        v = now.to(tl.float32) - start[None, :]
-        if not EVEN:
-            v = tl.where((here + step < limit)[:, None] & mine[None, :], v, 0.0)
-        v = tl.reshape(v, (DEEP, LANES, BC))  # what a thread holds comes first
-        total += tl.sum(v, 0)
-        square += tl.sum(v * v, 0)
-        now = ahead
-    many, members = (limit - first).to(tl.float32) * SIZE, (c // SIZE)[:, None] == g[None, :]
-    whole = tl.sum(tl.where(members, tl.sum(total, 0)[:, None], 0.0), 0)
-    squares = tl.sum(tl.where(members, tl.sum(square, 0)[:, None], 0.0), 0)
-    apart = tl.div_rn(whole, many)
+    start = tl.load(begin_ptr + (channel // SIZE) * SIZE, mask=mine, other=0.0)
+    about = tl.load(begin_ptr + group * SIZE, mask=kept, other=0.0)  # the same, of groups
+    tl.debug_barrier()  # so that loads stay before what waits for one
+    start, zeros = start.to(tl.float32), tl.zeros((LANES, BC), dtype=tl.float32)
+    total, square = _summed(tiles, start, zeros, zeros, first, lane, limit, LANES, EVEN)
+    for here in range(first + DEEP * LANES, limit, DEEP * LANES):
+        tiles = _pixels(x_ptr, here, lane, channel, mine, limit, CHANNELS, LANES, DEEP, EVEN)
+        total, square = _summed(tiles, start, total, square, here, lane, limit, LANES, EVEN)
+    sums = tl.sum(tl.join(total, square), 0)
+    members = (c // SIZE)[:, None] == g[None, :]
+    whole, squares = tl.split(tl.sum(tl.where(members[:, :, None], sums[:, None, :], 0.0), 0))
+    apart = tl.div_rn(whole, (limit - first).to(tl.float32) * SIZE)
     at = (sample * chunks + part) * GROUPS + group
-    start = tl.load(begin_ptr + group * SIZE, mask=kept, other=0.0).to(tl.float32)
-    tl.store(mean_ptr + at, start + apart, mask=kept)
+    tl.store(mean_ptr + at, about.to(tl.float32) + apart, mask=kept)
     tl.store(square_ptr + at, tl.maximum(squares - apart * whole, 0.0), mask=kept)
 
 
@@ -247,14 +279,17 @@ def group_norm(
     pixels, chunk, chunks, span, samples, pitch, height, pad, high, wide, below,
     BLOCKS: tl.constexpr, CHANNELS: tl.constexpr, LENGTH: tl.constexpr, SIZE: tl.constexpr, GROUPS: tl.constexpr,
     SILU: tl.constexpr, FACTOR: tl.constexpr, SPATIAL: tl.constexpr, CODES: tl.constexpr, MOST: tl.constexpr,
-    BG: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, EARLY: tl.constexpr,
+    BG: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, PAIRED: tl.constexpr, EARLY: tl.constexpr,
 ):
     """Codes less 128 (without CODES: the numbers themselves) of BC columns and ``span`` rows of a sample's part of the
     output, by the sums of `group_sums`.
 
-    Rows are pixels, or with SPATIAL the rows of a frame; the last sample has ``below`` rows more.
+    Rows are pixels, or with SPATIAL the rows of a frame; the last sample has ``below`` rows more. All that is not a sum
+    is asked for first. PAIRED: this was launched while the sums were still being made, and waits for them only then:
+    what it reads before was there when they began.
     """
-    in_turn(EARLY)
+    if not PAIRED:
+        in_turn(EARLY)
     sample = tl.program_id(2)
     lines = height * pitch if SPATIAL else pixels  # of the output, a sample
     start = tl.program_id(1) * span
@@ -264,21 +299,29 @@ def group_norm(
     group = channel // SIZE + tl.arange(0, BG)
     channel += tl.arange(0, BC)
     real = channel < end
+    now, inside = _rows(x_ptr, start, limit, sample, pixels, pitch, pad, high, wide, channel, real, CHANNELS, SPATIAL,
+                        BR)
+    weight = tl.load(weight_ptr + channel, mask=real, other=0.0)
+    bias = tl.load(bias_ptr + channel, mask=real, other=0.0)
+    if CODES:
+        time = tl.load(times_ptr) * len(BLOCKS) + segment
+    if PAIRED:
+        gdc_wait()
+        if EARLY:
+            gdc_launch_dependents()
+    else:
+        tl.debug_barrier()  # so that loads stay before what waits for one
+    if CODES:
+        inverse, zero = tl.load(inverse_ptr + time), tl.load(zero_ptr + time).to(tl.float32)
+        nothing = centred(0.0, inverse, zero, top)
     partial = sample.to(tl.int64) * chunks * GROUPS
     mean, rate = _merged(mean_ptr + partial, square_ptr + partial, group, pixels, chunk, chunks, eps, SIZE, GROUPS,
                          MOST)
-    members = (channel // SIZE)[:, None] == group[None, :]
-    slope = tl.sum(tl.where(members, rate[None, :], 0.0), 1) * tl.load(
-        weight_ptr + channel, mask=real, other=0.0).to(tl.float32)
-    shift = tl.load(bias_ptr + channel, mask=real, other=0.0).to(tl.float32)
-    shift = shift - tl.sum(tl.where(members, mean[None, :], 0.0), 1) * slope
-    if CODES:
-        time = tl.load(times_ptr) * len(BLOCKS) + segment
-        inverse, zero = tl.load(inverse_ptr + time), tl.load(zero_ptr + time).to(tl.float32)
-        nothing = centred(0.0, inverse, zero, top)
+    members = ((channel // SIZE)[:, None] == group[None, :])[:, :, None]
+    mean, rate = tl.split(tl.sum(tl.where(members, tl.join(mean, rate)[None, :, :], 0.0), 1))
+    slope = rate * weight.to(tl.float32)
+    shift = bias.to(tl.float32) - mean * slope
     for first in range(start, limit, BR):
-        now, inside = _rows(x_ptr, first, limit, sample, pixels, pitch, pad, high, wide, channel, real, CHANNELS,
-                            SPATIAL, BR)
         v = rounded(tl.fma(now.to(tl.float32), slope[None, :], shift[None, :]), x_ptr.dtype.element_ty)
         if SILU:
             v = rounded(silu(v), x_ptr.dtype.element_ty)
@@ -292,6 +335,8 @@ def group_norm(
             tl.store(out, tl.zeros((BR, BC), dtype=tl.int8) + nothing, mask=kept & (there == 0))
         else:
             tl.store(out, v.to(out_ptr.dtype.element_ty), mask=there)
+        now, inside = _rows(x_ptr, first + BR, limit, sample, pixels, pitch, pad, high, wide, channel, real, CHANNELS,
+                            SPATIAL, BR)
 
 
 # ---- GEGLU -----------------------------------------------------------------------------------------------------------
