@@ -26,10 +26,12 @@ MOST_CHUNKS = 64
 VECTOR = 8
 PIECE = 32 * VECTOR
 """Channels that a warp reads at once: 16 bytes a thread of bfloat16."""
-SUM_WARPS, SUM_DEEP, SUM_COLUMNS = 8, 8, 256
-"""Of a program that sums: its threads ask for 8 times 16 bytes each before they wait, 30 kB together."""
-SUM_PROGRAMS, SUM_REGISTERS = 3, 80
-"""For each processor: 90 kB asked for at once, twice what memory takes to be kept busy (4.8 TB/s for 1 us, of 132)."""
+SUM_WARPS, SUM_DEEP, SUM_COLUMNS = 4, 8, 256
+"""Of a program that sums: its threads ask for 8 times 16 bytes each before they wait, 15 kB together. Carrying sums
+from warp to warp takes longer the more there are: a small picture takes 8.9 us with 8 warps, 7.4 with 4 (H200)."""
+SUM_PROGRAMS, SUM_REGISTERS = 4, 80
+"""For each processor: 60 kB asked for at once, more than memory takes to be kept busy (4.8 TB/s for 1 us, of 132), and
+room for programs of the second pass beside them."""
 PAIRED = True
 """Whether the second pass of a GroupNorm is launched while the first one runs; it reads the picture and its tables, and
 waits for the sums then."""
@@ -37,8 +39,8 @@ COLUMNS, ROWS = 64, 64
 """Of a step of the second pass: 128 bytes of a bfloat16 pixel, 16 channels a thread."""
 PROGRAMS, APPLY_REGISTERS = 6, 80
 """For each processor at most in the second pass: as many as its registers hold, so that none waits for another."""
-REGISTERS = 128
-"""Of a thread that holds a row's numbers, its weight and its bias: 16 warps a processor."""
+REGISTERS = 96
+"""Of a thread that holds a row's numbers, its weight and its bias: 20 warps a processor."""
 
 
 def power(n: int) -> int:
