@@ -75,13 +75,15 @@ def _product(config: Any, spatial: int, widths: tuple[int, ...], taps: tuple[int
              parts: int = 1, early: bool = False, residual: bool = False) -> str:
     from bitbrush.kernels import triton_int8_kernels as kernels
 
+    several = len(widths) > 1
     constants = {
-        "WIDTHS": widths, "KH": taps[0], "KW": taps[1], "TABLE": table, "PARTS": parts, "SPATIAL": spatial,
+        "COUNT": len(widths), "WIDTH": 0 if several else widths[0], "KH": taps[0], "KW": taps[1], "TABLE": table, "PARTS": parts, "SPATIAL": spatial,
         "RESIDUAL": residual, "SHARED": residual, "KEEP": False, **_tiles(config, early),
     }
     tables = {"scale_a_ptr": ("*fp32",) * parts, "zero_a_ptr": ("*u8",) * parts, "times_ptr": ("*i64",) * parts}
     return _built(kernels.product, constants, config.warps, config.stages, config.registers,
-                  **_described(config, str(config.bn)), **(tables if parts > 1 else {}))
+                  **_described(config, str(config.bn)), **(tables if parts > 1 else {}),
+                  **({"width": ("i32",) * len(widths)} if several else {}))
 
 
 def _gated(config: Any) -> str:
@@ -109,10 +111,18 @@ def test_products_multiply_on_the_tensor_cores_from_copies_in_flight() -> None:
         (Config(64, 128, warps=4), LINEAR, (0,), (1, 1), 1, 1), (Config(bk=64), FLAT, (320,), (3, 3), 0, 1),
         (Config(bk=64, tma=False), GATHERED, (320,), (3, 3), 0, 1),
         (Config(128, 64, 64), LINEAR, (640, 320), (1, 1), 0, 1), (Config(), LINEAR, (0,), (1, 1), JOINED, 3),
+        (Config(bk=32), FLAT, (96, 32) * 4, (3, 3), 0, 1),
     ):
         assert _multiplies_in_flight(_product(config, spatial, widths, taps, table, parts), config.tma)
         built += 1
-    assert built == 7
+    assert built == 8
+
+
+def test_segments_go_through_one_loop() -> None:
+    from bitbrush.kernels.triton_int8 import LINEAR, Config
+
+    two, eight = (_product(Config(), LINEAR, (128,) * count, (1, 1), 0) for count in (2, 8))
+    assert two.count("wgmma.mma_async") == eight.count("wgmma.mma_async") > 0
 
 
 def test_gated_products_do_so_with_both_halves_of_the_weight() -> None:

@@ -26,14 +26,14 @@ class Launch:
     Args:
         kernel: Its parameters are pointers first, then numbers, then constants.
         grid: Programs, one to three dimensions.
-        numbers: Values of the parameters behind the pointers, up to the constants.
+        numbers: Values of the parameters behind the pointers, up to the constants: numbers, or tuples of them.
         options: The constants and Triton's own options, by name.
     """
 
     __slots__ = ("_builds", "_grid", "_kernel", "_numbers", "_options", "_rest")
 
     def __init__(
-        self, kernel: Any, grid: tuple[int, ...], numbers: tuple[int | float, ...], options: dict[str, Any]
+        self, kernel: Any, grid: tuple[int, ...], numbers: tuple[Any, ...], options: dict[str, Any]
     ) -> None:
         self._kernel, self._grid, self._numbers, self._options = kernel, grid, numbers, options
         constants = tuple(options[name] for name in kernel.arg_names if name in options)

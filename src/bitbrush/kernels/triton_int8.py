@@ -233,10 +233,10 @@ def _cut_product(
         m = ((frame.batch - 1) * frame.height + out_h - 1) * frame.pitch + out_w if config.tma else out_rows
     columns = w.shape[0] // parts
     numbers = (m, columns, out_rows, m if parts > 1 else 0, per_sample, place.pitch, place.height, out_h, out_w,
-               place.stride, a.stride(0), w.stride(0), widths[0])  # fmt: skip
+               place.stride, a.stride(0), w.stride(0), widths[0] if len(widths) == 1 else widths)  # fmt: skip
     options = {
-        "WIDTHS": widths if frame is not None or len(widths) > 1 else (0,), "KH": place.kernel[0],
-        "KW": place.kernel[1], "TABLE": tables.kind, "PARTS": parts, "SPATIAL": spatial, "TMA": config.tma,
+        "COUNT": len(widths), "WIDTH": widths[0] if frame is not None and len(widths) == 1 else 0,
+        "KH": place.kernel[0], "KW": place.kernel[1], "TABLE": tables.kind, "PARTS": parts, "SPATIAL": spatial, "TMA": config.tma,
         "BIAS": extra.bias is not None, "RESIDUAL": extra.residual is not None, "SHARED": extra.shared is not None,
         "KEEP": keep, **_cut(config, a.device),
     }

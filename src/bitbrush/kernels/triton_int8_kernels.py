@@ -137,45 +137,73 @@ def _column(asked, TIMES: tl.constexpr):
 
 
 @triton.jit
+def _width(widths, s, COUNT: tl.constexpr):
+    """Padded channels of segment s: of numbers that the kernel is given, as s is known only as it runs."""
+    found = widths[0]
+    for other in tl.static_range(1, COUNT):
+        found = tl.where(s == other, widths[other], found)
+    return found
+
+
+@triton.jit
+def _scaled(
+    a, w, acc_ptr, scale_a_ptr, zero_a_ptr, scale_w_ptr, sum_w_ptr, s, time, a_start, w_start, wide, first, n0, rows,
+    where, m_ok, kept, n, n_ok, part, columns, out_rows, pitch, length_a, length_w,
+    COUNT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, TABLE: tl.constexpr, PARTS: tl.constexpr,
+    TMA: tl.constexpr, PAIRED: tl.constexpr, KEEP: tl.constexpr, TIMES: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):
+    """float32 ``[BM, BN]`` of one segment: its integer sums, corrected and scaled."""
+    sums = _asked(sum_w_ptr + s * columns, n, n_ok, TIMES)
+    scale_w = _asked(scale_w_ptr + s, n * COUNT, n_ok, TIMES)
+    acc = _segment_sum(
+        a, w, rows, first, n0 if TMA else n, m_ok, n_ok, a_start, w_start, pitch, length_a, length_w, wide,
+        KH, KW, TMA, PAIRED, BM, BN, BK,
+    )
+    scale, zero = _activation(scale_a_ptr, zero_a_ptr, time, s, kept, part, COUNT, TABLE, PARTS)
+    acc += (128 - zero) * _column(sums, TIMES)
+    if KEEP:
+        at = where.to(tl.int64)[:, None] * columns + n[None, :]
+        tl.store(acc_ptr + s * out_rows.to(tl.int64) * columns + at, acc, mask=kept[:, None] & n_ok[None, :])
+    return (acc.to(tl.float32) * scale) * _column(scale_w, TIMES)
+
+
+@triton.jit
 def _values(
     a, w, acc_ptr, bias_ptr, scale_a_ptr, zero_a_ptr, times_ptr, scale_w_ptr, sum_w_ptr, first, n0, rows, where,
     sample, m_ok, kept, n, n_ok, part, columns, out_rows, pitch, length_a, length_w, width,
-    WIDTHS: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, TABLE: tl.constexpr, PARTS: tl.constexpr,
-    TMA: tl.constexpr, PAIRED: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr, THREADS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    COUNT: tl.constexpr, WIDTH: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, TABLE: tl.constexpr,
+    PARTS: tl.constexpr, TMA: tl.constexpr, PAIRED: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr,
+    THREADS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):
     """float32 ``[BM, BN]`` of a tile: integer sums, scaled, with the bias (the order is that of docs/numerics.md).
 
-    WIDTHS: padded channels of each segment; a single 0: one segment of ``width`` (so that layers share a build).
+    COUNT: of segments; the padded channels of one are WIDTH, or where that is 0 ``width`` (so that layers share a
+    build), of several the numbers ``width``. Several go through one loop: written out one after the other, eight take
+    the compiler eight times as long, and for every layer anew.
     """
-    COUNT: tl.constexpr = len(WIDTHS)
     TIMES: tl.constexpr = THREADS // BN if THREADS > BN else 1
-    total = tl.zeros((BM, BN), dtype=tl.float32)
     time = _time(times_ptr, sample, where, kept, part, TABLE, PARTS)
     if BIAS:
         bias = _asked(bias_ptr, n, n_ok, TIMES)
-    a_start = 0
-    w_start = 0
-    for s in tl.static_range(COUNT):
-        wide = WIDTHS[s] if WIDTHS[s] > 0 else width
-        sums = _asked(sum_w_ptr + s * columns, n, n_ok, TIMES)
-        scale_w = _asked(scale_w_ptr + s, n * COUNT, n_ok, TIMES)
-        acc = _segment_sum(
-            a, w, rows, first, n0 if TMA else n, m_ok, n_ok, a_start, w_start, pitch, length_a, length_w, wide,
-            KH, KW, TMA, PAIRED, BM, BN, BK,
+    if COUNT == 1:
+        total = _scaled(
+            a, w, acc_ptr, scale_a_ptr, zero_a_ptr, scale_w_ptr, sum_w_ptr, 0, time, 0, 0,
+            WIDTH if WIDTH > 0 else width, first, n0, rows, where, m_ok, kept, n, n_ok, part, columns, out_rows, pitch,
+            length_a, length_w, COUNT, KH, KW, TABLE, PARTS, TMA, PAIRED, KEEP, TIMES, BM, BN, BK,
         )
-        scale, zero = _activation(scale_a_ptr, zero_a_ptr, time, s, kept, part, COUNT, TABLE, PARTS)
-        acc += (128 - zero) * _column(sums, TIMES)
-        scaled = (acc.to(tl.float32) * scale) * _column(scale_w, TIMES)
-        if s == 0:
-            total = scaled
-        else:
-            total += scaled
-        if KEEP:
-            at = where.to(tl.int64)[:, None] * columns + n[None, :]
-            tl.store(acc_ptr + s * out_rows.to(tl.int64) * columns + at, acc, mask=kept[:, None] & n_ok[None, :])
-        a_start += wide
-        w_start += wide * KH * KW
+    else:
+        total = tl.zeros((BM, BN), dtype=tl.float32)
+        start = 0
+        for s in range(COUNT):
+            wide = _width(width, s, COUNT)
+            scaled = _scaled(
+                a, w, acc_ptr, scale_a_ptr, zero_a_ptr, scale_w_ptr, sum_w_ptr, s, time, start, start * (KH * KW),
+                wide, first, n0, rows, where, m_ok, kept, n, n_ok, part, columns, out_rows, pitch, length_a, length_w,
+                COUNT, KH, KW, TABLE, PARTS, TMA, PAIRED, KEEP, TIMES, BM, BN, BK,
+            )
+            total = tl.where(s == 0, scaled, total + scaled)  # 0 + x is not x where x is -0
+            start += wide
     if BIAS:
         total += _column(bias, TIMES).to(tl.float32)
     return total
@@ -209,9 +237,9 @@ def product(
     a, w, y_ptr, acc_ptr, bias_ptr, residual_ptr, shared_ptr, scale_a_ptr, zero_a_ptr, times_ptr, scale_w_ptr,
     sum_w_ptr, m_count, n_count, out_rows, part_rows, per_sample, pitch, height, out_h, out_w, stride, length_a,
     length_w, width,
-    WIDTHS: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, TABLE: tl.constexpr, PARTS: tl.constexpr,
-    SPATIAL: tl.constexpr, TMA: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SHARED: tl.constexpr,
-    KEEP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,
+    COUNT: tl.constexpr, WIDTH: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, TABLE: tl.constexpr,
+    PARTS: tl.constexpr, SPATIAL: tl.constexpr, TMA: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    SHARED: tl.constexpr, KEEP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,
     THREADS: tl.constexpr,
 ):
     """A tile of ``y [rows, PARTS * n_count]``. Part p multiplies the rows of ``a`` from ``p * part_rows`` on."""
@@ -233,7 +261,7 @@ def product(
     total = _values(
         a, w, acc_ptr, bias_ptr, scale_a_ptr, zero_a_ptr, times_ptr, scale_w_ptr, sum_w_ptr, begin + m0, n0,
         begin + rows, where, sample, m_ok, kept, n, n_ok, part, columns, out_rows, pitch, length_a, length_w, width,
-        WIDTHS, KH, KW, TABLE, PARTS, TMA, False, BIAS, KEEP, THREADS, BM, BN, BK,
+        COUNT, WIDTH, KH, KW, TABLE, PARTS, TMA, False, BIAS, KEEP, THREADS, BM, BN, BK,
     )
     if RESIDUAL or SHARED:  # half the columns at a time: what is added and where from need fewer registers
         HALF: tl.constexpr = BN // 2
@@ -272,7 +300,7 @@ def gated(
     total = _values(
         a, w, y_ptr, bias_ptr, scale_a_ptr, zero_a_ptr, times_ptr, scale_w_ptr, sum_w_ptr, row * BM, n0, m, m, m,
         m_ok, m_ok, pair + (both // HALF) * n_count, pair < n_count, 0, 2 * n_count, m_count, 0, length_a, length_w,
-        width, (0,), 1, 1, 0, 1, TMA, True, BIAS, False, THREADS, BM, BN, BK,
+        width, 1, 0, 1, 1, 0, 1, TMA, True, BIAS, False, THREADS, BM, BN, BK,
     )
     hidden, gate = _halves(total, BM, HALF)
     value = _geglu(hidden, gate, TYPE)
