@@ -77,7 +77,8 @@ def _product(config: Any, spatial: int, widths: tuple[int, ...], taps: tuple[int
 
     several = len(widths) > 1
     constants = {
-        "COUNT": len(widths), "WIDTH": 0 if several else widths[0], "KH": taps[0], "KW": taps[1], "TABLE": table, "PARTS": parts, "SPATIAL": spatial,
+        "COUNT": len(widths), "WIDTH": 0 if several else widths[0], "KH": taps[0], "KW": taps[1],
+        "TABLE": table, "PARTS": parts, "SPATIAL": spatial,
         "RESIDUAL": residual, "SHARED": residual, "KEEP": False, **_tiles(config, early),
     }
     tables = {"scale_a_ptr": ("*fp32",) * parts, "zero_a_ptr": ("*u8",) * parts, "times_ptr": ("*i64",) * parts}

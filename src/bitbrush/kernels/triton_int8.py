@@ -236,9 +236,9 @@ def _cut_product(
                place.stride, a.stride(0), w.stride(0), widths[0] if len(widths) == 1 else widths)  # fmt: skip
     options = {
         "COUNT": len(widths), "WIDTH": widths[0] if frame is not None and len(widths) == 1 else 0,
-        "KH": place.kernel[0], "KW": place.kernel[1], "TABLE": tables.kind, "PARTS": parts, "SPATIAL": spatial, "TMA": config.tma,
-        "BIAS": extra.bias is not None, "RESIDUAL": extra.residual is not None, "SHARED": extra.shared is not None,
-        "KEEP": keep, **_cut(config, a.device),
+        "KH": place.kernel[0], "KW": place.kernel[1], "TABLE": tables.kind, "PARTS": parts, "SPATIAL": spatial,
+        "TMA": config.tma, "BIAS": extra.bias is not None, "RESIDUAL": extra.residual is not None,
+        "SHARED": extra.shared is not None, "KEEP": keep, **_cut(config, a.device),
     }
     grid = (-(-m // config.bm) * -(-columns // config.bn) * parts,)
     return _Cut(asked, Launch(kernels.product, grid, numbers, options), *_operands(a, w, config))

@@ -239,8 +239,8 @@ def product(
     length_w, width,
     COUNT: tl.constexpr, WIDTH: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, TABLE: tl.constexpr,
     PARTS: tl.constexpr, SPATIAL: tl.constexpr, TMA: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-    SHARED: tl.constexpr, KEEP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,
-    THREADS: tl.constexpr,
+    SHARED: tl.constexpr, KEEP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    GROUP: tl.constexpr, EARLY: tl.constexpr, THREADS: tl.constexpr,
 ):
     """A tile of ``y [rows, PARTS * n_count]``. Part p multiplies the rows of ``a`` from ``p * part_rows`` on."""
     in_turn(EARLY)
