@@ -35,16 +35,22 @@ def decoded_weights() -> tuple[int, list[str]]:
         if not torch.equal(gpu_decode.weight(packed, torch.float32), packed.decoded_weight()):
             unequal.append(str(case))
         count += 1
-    for bits, books, size in itertools.product((8, 6, 3), (1, 3), (8, 4)):
-        g = torch.Generator().manual_seed(bits)
-        codes = torch.randint(0, 2**bits, (9, 10, books), generator=g)
-        values, scale = torch.randn((books, 2**bits, size), generator=g).half(), torch.rand(9, generator=g).half()
-        want = decode(codes, values, scale)
-        if not torch.equal(gpu_decode._codebook_cuda(pack_codes(codes, bits), bits, values, scale, 10, torch.float32),
-                           want):
-            unequal.append(f"codebooks {bits} {books} {size}")
+    shapes = ((9, 10), (16, 32), (7, 74))  # of one program that is not full, of two that are, and of one of each
+    for bits, books, size, (rows, groups) in itertools.product((8, 6, 3), (1, 3), (8, 4, 3), shapes):
+        if not _codebooks_equal(bits, books, size, rows, groups):
+            unequal.append(f"codebooks {bits} {books} {size} {rows} {groups}")
         count += 1
     return count, unequal
+
+
+def _codebooks_equal(bits: int, books: int, size: int, rows: int, groups: int) -> bool:
+    """Whether codes ``[rows, groups, books]`` are decoded to the reference's weight."""
+    g = torch.Generator().manual_seed(bits)
+    codes = torch.randint(0, 2**bits, (rows, groups, books), generator=g)
+    values, scale = torch.randn((books, 2**bits, size), generator=g).half(), torch.rand(rows, generator=g).half()
+    packed = pack_codes(codes, bits)
+    return all(torch.equal(gpu_decode._codebook_cuda(packed, bits, values, scale, groups, dtype),
+                           decode(codes, values, scale).to(dtype)) for dtype in (torch.float32, torch.float16))
 
 
 def main() -> None:

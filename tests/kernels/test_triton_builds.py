@@ -188,6 +188,27 @@ def test_what_belongs_to_columns_is_read_before_the_sums_and_once_a_thread() -> 
         assert len(re.findall(r"ld\.global", after)) == 2  # scale and zero-point of the activation
 
 
+def _codebooks(bits: int, **constants: Any) -> str:
+    """PTX of the decode of three codebooks as SDXL's layers of 1280 channels have them."""
+    from bitbrush.kernels import gpu_decode, triton_decode_kernels
+
+    usual = {"GROUPS": 160, "BOOKS": 3, "BITS": bits, "SIZE": 8, "WIDE": 8, "BG": gpu_decode.BLOCK, "EVEN": True,
+             "EARLY": False, **constants}  # fmt: skip
+    return _built(triton_decode_kernels.codebook, usual, gpu_decode.WARPS, scale_ptr="*fp16", out_ptr="*bf16")
+
+
+def test_codewords_are_one_load_each_and_what_is_decoded_stays_in_its_thread(tmp_path: Path) -> None:
+    for bits, even, early in ((8, True, False), (8, False, False), (6, True, False), (8, True, True)):
+        ptx, case = _codebooks(bits, EVEN=even, EARLY=early), (bits, even, early)
+        assert "shared" not in ptx and "bar.sync" not in ptx, case
+        assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) == 6 and ptx.count("st.global.v4.b32") == 2, case
+        assert len(re.findall(r"ld\.global\.b8", ptx)) == (6 if bits == 8 else 12), case
+        registers, spilled = _needs(ptx, tmp_path)
+        assert registers <= (32 if even else 40) and spilled == 0, (case, registers)
+        if early:
+            assert ptx.index("griddepcontrol.wait;") < ptx.index("st.global")
+
+
 def test_one_pass_kernels_move_sixteen_bytes_at_a_time() -> None:
     from bitbrush.kernels import triton_decode_kernels, triton_encode_kernels, triton_int8_kernels
 
@@ -200,8 +221,7 @@ def test_one_pass_kernels_move_sixteen_bytes_at_a_time() -> None:
         "unpack": _built(triton_int8_kernels.unpack, {**rows, "REAL": ((1280, 1280),), "BR": 16}, out_ptr="*i8"),
         "affine": _built(triton_decode_kernels.affine, {**rows, "REAL": ((1280, 1280, 1280),), "STARTS": (0,), "BR": 8},
                          scale_ptr="*fp32", out_ptr="*bf16"),
-        "codebook": _built(triton_decode_kernels.codebook, {"BOOKS": 3, "BITS": 8, "SIZE": 8, "WIDE": 8, "BG": 256},
-                           scale_ptr="*fp16", out_ptr="*bf16"),
+        "codebook": _codebooks(8),
     }
     for name, text in ptx.items():
         assert set(re.findall(r"st\.global\.(\S+?)\s", text)) == {"v4.b32"}, name

@@ -12,12 +12,14 @@ convolutions in channels-last layout.
 from __future__ import annotations
 
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._triton import has_triton_package
 
+from bitbrush.kernels.launching import Launch
+from bitbrush.kernels.triton_int8 import early, launched
 from bitbrush.numbers import packing
 from bitbrush.numbers.codebook import decode as decode_codebook
 from bitbrush.numbers.codebook import unpack_codes
@@ -26,6 +28,9 @@ from bitbrush.numbers.codec import decode, expand_weight_scale
 if TYPE_CHECKING:
     from bitbrush.network.layers import QuantLayer
 
+BLOCK, WARPS = 256, 4
+"""Groups of codebooks that a program decodes, two a thread: 32 registers, so that a processor is full of threads, which
+wait for codes and then for codewords."""
 _LIBRARY = torch.library.Library("bitbrush", "FRAGMENT")
 _LIBRARY.define(
     "decode_affine(Tensor[] codes, int[] bits, Tensor scale, Tensor zero_point, Tensor? order, int[] counts, "
@@ -62,7 +67,8 @@ def weight(layer: QuantLayer, dtype: torch.dtype) -> Tensor:
         raise ValueError("the weight of this layer is not quantized")
     kh, kw = layer.kernel_hw
     if spec.additive:
-        books, scale = layer.weight_tables()
+        of_books: Any = layer
+        books, scale = of_books.book()(), layer.weight_scale
         codes, groups = getattr(layer, f"codes{spec.grid.bits}"), kh * kw * layer.in_channels_ // spec.group
         flat: Tensor = _OPS.decode_codebook(codes, spec.grid.bits, books.to(codes.device), scale, groups, dtype)
     else:
@@ -130,18 +136,32 @@ def _affine_shape(
 def _codebook_cuda(
     codes: Tensor, bits: int, codebooks: Tensor, scale: Tensor, groups: int, dtype: torch.dtype
 ) -> Tensor:
+    whole, device = codebooks.is_contiguous(), codes.device
+    out = torch.empty((scale.shape[0], groups * codebooks.shape[2]), dtype=dtype, device=device)
+    key = (scale.shape[0], groups, bits, codebooks.shape, codes.stride(0), whole, device, early(device))
+    launch = _CODEBOOKS.get(key)
+    if launch is None:
+        launch = _CODEBOOKS[key] = _cut_codebooks(codes, bits, codebooks, scale.shape[0], groups)
+    launch((codes, codebooks if whole else codebooks.contiguous(), scale, out))
+    return out
+
+
+_CODEBOOKS: dict[Any, Launch] = {}
+
+
+def _cut_codebooks(codes: Tensor, bits: int, codebooks: Tensor, rows: int, groups: int) -> Launch:
+    """A launch for codes of ``rows * groups`` groups, of which a program decodes `BLOCK`."""
     from bitbrush.kernels import triton_decode_kernels as kernels
 
-    count, size, block = scale.shape[0] * groups, codebooks.shape[2], 256
-    out = torch.empty((scale.shape[0], groups * size), dtype=dtype, device=codes.device)
+    (books, _, size), count = codebooks.shape, rows * groups
     starts = packing.plane_starts(count, bits, lambda length, width: -(-length * width // 8))
-    with torch.cuda.device_of(out):
-        kernels.codebook[(-(-count // block),)](
-            codes, codebooks.contiguous(), scale, out, count, groups, codes.stride(0), *starts,
-            BOOKS=codebooks.shape[0], BITS=bits, SIZE=size, WIDE=1 << (size - 1).bit_length(), BG=block, num_warps=4,
-            enable_fp_fusion=False,
-        )
-    return out
+    copied = {} if codebooks.is_contiguous() else {"EARLY": False, "launch_pdl": False}  # by the kernel ahead
+    options = {
+        "GROUPS": groups, "BOOKS": books, "BITS": bits, "SIZE": size, "WIDE": 1 << (size - 1).bit_length(),
+        "BG": BLOCK, "EVEN": count % BLOCK == 0, "num_warps": WARPS, "enable_fp_fusion": False,
+        **launched(codes.device), **copied,
+    }
+    return Launch(kernels.codebook, (-(-count // BLOCK),), (count, codes.stride(0), *starts), options)
 
 
 def _codebook_plain(

@@ -8,11 +8,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from bitbrush.kernels.triton_encode_kernels import in_turn
+
 
 @triton.jit
 def _values(data, at, k, ok, WIDTH: tl.constexpr):
-    """Values below ``2**WIDTH`` at the places k of a plane that begins at ``data + at``."""
-    byte = tl.load(data + at + k * WIDTH // 8, mask=ok, other=0).to(tl.int32)
+    """Values below ``2**WIDTH`` at the places k (uint32) of a plane that begins at ``data + at``."""
+    byte = tl.load(data + at + k // (8 // WIDTH), mask=ok, other=0).to(tl.uint32)
     return (byte >> ((k % (8 // WIDTH)) * WIDTH)) & ((1 << WIDTH) - 1)
 
 
@@ -111,37 +113,58 @@ def affine(
 
 
 @triton.jit
+def _code(data, k, ok, four, two, one, BITS: tl.constexpr):
+    """Codes uint32 at the places k (uint32) of one codebook, from all its planes."""
+    if BITS == 8:
+        code = tl.load(data + k, mask=ok, other=0).to(tl.uint32)
+    else:
+        code = tl.zeros_like(k)
+        shift = 0
+        if BITS & 4:
+            code += _values(data, four, k, ok, 4)
+            shift += 4
+        if BITS & 2:
+            code += _values(data, two, k, ok, 2) << shift
+            shift += 2
+        if BITS & 1:
+            code += _values(data, one, k, ok, 1) << shift
+    return code
+
+
+@triton.jit
 def codebook(
-    data, book_ptr, scale_ptr, out_ptr, count, groups, stride, four, two, one,
-    BOOKS: tl.constexpr, BITS: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr, BG: tl.constexpr,
+    data, book_ptr, scale_ptr, out_ptr, count, stride, four, two, one,
+    GROUPS: tl.constexpr, BOOKS: tl.constexpr, BITS: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr,
+    BG: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr,
 ):
-    """The vectors of BG groups, added in the order of the codebooks, times the row's scale; SIZE values each."""
-    group = tl.program_id(0) * BG + tl.arange(0, BG)
-    ok = group < count
+    """The vectors of BG groups, added in the order of the codebooks, times the row's scale; SIZE values each.
+
+    A thread has whole groups, those of a warp lie side by side: a codeword of 8 is one load, 8 weights are one store,
+    and codes come as single bytes. They are declared not to be contiguous: four codes a thread would have to be dealt
+    out again through shared memory, behind barriers.
+
+    GROUPS: of a row. EVEN: BG divides the number of groups. EARLY: see `in_turn`; codes and tables are no kernel's
+    output, so they are read before the wait.
+    """
+    first = tl.program_id(0) * BG
+    if first == 0:  # all codebooks into the second-level cache while the codes are on their way
+        line = tl.arange(0, BG) * 64
+        tl.load(book_ptr + line, mask=line < (BOOKS << BITS) * SIZE, other=0.0, volatile=True)
+    k = first + tl.max_contiguous(tl.arange(0, BG), 1)
+    ok, place = (k < count) | EVEN, k.to(tl.uint32)
     lane = tl.arange(0, WIDE)
-    inside = ok[:, None] & (lane < SIZE)[None, :]
+    inside = (lane < SIZE)[None, :] | (SIZE == WIDE)
     total = tl.zeros((BG, WIDE), dtype=tl.float32)
     for book in tl.static_range(BOOKS):
-        start = book * stride
-        if BITS == 8:
-            code = tl.load(data + start + group, mask=ok, other=0).to(tl.int32)
-        else:
-            code = tl.zeros((BG,), dtype=tl.int32)
-            shift = 0
-            if BITS & 4:
-                code += _values(data, start + four, group, ok, 4)
-                shift += 4
-            if BITS & 2:
-                code += _values(data, start + two, group, ok, 2) << shift
-                shift += 2
-            if BITS & 1:
-                code += _values(data, start + one, group, ok, 1) << shift
-        entry = (book * (1 << BITS) + code)[:, None] * SIZE + lane[None, :]
-        vector = tl.load(book_ptr + entry, mask=inside, other=0.0).to(tl.float32)
+        code = _code(data + book * stride, place, ok, four, two, one, BITS)
+        entry = code[:, None] * SIZE + lane[None, :]
+        vector = tl.load(book_ptr + (book << BITS) * SIZE + entry, mask=inside, other=0.0).to(tl.float32)
         if book == 0:
             total = vector
         else:
             total += vector
-    scale = tl.load(scale_ptr + group // groups, mask=ok, other=0.0).to(tl.float32)
-    where = group.to(tl.int64)[:, None] * SIZE + lane[None, :]
-    tl.store(out_ptr + where, (total * scale[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
+    scale = tl.load(scale_ptr + place // GROUPS, mask=ok, other=0.0).to(tl.float32)
+    value = (total * scale[:, None]).to(out_ptr.dtype.element_ty)
+    in_turn(EARLY)
+    where = k.to(tl.int64)[:, None] * SIZE + lane[None, :]
+    tl.store(out_ptr + where, value, mask=ok[:, None] & inside)
