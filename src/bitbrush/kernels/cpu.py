@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from bitbrush.kernels import cpu_fused, cpu_onednn, reference
+from bitbrush.kernels import cpu_fused, cpu_layout, cpu_onednn, reference
 from bitbrush.kernels.cpu_onednn import OFFSET
 from bitbrush.kernels.cpu_weights import int8_weights, largest
 
@@ -221,7 +221,7 @@ def _patches(layer: QuantLayer, part: Tensor, zero: Tensor, length: int) -> Tens
         framed[:, top : top + h, left : left + w, :c] = part
     else:
         framed = nn.functional.pad(part, (0, wide - c)).contiguous()
-    return cpu_fused.windows(framed, [kh, kw], [int(sh), int(sw)], [int(dh), int(dw)])
+    return cpu_layout.windows(framed, [kh, kw], [int(sh), int(sw)], [int(dh), int(dw)])
 
 
 # ---- the product -----------------------------------------------------------------------------------------------------
