@@ -28,6 +28,7 @@ from bitbrush.kernels.cpu_onednn import OFFSET
 from bitbrush.kernels.cpu_weights import int8_weights, largest
 
 if TYPE_CHECKING:
+    from bitbrush.network.activation import ActivationQuantizer
     from bitbrush.network.layers import QuantLayer
 
 FLOAT_BLOCK = 1024
@@ -108,10 +109,11 @@ def run(layer: QuantLayer, x: Tensor) -> Tensor:
     Inputs that it `leaves` are the reference's.
     """
     quantizer = layer.input
-    if quantizer is None or leaves(layer, x):
+    if quantizer is None or _leaves(quantizer, x):
         return reference.run(layer, x)
     if cpu_fused.takes(layer, x):
-        return layer.with_branch(cpu_fused.run(layer, x), x)
+        y = cpu_fused.run(layer, x)
+        return y if layer.low_rank is None else layer.with_branch(y, x)
     codes, scale, zero = quantizer.encode(layer.prepare(x), layer.channel_dim % x.ndim)
     sums = _accumulate(layer, codes, zero)
     scales = _by_segment(layer, _rows_last(layer, scale))
@@ -135,7 +137,11 @@ def leaves(layer: QuantLayer, x: Tensor) -> bool:
     """Whether an input is left to the reference: while the activation quantizer is switched off, or where a gradient is
     wanted. Integers carry neither."""
     quantizer = layer.input
-    return quantizer is None or not quantizer.enabled or (torch.is_grad_enabled() and x.requires_grad)
+    return quantizer is None or _leaves(quantizer, x)
+
+
+def _leaves(quantizer: ActivationQuantizer, x: Tensor) -> bool:
+    return not quantizer.enabled or (torch.is_grad_enabled() and x.requires_grad)
 
 
 def input_codes(layer: QuantLayer, x: Tensor) -> Tensor:

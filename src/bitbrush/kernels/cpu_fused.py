@@ -123,7 +123,7 @@ def _compute(
     few, split, last = shape.few(x, weight_scale.shape[0]), cpu_onednn.must_split(*extremes), len(segments) - 1
     taps = kernel[0] * kernel[1]
     weights = (rows if few else columns)(stored, bits, halved, order, weight_zero_point, segments, taps)
-    scales, bias = weight_scale.t().contiguous(), None if bias is None else bias.float()
+    scales, bias = weight_scale.t().contiguous(), None if bias is None else bias.detach().float()
     found = []
     for part in _parts(x, scale, inverse, zero, top, shape, few):
         made = []

@@ -66,8 +66,12 @@ def few(m: int, k: int, n: int) -> bool:
     That rescales M * N outputs in passes of their own; the other product has 45 us of its own and transposes K * N
     weights, of which each takes as long as three or four outputs. Measured on Sapphire Rapids.
     """
-    few_outputs = m * n <= FEW + 4 * k * n
-    return few_outputs and torch.backends.cpu.get_cpu_capability() == "AVX512" and engine() == "exact"
+    return m * n <= FEW + 4 * k * n and _has_avx512() and engine() == "exact"
+
+
+@functools.cache
+def _has_avx512() -> bool:
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def must_split(largest_code: int, largest_weight: int) -> bool:
@@ -122,8 +126,8 @@ def few_product(
 
     ``rescale``: both scales' product ``[N]``. ``sums``: of the weight's rows, where they are known (`few_sums`).
     """
-    found = few_sums(rows, zero, weight, sums)
-    return torch.mul(found, rescale) if bias is None else torch.addcmul(bias, found, rescale)
+    found = few_sums(rows, zero, weight, sums).float()
+    return found.mul_(rescale) if bias is None else torch.addcmul(bias, found, rescale, out=found)
 
 
 def few_sums(rows: Tensor, zero: int, weight: Tensor, sums: Tensor | None = None) -> Tensor:

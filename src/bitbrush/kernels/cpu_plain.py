@@ -104,7 +104,7 @@ def _found(layer: QuantLayer) -> Facts | None:
     source = tuple((held, name, t, t._version) for (held, name), t in zip(names, tensors_of, strict=True))
     (scale, inverse, zero), stored, length = (t.flatten() for t in tensors_of[:3]), tensors_of[3], layer.row_length
     stored = packing.int8_rows(stored)[:, :length] if shape.bits == [8] else stored
-    weight_scale = tensors_of[5].view(-1)
+    weight_scale = tensors_of[5].detach().view(-1)
     return Facts(
         shape, scale.tolist(), [int(z) for z in zero.tolist()], inverse.unbind(), quantizer.spec.timed, stored, length,
         tensors_of[4], weight_scale, weight_scale * float(scale) if len(scale) == 1 else None,
@@ -134,6 +134,12 @@ def run(layer: QuantLayer, x: Tensor) -> Tensor | None:
         y = _framed(known, x.permute(0, 2, 3, 1) if conv else x.reshape(x.shape[:-1].numel(), 1, 1, -1), row)
     y = y if x.dtype == torch.float32 else y.to(x.dtype)
     return y.permute(0, 3, 1, 2) if conv else y if known.bare else y.view(*x.shape[:-1], -1)
+
+
+def product(known: Facts, layer: QuantLayer, x: Tensor) -> Tensor | None:
+    """What `run` gives for tokens ``[.., C]``, of facts that hold for several layers, of which ``layer`` is one."""
+    row = _row(layer) if known.timed else 0
+    return None if row is None or x.numel() == 0 else _pointwise(known, x, row).to(x.dtype)
 
 
 def _row(layer: QuantLayer) -> int | None:
