@@ -58,7 +58,7 @@ def test_codes_sums_and_outputs_over_bits_kinds_and_scales(builder: ModuleType, 
         _, packed, codes = builder.build(case, i)
         x = builder.make_input(case, i)
         with packed.input._clock[0].at(builder.timestep(case)), torch.no_grad():
-            assert cpu.why_not(packed, "cpu") is None and cpu_fused.takes(packed, x)
+            assert cpu.why_not(packed, "cpu") is None and cpu_fused.takes(packed.input, x)
             result = proof.prove_layer(codes, packed, x)
             ours = result["kernels"]["cpu-int8"]
             assert result["ok"] and ours["ok"] and 0 < ours["max_error_over_bound"] <= 1, (case, result)
@@ -151,7 +151,7 @@ def test_scales_a_token_take_the_plain_form(builder: ModuleType, processor: str)
     for case in ({"kind": "linear", "mode": "token"}, {**THREE, "kind": "conv", "kernel": (1, 1), "mode": "token"}):
         _, packed, codes = builder.build(case)
         x = builder.make_input(case)
-        assert not cpu_fused.takes(packed, x)
+        assert not cpu_fused.takes(packed.input, x)
         assert proof.prove_layer(codes, packed, x)["kernels"]["cpu-int8"]["ok"]
 
 
@@ -335,7 +335,7 @@ def _proof(builder: ModuleType, case: dict[str, Any], patch: Patch | None) -> di
             patch(context)
         result = proof.prove_layer(codes, packed, x, (sim.weight_scale, sim.weight_zero_point))
     ours: dict[str, Any] = result["kernels"]["cpu-int8"]
-    assert cpu_fused.takes(packed, x) and "skipped" not in ours
+    assert cpu_fused.takes(packed.input, x) and "skipped" not in ours
     return ours
 
 

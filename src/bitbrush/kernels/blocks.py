@@ -101,7 +101,7 @@ def fuse(model: nn.Module) -> dict[str, str]:
     inside = {part for block in model.modules() if isinstance(block, FusedBlock) for part in block.modules()}
     for norm in model.modules():
         if type(norm) is nn.GroupNorm and norm.affine and norm not in inside:
-            mix(norm, _mixed(norm.__class__))
+            mix(norm, _mixed(nn.GroupNorm))
     return answer
 
 

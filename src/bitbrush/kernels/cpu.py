@@ -111,9 +111,9 @@ def run(layer: QuantLayer, x: Tensor) -> Tensor:
     quantizer = layer.input
     if quantizer is None or _leaves(quantizer, x):
         return reference.run(layer, x)
-    if cpu_fused.takes(layer, x):
-        y = cpu_fused.run(layer, x)
-        return y if layer.low_rank is None else layer.with_branch(y, x)
+    if cpu_fused.takes(quantizer, x):
+        made = cpu_fused.run(layer, x)
+        return made if layer.low_rank is None else layer.with_branch(made, x)
     codes, scale, zero = quantizer.encode(layer.prepare(x), layer.channel_dim % x.ndim)
     sums = _accumulate(layer, codes, zero)
     scales = _by_segment(layer, _rows_last(layer, scale))
@@ -148,7 +148,7 @@ def input_codes(layer: QuantLayer, x: Tensor) -> Tensor:
     """The activation codes that the products are made from, uint8, shape of ``x``."""
     if layer.input is None:
         raise ValueError("the input of this layer is not quantized")
-    if cpu_fused.takes(layer, x):
+    if cpu_fused.takes(layer.input, x):
         return cpu_fused.codes(layer, x)
     codes = layer.input.encode(layer.prepare(x), layer.channel_dim % x.ndim)[0]
     return (to_int8(codes).to(torch.int16) + OFFSET).to(torch.uint8)
@@ -161,7 +161,7 @@ def accumulators(layer: QuantLayer, x: Tensor) -> list[Tensor]:
     """
     if layer.input is None:
         raise ValueError("the input of this layer is not quantized")
-    if cpu_fused.takes(layer, x):
+    if cpu_fused.takes(layer.input, x):
         return cpu_fused.accumulators(layer, x)
     codes, _, zero = layer.input.encode(layer.prepare(x), layer.channel_dim % x.ndim)
     return _accumulate(layer, codes, zero)

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from bitbrush.kernels import cpu_onednn, cpu_plain
-from bitbrush.kernels.blocks import FusedBlock, mix, watched
+from bitbrush.kernels.blocks import FusedBlock, watched
 from bitbrush.kernels.joined import shared
 from bitbrush.numbers import packing
 
@@ -32,29 +32,14 @@ _SELF, _CONTEXT = ("to_q", "to_k", "to_v"), ("to_k", "to_v")
 
 # ---- which attentions ------------------------------------------------------------------------------------------------
 @cache
-def _plain_kinds() -> tuple[type, type]:
-    """diffusers' attention, and the processor whose steps `_attended` takes."""
-    from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+def plain_processor() -> type:
+    """diffusers' processor whose steps `_attended` takes."""
+    from diffusers.models.attention_processor import AttnProcessor2_0
 
-    return Attention, AttnProcessor2_0
-
-
-@cache
-def _mixed() -> Any:
-    base = _plain_kinds()[0]
-    return type(base.__name__, (JoinedAttention, base), {"plain_class": base, "__module__": base.__module__})
+    return AttnProcessor2_0
 
 
-def fuse(model: nn.Module) -> None:
-    """Let every attention that can be make one product of several layers."""
-    if not any(hasattr(module, "declare_packed") for module in model.modules()):
-        return
-    for module in list(model.modules()):
-        if type(module) is _plain_kinds()[0] and _fits(module):
-            mix(module, _mixed())
-
-
-def _fits(attn: Any) -> bool:
+def fits(attn: Any) -> bool:
     """Whether an attention is of the plain form, whatever it is given."""
     parts = (attn.spatial_norm, attn.group_norm, attn.norm_q, attn.norm_k, attn.norm_cross, attn.add_k_proj)
     if any(part is not None for part in parts) or attn.residual_connection or attn.rescale_output_factor != 1:
@@ -65,7 +50,7 @@ def _fits(attn: Any) -> bool:
 def _ready(attn: Any, names: tuple[str, ...]) -> bool:
     """Whether the parts are now what they were: plain, all run by this kernel, watched by nobody."""
     held = attn._modules
-    if type(attn.processor) is not _plain_kinds()[1] or any(name not in held for name in names):
+    if type(attn.processor) is not plain_processor() or any(name not in held for name in names):
         return False
     layers = [held[name] for name in names]
     if not all(hasattr(layer, "declare_packed") and layer.face == "packed" for layer in layers) or watched(layers):

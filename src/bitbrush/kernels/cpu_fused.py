@@ -29,6 +29,7 @@ from bitbrush.kernels.cpu_layout import Shape, batched, framed, kept_shape, shap
 from bitbrush.kernels.cpu_weights import columns, rows, tensors
 
 if TYPE_CHECKING:
+    from bitbrush.network.activation import ActivationQuantizer
     from bitbrush.network.layers import QuantLayer
 
 
@@ -46,12 +47,9 @@ class Part(NamedTuple):
 
 
 # ---- which layers ----------------------------------------------------------------------------------------------------
-def takes(layer: QuantLayer, x: Tensor) -> bool:
+def takes(quantizer: ActivationQuantizer, x: Tensor) -> bool:
     """Whether `run` can compute this: one scale a sample (and segment), something to compute, and a product for it."""
-    quantizer = layer.input
-    if quantizer is None or x.numel() == 0 or quantizer.spec.granularity not in ("tensor", "sample"):
-        return False
-    return _engine() != "absent"
+    return quantizer.spec.granularity in ("tensor", "sample") and x.numel() > 0 and _engine() != "absent"
 
 
 @torch.compiler.assume_constant_result

@@ -36,6 +36,8 @@ SEVEN_BITS = 127
 """Activation codes up to this never do: 2 * 127 * 128 < 2**15."""
 FEW = 160_000
 """Outputs that are rescaled while the other product gets under way."""
+MANY = 1 << 20
+"""Outputs that do not stay in a cache, 4 MB."""
 FLOAT_EXACT = 1 << 24
 """Below this magnitude every integer is a float32 number."""
 
@@ -64,9 +66,10 @@ def few(m: int, k: int, n: int) -> bool:
     """Whether a product of M rows, sums of K and N columns is left to `few_product`.
 
     That rescales M * N outputs in passes of their own; the other product has 45 us of its own and transposes K * N
-    weights, of which each takes as long as three or four outputs. Measured on Sapphire Rapids.
+    weights, of which each takes as long as three or four outputs. Outputs that leave the cache between the passes are
+    many in any case. Measured on Sapphire Rapids.
     """
-    return m * n <= FEW + 4 * k * n and _has_avx512() and engine() == "exact"
+    return m * n <= min(FEW + 4 * k * n, MANY) and _has_avx512() and engine() == "exact"
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bitbrush.kernels import cpu_onednn
 from bitbrush.kernels.cpu_layout import Shape, framed, kept_shape, windows
-from bitbrush.kernels.cpu_weights import columns, plain_rows
+from bitbrush.kernels.cpu_weights import plain_rows
 from bitbrush.numbers import packing
 from bitbrush.numbers.codec import encode_shifted
 
@@ -52,12 +52,6 @@ class Facts(NamedTuple):
     def rows(self) -> Tensor:
         """The weight, int8 ``[N, K]``."""
         return _rows(self.stored, self.shape, self.weight_zero, self.length)
-
-    def columns(self) -> Tensor:
-        """The weight, int8 ``[K, N]``."""
-        shape, stored = self.shape, self.stored.view(torch.uint8)
-        taps = shape.kernel[0] * shape.kernel[1]
-        return columns([stored], shape.bits, shape.halved, None, self.weight_zero, shape.segments, taps)[0]
 
     def stale(self) -> bool:
         """Whether a tensor was replaced or written to since."""
@@ -175,4 +169,4 @@ def _product(known: Facts, codes: Tensor, row: int, few: bool) -> Tensor:
         rescale = known.weight_scale * scale if known.rescale is None else known.rescale
         return cpu_onednn.few_product(codes.view(torch.int8), zero, known.rows(), rescale, known.bias, known.sums)
     split = cpu_onednn.must_split(*known.shape.extremes)
-    return cpu_onednn.product(codes, zero, known.columns(), scale, known.weight_scale, known.bias, split)
+    return cpu_onednn.product(codes, zero, known.rows().t(), scale, known.weight_scale, known.bias, split)
