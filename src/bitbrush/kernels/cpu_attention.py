@@ -140,7 +140,7 @@ class JoinedAttention(FusedBlock):
             found = _attended(self, x, context)
             if found is not None:
                 return found
-        out: Tensor = self.plain_class.forward(self, x, context, attention_mask, **kwargs)
+        out: Tensor = super().forward(x, context, attention_mask, **kwargs)
         return out
 
 

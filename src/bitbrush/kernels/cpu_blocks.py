@@ -30,7 +30,7 @@ class InPlace(FusedBlock):
 
     def plain_now(self: Any, x: Tensor, parts: tuple[str, ...], ndim: int = 4) -> bool:
         """Whether a call on ``x`` may write into what parts of the block answer."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu" or x.ndim != ndim:
+        if x.device.type != "cpu" or x.ndim != ndim or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
         held = [self._modules[name] for name in parts]
         return not watched(part for part in held if part is not None)
@@ -44,7 +44,7 @@ class LeanResnet(InPlace):
         x, layers = input_tensor, ("conv1", "conv2")
         plain = not args and not kwargs and self.plain_now(x, ("norm1", "norm2", "nonlinearity", "dropout", *layers))
         if not plain or not all(hasattr(self._modules[name], "declare_packed") for name in layers) or self.training:
-            out: Tensor = self.plain_class.forward(self, x, temb, *args, **kwargs)
+            out: Tensor = super().forward(x, temb, *args, **kwargs)
             return out
         h = self.conv1(F.silu(self.norm1(x), inplace=True))
         if self.time_emb_proj is not None and temb is not None:
@@ -67,8 +67,8 @@ class LeanTransformer(InPlace):
         """The block's output; see `diffusers.models.attention.BasicTransformerBlock`."""
         x, asked = hidden_states, bool(cross_attention_kwargs) or self._chunk_size is not None
         if asked or self.training or not self.plain_now(x, ("ff",), 3) or not self._writes():
-            out: Tensor = self.plain_class.forward(
-                self, x, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep,
+            out: Tensor = super().forward(
+                x, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep,
                 cross_attention_kwargs, class_labels, added_cond_kwargs,
             )
             return out
@@ -101,8 +101,8 @@ class LeanSpatial(InPlace):
     ) -> Tensor:
         x, packed = hidden_states, hasattr(self.proj_out, "declare_packed")
         if not packed or not isinstance(self.proj_out, nn.Conv2d) or not self.plain_now(residual, ("proj_out",)):
-            out: Tensor = self.plain_class._get_output_for_continuous_inputs(
-                self, x, residual, batch_size, height, width, inner_dim)
+            out: Tensor = super()._get_output_for_continuous_inputs(
+                x, residual, batch_size, height, width, inner_dim)
             return out
         y: Tensor = self.proj_out(x.unflatten(1, (height, width)).permute(0, 3, 1, 2))
         y += residual
@@ -138,18 +138,32 @@ def _kinds() -> dict[type, tuple[Any, Any]]:
     from diffusers.models.resnet import ResnetBlock2D
     from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
-    found = {ResnetBlock2D: (LeanResnet, _fits_resnet), Transformer2DModel: (LeanSpatial, _fits_spatial),
-             BasicTransformerBlock: (LeanTransformer, _fits_transformer),
-             Attention: (cpu_attention.JoinedAttention, cpu_attention.fits)}  # fmt: skip
-    return {base: (type(base.__name__, (mixed, base), {"plain_class": base, "__module__": base.__module__}), fits)
-            for base, (mixed, fits) in found.items()}  # fmt: skip
+    return {ResnetBlock2D: (LeanResnet, _fits_resnet), Transformer2DModel: (LeanSpatial, _fits_spatial),
+            BasicTransformerBlock: (LeanTransformer, _fits_transformer),
+            Attention: (cpu_attention.JoinedAttention, cpu_attention.fits)}  # fmt: skip
+
+
+@cache
+def _mixed(mixed: Any, now: Any, base: Any) -> Any:
+    """``mixed`` before the class that a block has now: diffusers' own, or that of a block fused for a GPU, which then
+    has the calls that are not for a CPU."""
+    codes = bool(getattr(now, "passes_codes", False))
+    return type(base.__name__, (mixed, now),
+                {"plain_class": base, "__module__": base.__module__, "passes_codes": codes})  # fmt: skip
 
 
 def fuse(model: nn.Module) -> None:
-    """Exchange the classes of the blocks that can save something. Blocks that are fused for a GPU keep that class."""
+    """Exchange the classes of the blocks that can save something."""
     if not any(hasattr(module, "declare_packed") for module in model.modules()):
         return
+    module: Any
     for module in list(model.modules()):
-        mixed, fits = _kinds().get(module.__class__, (None, None))
-        if mixed is not None and fits(module):
-            mix(module, mixed)
+        base = module.plain_class if isinstance(module, FusedBlock) else module.__class__
+        mixed, fits = _kinds().get(base, (None, None))
+        if mixed is None or not fits(module):
+            continue
+        made = _mixed(mixed, module.__class__, base)
+        if isinstance(module, FusedBlock):
+            module.__class__ = made
+        else:
+            mix(module, made)
