@@ -62,3 +62,10 @@ def test_what_a_plain_layer_keeps_follows_its_tensors(builder: ModuleType) -> No
         assert torch.allclose(got, want, atol=1e-4 * float(want.abs().max()))
         seen.append(got)
     assert len(seen) == 7 and len({tuple(y.flatten().tolist()) for y in seen}) == 5  # two change nothing in the end
+
+
+def test_what_is_kept_beside_the_packed_weight_is_small(builder: ModuleType) -> None:
+    _, packed, _ = builder.build({**builder.ALWAYS, "kind": "linear", "rows": 33})
+    assert cpu_plain.kept_bytes(packed) == 0
+    cpu.run(packed, builder.make_input({"kind": "linear"}))
+    assert cpu_plain.kept_bytes(packed) == 8 * 33  # sums of rows, and both scales' products

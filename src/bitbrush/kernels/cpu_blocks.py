@@ -101,8 +101,8 @@ class LeanSpatial(InPlace):
     ) -> Tensor:
         x, packed = hidden_states, hasattr(self.proj_out, "declare_packed")
         if not packed or not isinstance(self.proj_out, nn.Conv2d) or not self.plain_now(residual, ("proj_out",)):
-            out: Tensor = super()._get_output_for_continuous_inputs(
-                x, residual, batch_size, height, width, inner_dim)
+            above: Any = super()
+            out: Tensor = above._get_output_for_continuous_inputs(x, residual, batch_size, height, width, inner_dim)
             return out
         y: Tensor = self.proj_out(x.unflatten(1, (height, width)).permute(0, 3, 1, 2))
         y += residual
@@ -158,7 +158,7 @@ def fuse(model: nn.Module) -> None:
         return
     module: Any
     for module in list(model.modules()):
-        base = module.plain_class if isinstance(module, FusedBlock) else module.__class__
+        base: Any = module.plain_class if isinstance(module, FusedBlock) else module.__class__
         mixed, fits = _kinds().get(base, (None, None))
         if mixed is None or not fits(module):
             continue

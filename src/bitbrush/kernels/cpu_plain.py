@@ -112,6 +112,19 @@ def _bare(shape: Shape) -> bool:
     return aligned and shape.kernel == [1, 1] and shape.stride == [1, 1] and not any(shape.frame)
 
 
+def kept_bytes(model: nn.Module) -> int:
+    """Bytes that layers and joined layers of a model keep beside its parameters and buffers, every piece once."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    found: dict[int, int] = {}
+    for module in model.modules():
+        joined = module.__dict__.get("joined", {}).values()
+        for known in (module.__dict__.get("_cpu_facts"), *joined):
+            for tensor in known if isinstance(known, Facts) else ():
+                if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in own:
+                    found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(found.values())
+
+
 # ---- the layer -------------------------------------------------------------------------------------------------------
 def run(layer: QuantLayer, x: Tensor) -> Tensor | None:
     """Output of a plain layer in the dtype of ``x``, without a low-rank branch; pictures leave in channels-last order.
