@@ -39,7 +39,7 @@ import bitbrush
 from bitbrush import assets, kernels
 from bitbrush.engine.progress import Silent
 from bitbrush.evaluation.memory import weight_bytes
-from bitbrush.kernels import cpu_onednn
+from bitbrush.kernels import cpu_onednn, cpu_plain
 
 RESULTS = Path(__file__).parent / "results" / "speed" / "cpu.json"
 MODEL = "emoji-sd-tiny"
@@ -153,9 +153,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "ms": {name: {"median": statistics.median(each) * 1e3, "fastest": min(each) * 1e3}
                for name, each in found.items()},
         "ratios": {name: ratio(found[name], found["float32"]) for name in PACKED},
-        "weights": {name: weight_bytes(made[name]) / (2 * plain) for name in PACKED},
+        "weights": {name: held(made[name]) / (2 * plain) for name in PACKED},
         "kinds": by_kind(made, given, 3 if args.smoke else 15),
     }  # fmt: skip
+
+
+def held(model: nn.Module) -> int:
+    """Bytes of a network's weights, and of what its layers keep for the next call."""
+    return weight_bytes(model) + cpu_plain.kept_bytes(model)
 
 
 def processor() -> str:

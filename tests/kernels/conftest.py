@@ -1,4 +1,4 @@
-"""The builder of random layers, as a fixture."""
+"""The builder of random layers, and the kinds of processors that a layer on the CPU may meet, as fixtures."""
 
 from __future__ import annotations
 
@@ -7,9 +7,21 @@ from types import ModuleType
 import pytest
 
 import builder as layers
+from bitbrush.kernels import cpu, cpu_onednn
 
 
 @pytest.fixture(scope="session")
 def builder() -> ModuleType:
     """tests/builder.py."""
     return layers
+
+
+@pytest.fixture(params=["many rows", "few rows", "split"])
+def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """This machine with either product, and one whose pairs of products saturate, with weights halved as there."""
+    monkeypatch.setattr(cpu_onednn, "few", lambda m, k, n: request.param == "few rows")
+    if request.param == "split":
+        monkeypatch.setattr(cpu_onednn, "engine", lambda: "saturates")
+    if request.param == "few rows" and not cpu.int_mm_is_exact():
+        pytest.skip("torch._int_mm is not exact here")
+    return str(request.param)

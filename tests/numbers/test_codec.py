@@ -97,3 +97,42 @@ def test_tables_reach_the_right_channels() -> None:
     assert codec.expand_activation_scale(table[:, :1], (), 3, 2).shape == (2, 1, 1)
     by_channel = codec.expand_activation_scale(table, (1, 1), 4, 1)  # one segment a channel: the table as it is
     assert by_channel.shape == (2, 2, 1, 1) and by_channel.data_ptr() == table.data_ptr()
+
+
+def _values() -> torch.Tensor:
+    g = torch.Generator().manual_seed(3)
+    ties, far = torch.arange(-600, 600) + 0.5, torch.tensor([1e30, -1e30, 0.0, 3e9, -3e9, torch.inf, -torch.inf])
+    return torch.cat([torch.randn(40_000, generator=g) * 50, ties, far])
+
+
+TABLES = [(1.0, 128, 255), (0.37, 3, 15), (1e-3, 0, 255), (2.0, 255, 255), (0.37, 3, 255), (0.37, 101, 255)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_encode_bytes_is_encode(dtype: torch.dtype) -> None:
+    x = _values().to(dtype)
+    for scale, zero, top in TABLES:
+        inverse = codec.reciprocal(torch.tensor(scale))
+        got = codec.encode_bytes(x, inverse, zero, top, torch.empty(x.shape, dtype=torch.uint8))
+        want = codec.encode(x, inverse, torch.tensor(float(zero)), top)
+        assert torch.equal(((got.int() + zero) % 256).float(), want)
+
+
+@pytest.mark.parametrize("quantizes", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shifted_codes_are_encode_in_the_order_of_the_input(
+    dtype: torch.dtype, quantizes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With torch's quantization, which must be there, and without it; whatever the strides are."""
+    assert codec._quantizes()
+    monkeypatch.setattr(codec, "_quantizes", lambda: quantizes)
+    x = _values().to(dtype)[:41_200].reshape(2, 4, 50, 103)
+    sliced, expanded = x[..., 1:100].permute(3, 0, 1, 2), x[:, :1].expand(2, 3, 50, 103)
+    for given in (x, x.permute(0, 2, 3, 1), x[:, 1:3], sliced, expanded):
+        for scale, zero, top in TABLES:
+            inverse = codec.reciprocal(torch.tensor(scale))
+            want = codec.encode(given, inverse, torch.tensor(float(zero)), top).int()
+            for less in (0, 128):
+                got = codec.encode_shifted(given, inverse, zero, top, less)
+                assert got.dtype == torch.uint8 and torch.equal((got.int() + less) % 256, want)
+                assert got.stride() == torch.empty_like(given).stride()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from bitbrush.errors import InputError
-from bitbrush.kernels import attention_ops, blocks, cpu, cpu_lookup, gpu, gpu_decode, reference
+from bitbrush.kernels import attention_ops, blocks, cpu, cpu_blocks, cpu_lookup, gpu, gpu_decode, reference
 
 if TYPE_CHECKING:
     from bitbrush.network.layers import QuantLayer
@@ -116,6 +116,8 @@ def use(model: nn.Module, name: str, device_type: str | None = None) -> dict[str
         prepare(module)
     if name in (AUTO, blocks.KERNEL):
         blocks.fuse(model)
+    if name in (AUTO, "cpu-int8"):
+        cpu_blocks.fuse(model)
     return answer
 
 

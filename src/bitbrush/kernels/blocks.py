@@ -97,16 +97,17 @@ def fuse(model: nn.Module) -> dict[str, str]:
         reason = _kinds()[type(block)][1](block)
         answer[name] = reason or "fused"
         if reason is None:
-            _mix(block)
+            mix(block, _mixed(block.__class__))
     inside = {part for block in model.modules() if isinstance(block, FusedBlock) for part in block.modules()}
     for norm in model.modules():
         if type(norm) is nn.GroupNorm and norm.affine and norm not in inside:
-            _mix(norm)
+            mix(norm, _mixed(nn.GroupNorm))
     return answer
 
 
-def _mix(module: Any) -> None:
-    module.__class__, module.joined = _mixed(module.__class__), {}
+def mix(module: Any, mixed: Any) -> None:
+    """Exchange a module's class."""
+    module.__class__, module.joined = mixed, {}
     module.loaded = module.register_load_state_dict_post_hook(_loaded)
     module.join()
 

@@ -23,11 +23,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from bitbrush.kernels import cpu_fused, cpu_onednn, reference
+from bitbrush.kernels import cpu_fused, cpu_layout, cpu_onednn, reference
 from bitbrush.kernels.cpu_onednn import OFFSET
 from bitbrush.kernels.cpu_weights import int8_weights, largest
 
 if TYPE_CHECKING:
+    from bitbrush.network.activation import ActivationQuantizer
     from bitbrush.network.layers import QuantLayer
 
 FLOAT_BLOCK = 1024
@@ -108,10 +109,11 @@ def run(layer: QuantLayer, x: Tensor) -> Tensor:
     Inputs that it `leaves` are the reference's.
     """
     quantizer = layer.input
-    if quantizer is None or leaves(layer, x):
+    if quantizer is None or _leaves(quantizer, x):
         return reference.run(layer, x)
-    if cpu_fused.takes(layer, x):
-        return layer.with_branch(cpu_fused.run(layer, x), x)
+    if cpu_fused.takes(quantizer, x):
+        made = cpu_fused.run(layer, x)
+        return made if layer.low_rank is None else layer.with_branch(made, x)
     codes, scale, zero = quantizer.encode(layer.prepare(x), layer.channel_dim % x.ndim)
     sums = _accumulate(layer, codes, zero)
     scales = _by_segment(layer, _rows_last(layer, scale))
@@ -135,14 +137,18 @@ def leaves(layer: QuantLayer, x: Tensor) -> bool:
     """Whether an input is left to the reference: while the activation quantizer is switched off, or where a gradient is
     wanted. Integers carry neither."""
     quantizer = layer.input
-    return quantizer is None or not quantizer.enabled or (torch.is_grad_enabled() and x.requires_grad)
+    return quantizer is None or _leaves(quantizer, x)
+
+
+def _leaves(quantizer: ActivationQuantizer, x: Tensor) -> bool:
+    return not quantizer.enabled or (torch.is_grad_enabled() and x.requires_grad)
 
 
 def input_codes(layer: QuantLayer, x: Tensor) -> Tensor:
     """The activation codes that the products are made from, uint8, shape of ``x``."""
     if layer.input is None:
         raise ValueError("the input of this layer is not quantized")
-    if cpu_fused.takes(layer, x):
+    if cpu_fused.takes(layer.input, x):
         return cpu_fused.codes(layer, x)
     codes = layer.input.encode(layer.prepare(x), layer.channel_dim % x.ndim)[0]
     return (to_int8(codes).to(torch.int16) + OFFSET).to(torch.uint8)
@@ -155,7 +161,7 @@ def accumulators(layer: QuantLayer, x: Tensor) -> list[Tensor]:
     """
     if layer.input is None:
         raise ValueError("the input of this layer is not quantized")
-    if cpu_fused.takes(layer, x):
+    if cpu_fused.takes(layer.input, x):
         return cpu_fused.accumulators(layer, x)
     codes, _, zero = layer.input.encode(layer.prepare(x), layer.channel_dim % x.ndim)
     return _accumulate(layer, codes, zero)
@@ -221,7 +227,7 @@ def _patches(layer: QuantLayer, part: Tensor, zero: Tensor, length: int) -> Tens
         framed[:, top : top + h, left : left + w, :c] = part
     else:
         framed = nn.functional.pad(part, (0, wide - c)).contiguous()
-    return cpu_fused.windows(framed, [kh, kw], [int(sh), int(sw)], [int(dh), int(dw)])
+    return cpu_layout.windows(framed, [kh, kw], [int(sh), int(sw)], [int(dh), int(dw)])
 
 
 # ---- the product -----------------------------------------------------------------------------------------------------

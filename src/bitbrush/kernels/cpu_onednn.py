@@ -34,6 +34,10 @@ HALF = 64
 """Weights up to this magnitude never saturate a pair: 2 * 255 * 64 < 2**15."""
 SEVEN_BITS = 127
 """Activation codes up to this never do: 2 * 127 * 128 < 2**15."""
+FEW = 160_000
+"""Outputs that are rescaled while the other product gets under way."""
+MANY = 1 << 20
+"""Outputs that do not stay in a cache, 4 MB."""
 FLOAT_EXACT = 1 << 24
 """Below this magnitude every integer is a float32 number."""
 
@@ -58,10 +62,19 @@ def _holds(code: int, weight: int) -> bool:
     return bool((_product(rows, 0, columns, 1.0, torch.ones(47), None) == 96 * code * weight).all())
 
 
-def few(m: int, k: int) -> bool:
-    """Whether a product of M rows and sums of K is left to `few_product`; measured on Zen 4."""
-    few_rows = m <= min(1024, 4 * k + 128) or (m <= 2048 and k <= 256)
-    return few_rows and torch.backends.cpu.get_cpu_capability() == "AVX512" and engine() == "exact"
+def few(m: int, k: int, n: int) -> bool:
+    """Whether a product of M rows, sums of K and N columns is left to `few_product`.
+
+    That rescales M * N outputs in passes of their own; the other product has 45 us of its own and transposes K * N
+    weights, of which each takes as long as three or four outputs. Outputs that leave the cache between the passes are
+    many in any case. Measured on Sapphire Rapids.
+    """
+    return m * n <= min(FEW + 4 * k * n, MANY) and _has_avx512() and engine() == "exact"
+
+
+@functools.cache
+def _has_avx512() -> bool:
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def must_split(largest_code: int, largest_weight: int) -> bool:
@@ -110,16 +123,20 @@ def halves(columns: Tensor) -> Tensor:
 
 
 def few_product(
-    rows: Tensor, zero: int, weight: Tensor, scale: float, weight_scale: Tensor, bias: Tensor | None
+    rows: Tensor, zero: int, weight: Tensor, rescale: Tensor, bias: Tensor | None, sums: Tensor | None = None
 ) -> Tensor:
-    """`product` for int8 rows ``code - 128`` ``[M, K]`` and weights in rows, int8 ``[N, K]``."""
-    y = few_sums(rows, zero, weight).float().mul_(weight_scale * scale)
-    return y if bias is None else y.add_(bias)
+    """`product` for int8 rows ``code - 128`` ``[M, K]`` and weights in rows, int8 ``[N, K]``.
+
+    ``rescale``: both scales' product ``[N]``. ``sums``: of the weight's rows, where they are known (`few_sums`).
+    """
+    found = few_sums(rows, zero, weight, sums).float()
+    return found.mul_(rescale) if bias is None else torch.addcmul(bias, found, rescale, out=found)
 
 
-def few_sums(rows: Tensor, zero: int, weight: Tensor) -> Tensor:
-    """``(rows + 128 - zero) @ weight.T`` in int32 ``[M, N]``."""
-    return torch._int_mm(rows, weight.t()).add_(weight.sum(dim=1, dtype=torch.int32), alpha=OFFSET - zero)
+def few_sums(rows: Tensor, zero: int, weight: Tensor, sums: Tensor | None = None) -> Tensor:
+    """``(rows + 128 - zero) @ weight.T`` in int32 ``[M, N]``; ``sums``: of the weight's rows, int32 ``[N]``."""
+    sums = weight.sum(dim=1, dtype=torch.int32) if sums is None else sums
+    return torch._int_mm(rows, weight.t()).add_(sums, alpha=OFFSET - zero)
 
 
 def _product(

@@ -23,8 +23,8 @@ from bitbrush.numbers.grid import WeightSpec
 if TYPE_CHECKING:
     from bitbrush.network.layers import QuantLayer
 
-_FOUR, _NIBBLES = torch.tensor(4, dtype=torch.int16), torch.tensor(0x0F0F, dtype=torch.int16)
-"""As tensors: a number would be converted to one at every call."""
+_HIGH = torch.tensor(0xF0, dtype=torch.int16)
+"""As a tensor: a number would be converted to one at every call."""
 
 
 def largest(spec: WeightSpec) -> int:
@@ -75,7 +75,7 @@ def rows(
 
 def plain_rows(stored: Tensor, bits: int, halved: int, zero_point: Tensor, length: int) -> Tensor:
     """`rows` of one bit class in one segment without padding, ``zero_point`` ``[N, 1]``."""
-    return _unpacked_rows(stored, bits, halved, length).sub(zero_point).view(torch.int8)
+    return _unpacked_rows(stored, bits, halved, length).sub_(zero_point).view(torch.int8)
 
 
 def columns(
@@ -106,8 +106,8 @@ def _unpacked_rows(stored: Tensor, bits: int, halved: int, length: int) -> Tenso
     if bits != 4:
         codes = packing.unpack(stored, bits, length)
         return codes << 1 if halved else codes
-    both = stored.to(torch.int16)  # 0x00HL: to 0x0H0L, two codes in the order of their bytes
-    codes = both.bitwise_or_(both << _FOUR).bitwise_and_(_NIBBLES).view(torch.uint8)
+    both = stored.to(torch.int16)  # 0x00HL: to 0x0H0L, two codes in the order of their bytes, by 15 times 0x00H0
+    codes = both.add_(both & _HIGH, alpha=15).view(torch.uint8)
     return codes if codes.shape[1] == length else codes[:, :length]
 
 

@@ -97,7 +97,7 @@ def join(layers: list[QuantLayer]) -> Joined:
     with torch.inference_mode(False):
         biases = [layer.bias for layer in layers if layer.bias is not None]
         made = Joined(
-            len(layers), bits, _shared([getattr(layer, f"codes{bits}") for layer in layers]),
+            len(layers), bits, shared([getattr(layer, f"codes{bits}") for layer in layers]),
             torch.cat([layer.weight_zero_point for layer in layers]), torch.cat([la.weight_scale for la in layers]),
             torch.cat([gpu.weight_sum(layer) for layer in layers], 1), torch.cat(biases) if biases else None,
             layers[0].in_channels_, spec.halved(1),
@@ -108,7 +108,7 @@ def join(layers: list[QuantLayer]) -> Joined:
     return made
 
 
-def _shared(parts: list[Tensor]) -> Tensor:
+def shared(parts: list[Tensor]) -> Tensor:
     """One tensor of several rows of tensors: the one of which they are already views, or a copy of all."""
     base, rows = parts[0]._base, [part.shape[0] for part in parts]
     if base is not None and base.shape == (sum(rows), *parts[0].shape[1:]):

@@ -32,6 +32,9 @@ the tables ``[N, S]`` and ``[T, S]`` into that form.
 
 from __future__ import annotations
 
+import functools
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -78,6 +81,56 @@ def encode_bytes(x: Tensor, inverse_scale: Tensor, zero_point: int, top: int, ou
     """
     code = torch.mul(x.float(), inverse_scale).add_(_ROUNDER).clamp_(_MIDDLE - zero_point, _MIDDLE - zero_point + top)
     return out.copy_(code.view(torch.int32))
+
+
+def encode_shifted(x: Tensor, inverse_scale: Tensor, zero_point: int, top: int, less: int) -> Tensor:
+    """Codes of ``x`` less an offset, modulo 256: `encode` with one scale for all of ``x``, in the fewest passes.
+
+    torch's quantization of float32 clamps, shifts and narrows in one pass. It adds the zero-point before it rounds,
+    which moves some ties; so it is given integers.
+
+    Args:
+        x: Values, any floating dtype, strides and shape.
+        inverse_scale: `reciprocal` of the scale, float32 without dimensions.
+        zero_point: 0 .. 255.
+        top: Largest code.
+        less: The offset: 0, or 128 for bytes that read as int8.
+
+    Returns:
+        uint8 in the shape of ``x``, dense, with its dimensions in memory in the order of those of ``x``.
+    """
+    if top == 255 and _quantizes():
+        return _quantized(x, inverse_scale, zero_point, less)
+    out = encode_bytes(x, inverse_scale, zero_point, top, torch.empty_like(x, dtype=torch.uint8))
+    shift = (zero_point - less) % 256
+    return out.add_(shift) if shift else out
+
+
+def _quantized(x: Tensor, inverse_scale: Tensor, zero_point: int, less: int) -> Tensor:
+    rounded = torch.mul(x.float(), inverse_scale).round_()
+    row = rounded if rounded.is_contiguous() else rounded.as_strided((rounded.numel(),), (1,))  # dense, as it was made
+    made = torch.quantize_per_tensor(row, 1.0, zero_point - less, torch.qint8 if less else torch.quint8)
+    return torch.empty(0, dtype=torch.uint8).set_(made.untyped_storage(), 0, rounded.shape, rounded.stride())
+
+
+@functools.cache
+def _quantizes() -> bool:
+    """Whether torch quantizes integers as they are, the largest and the remainders of its vectors too; tried once a
+    process. Some release will have its last quantized tensor: then `encode_bytes` does it."""
+    far = torch.tensor([-torch.inf, -1e30, -3e9, -(2.0**31), -1e4, -0.5, 0.5, 1e4, 2.0**31, 3e9, 1e30, torch.inf])
+    x, one = torch.cat([torch.arange(-300, 300) / 2, far]), torch.ones(())
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of that release; torch says it once a process
+            pairs = [(zero, less) for zero in (0, 1, 127, 128, 255) for less in (0, 128)]
+            return all(_is_encode(x[zero % 13 :], one, zero, less) for zero, less in pairs)
+    except (AttributeError, RuntimeError):  # a build of torch without it
+        return False
+
+
+def _is_encode(x: Tensor, inverse: Tensor, zero: int, less: int) -> bool:
+    want = encode(x, inverse, inverse * zero, 255).int()
+    return torch.equal((_quantized(x, inverse, zero, less).int() + less) % 256, want)
 
 
 def encode_offset(x: Tensor, inverse_scale: Tensor, zero_point: Tensor, top: int | Tensor, offset: Tensor) -> Tensor:

@@ -1,0 +1,166 @@
+"""diffusers' Attention on the CPU: layers that read the same input are one product.
+
+Queries, keys and values of a self-attention, keys and values of a cross-attention are layers of one input, and
+calibration has given them the same table for it. Then the input is encoded once, the weights are unpacked at once, and
+one product makes all of them, with every number what it is without: small layers wait for operations, not for sums.
+
+The packed rows of the layers lie in one buffer of which their own are views, so that nothing is stored twice. A block's
+class is exchanged as in `bitbrush.kernels.blocks`; whatever is not plain goes the class's own way.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bitbrush.kernels import cpu_onednn, cpu_plain
+from bitbrush.kernels.blocks import FusedBlock, watched
+from bitbrush.kernels.joined import shared
+from bitbrush.numbers import packing
+
+if TYPE_CHECKING:
+    from bitbrush.kernels.cpu_plain import Facts
+    from bitbrush.network.layers import QuantLayer
+
+KERNEL = "cpu-int8"
+_SELF, _CONTEXT = ("to_q", "to_k", "to_v"), ("to_k", "to_v")
+
+
+# ---- which attentions ------------------------------------------------------------------------------------------------
+@cache
+def plain_processor() -> type:
+    """diffusers' processor whose steps `_attended` takes."""
+    from diffusers.models.attention_processor import AttnProcessor2_0
+
+    return AttnProcessor2_0
+
+
+def fits(attn: Any) -> bool:
+    """Whether an attention is of the plain form, whatever it is given."""
+    parts = (attn.spatial_norm, attn.group_norm, attn.norm_q, attn.norm_k, attn.norm_cross, attn.add_k_proj)
+    if any(part is not None for part in parts) or attn.residual_connection or attn.rescale_output_factor != 1:
+        return False
+    return attn.to_k is not None and attn.to_out is not None
+
+
+def _ready(attn: Any, names: tuple[str, ...]) -> bool:
+    """Whether the parts are now what they were: plain, all run by this kernel, watched by nobody."""
+    held = attn._modules
+    if type(attn.processor) is not plain_processor() or any(name not in held for name in names):
+        return False
+    layers = [held[name] for name in names]
+    if not all(hasattr(layer, "declare_packed") and layer.face == "packed" for layer in layers) or watched(layers):
+        return False
+    return all(_runs(layer) for layer in layers)
+
+
+def _runs(layer: Any) -> bool:
+    from bitbrush import kernels
+
+    quantizer = layer._modules.get("input")
+    return quantizer is not None and quantizer.enabled and kernels.chosen(layer, "cpu") == KERNEL
+
+
+# ---- layers of one input ---------------------------------------------------------------------------------------------
+@torch.no_grad()
+def join(layers: list[QuantLayer]) -> Facts | None:
+    """Of several layers as of one, rows below one another; None where their inputs' tables or their kinds differ."""
+    found = [cpu_plain.facts(layer) for layer in layers]
+    if not all(known is not None and known.bare and _alike(layers[0], layers[i], found[0], known)
+               for i, known in enumerate(found)):  # fmt: skip
+        return None
+    with torch.inference_mode(False):
+        _share(layers)
+        parts = [known for layer in layers if (known := cpu_plain.facts(layer)) is not None]
+        first = parts[0]
+        name = f"codes{first.shape.bits[0]}"
+        rows = shared([layer._buffers[name] for layer in layers])  # type: ignore[misc]
+        rows = packing.int8_rows(rows)[:, : first.length] if first.shape.bits == [8] else rows
+        biases = [known.bias for known in parts if known.bias is not None]
+        rescales = [known.rescale for known in parts if known.rescale is not None]
+        made = first._replace(
+            stored=rows, weight_zero=torch.cat([known.weight_zero for known in parts]),
+            weight_scale=torch.cat([known.weight_scale for known in parts]),
+            rescale=torch.cat(rescales) if rescales else None, sums=torch.cat([known.sums for known in parts]),
+            bias=torch.cat(biases) if biases else None, source=sum((known.source for known in parts), ()),
+        )  # fmt: skip
+    for layer in layers:
+        layer.__dict__.pop("_cpu_facts", None)  # found again where one of them is called alone
+    return made
+
+
+def _alike(one: QuantLayer, other: QuantLayer, a: Facts | None, b: Facts) -> bool:
+    if a is None or one.input is None or other.input is None or one.input.spec != other.input.spec:
+        return False
+    tables = a.scale == b.scale and a.zero == b.zero and a.timed == b.timed and one.input.clock is other.input.clock
+    return tables and a.shape == b.shape and a.length == b.length and (a.bias is None) == (b.bias is None)
+
+
+def _share(layers: list[QuantLayer]) -> None:
+    """Put the packed rows into one buffer, and give the layers views of it."""
+    (name,) = {f"codes{bits}" for layer in layers for bits in cpu_plain.kept_shape(layer).bits}
+    whole, start = shared([layer._buffers[name] for layer in layers]), 0  # type: ignore[misc]
+    for layer in layers:
+        stop = start + layer.out_channels_
+        if layer._buffers[name]._base is not whole:  # type: ignore[union-attr]
+            layer._buffers[name] = whole[start:stop]
+        start = stop
+
+
+class JoinedAttention(FusedBlock):
+    """An Attention that makes one product of layers that read the same."""
+
+    passes_codes = False
+
+    def join(self: Any) -> None:
+        """See `join`; where the weights are on the CPU."""
+        self.joined = {}
+        own = self.to_q.in_features == self.to_k.in_features and not self.is_cross_attention
+        names = _SELF if own else _CONTEXT
+        if not _ready(self, names) or cpu_onednn.engine() == "absent":
+            return
+        layers = [self._modules[name] for name in names]
+        if any(layer.weight_scale.device.type != "cpu" for layer in layers):
+            return
+        made = join(layers)
+        if made is not None:
+            self.joined[names] = made
+
+    def forward(
+        self: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None, **kwargs: Any,
+    ) -> Tensor:
+        """The attention's output; see `diffusers.models.attention_processor.Attention`."""
+        x, context = hidden_states, encoder_hidden_states
+        if attention_mask is None and not kwargs and self.joined and not torch.compiler.is_compiling():
+            found = _attended(self, x, context)
+            if found is not None:
+                return found
+        out: Tensor = super().forward(x, context, attention_mask, **kwargs)
+        return out
+
+
+def _attended(attn: Any, x: Tensor, context: Tensor | None) -> Tensor | None:
+    """``[B, L, C]``; None where the class's own forward has to do it."""
+    names, seen = (_SELF, x) if context is None else (_CONTEXT, context)
+    if names not in attn.joined or x.ndim != 3 or seen.ndim != 3 or x.device.type != "cpu" or not _ready(attn, names):
+        return None
+    if torch.is_grad_enabled() and (x.requires_grad or seen.requires_grad):
+        return None
+    if attn.joined[names].stale():
+        attn.join()
+    known: Facts | None = attn.joined.get(names)
+    made = None if known is None else cpu_plain.product(known, attn.to_k, seen)
+    if made is None:
+        return None
+    parts = list(made.split([attn._modules[name].out_features for name in names], dim=-1))
+    parts = parts if context is None else [attn.to_q(x), *parts]
+    q, k, v = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in parts)
+    y = F.scaled_dot_product_attention(q, k, v, dropout_p=0.0, is_causal=False)
+    last, drop = attn.to_out
+    found: Tensor = drop(last(y.transpose(1, 2).flatten(2)))
+    return found

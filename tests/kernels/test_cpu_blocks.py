@@ -1,0 +1,166 @@
+"""Blocks around int8 layers on the CPU: the numbers that they give without, and the class's own way when asked more."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from torch import Tensor, nn
+
+from bitbrush import kernels
+from bitbrush.kernels import blocks, cpu_attention, cpu_blocks, cpu_onednn
+from bitbrush.network import wrap
+from bitbrush.numbers.grid import ActivationSpec, Grid, LayerSpec, Plan, WeightSpec
+from packed import fill
+
+pytestmark = pytest.mark.skipif(cpu_onednn.engine() == "absent", reason="torch has no onednn::qlinear_pointwise here")
+TIMES = (1.0, 500.0, 999.0)
+
+
+def network(bits: int = 4, timed: bool = True, linear: bool = False, **options: Any) -> UNet2DConditionModel:
+    """A small UNet with cross-attention, packed with random codes; one table for layers that read the same."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(32, 64), layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=32, attention_head_dim=4, norm_num_groups=8, use_linear_projection=linear,
+    ).eval().requires_grad_(False)  # fmt: skip
+    spec = LayerSpec(weight=WeightSpec(grid=Grid(bits=bits, signed=bits == 8)), activation=ActivationSpec(timed=timed),
+                     **options)  # fmt: skip
+    layers = {name: spec for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    wrap.declare(unet, Plan(layers=layers, timesteps=TIMES))
+    generator = torch.Generator().manual_seed(1)
+    for layer in wrap.layers(unet).values():
+        fill(layer, generator)
+    for attn in attentions(unet):
+        like = attn.to_k.input
+        for layer in (attn.to_v, *([] if attn.is_cross_attention else [attn.to_q])):
+            layer.input.set_scale(like.scale.clone(), like.zero_point.clone())
+    return unet
+
+
+def attentions(unet: nn.Module) -> list[Any]:
+    """Its attentions, a self-attention and a cross-attention in turn."""
+    return [module for name, module in unet.named_modules() if name.rpartition(".")[2] in ("attn1", "attn2")]
+
+
+def inputs(batch: int = 2, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents, a timestep, the prompt's embedding."""
+    generator = torch.Generator().manual_seed(2)
+    x, prompt = (torch.randn(size, generator=generator).to(dtype) for size in ((batch, 4, 8, 8), (batch, 5, 32)))
+    return x, torch.tensor(500), prompt
+
+
+def both(unet: nn.Module, *given: Any, name: str = "cpu-int8", **more: Any) -> tuple[Tensor, Tensor]:
+    """The answers of the blocks as `use` leaves them, and of diffusers' own."""
+    kernels.use(unet, name)
+    got = unet(*given, **more).sample
+    blocks.unfuse(unet)
+    return got, unet(*given, **more).sample
+
+
+@pytest.mark.parametrize("bits", [4, 8, 3])
+@pytest.mark.parametrize("timed", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_numbers_are_those_without(bits: int, timed: bool, dtype: torch.dtype) -> None:
+    unet = network(bits, timed, linear=timed).to(dtype)
+    with torch.no_grad():
+        got, want = both(unet, *inputs(dtype=dtype), name="auto" if bits == 3 else "cpu-int8")
+    assert got.dtype == dtype and torch.equal(got, want)
+
+
+def test_what_is_exchanged_and_given_back() -> None:
+    unet = network()
+    before = [type(module) for module in unet.modules()]
+    kinds = cpu_attention.JoinedAttention, cpu_blocks.LeanResnet, cpu_blocks.LeanTransformer, cpu_blocks.LeanSpatial
+    for name, passing in (("cpu-int8", 0), ("auto", 16)):
+        kernels.use(unet, name)
+        assert [sum(isinstance(module, kind) for module in unet.modules()) for kind in kinds] == [8, 8, 4, 4]
+        assert len(blocks.fused(unet)) == passing  # those that a GPU would compute on codes
+        assert [type(module).__name__ for module in unet.modules()] == [kind.__name__ for kind in before]
+    kernels.use(unet, "reference")
+    assert [type(module) for module in unet.modules()] == before
+
+
+def test_layers_of_one_input_share_one_buffer_and_are_stored_as_before() -> None:
+    unet = network()
+    want = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
+    kernels.use(unet, "cpu-int8")
+    for attn in attentions(unet):
+        layers = [attn.to_k, attn.to_v] if attn.is_cross_attention else [attn.to_q, attn.to_k, attn.to_v]
+        assert len({layer.codes4.untyped_storage().data_ptr() for layer in layers}) == len(attn.joined) == 1
+    assert all(torch.equal(tensor, want[name]) for name, tensor in unet.state_dict().items())
+    copied = copy.deepcopy(unet)
+    with torch.no_grad():
+        assert torch.equal(copied(*inputs()).sample, unet(*inputs()).sample)
+
+
+def test_layers_with_tables_of_their_own_are_not_joined() -> None:
+    unet = network()
+    for attn in attentions(unet):
+        attn.to_v.input.scale.mul_(2)
+        attn.to_v.input.inverse_scale.mul_(0.5)
+    with torch.no_grad():
+        got, want = both(unet, *inputs())
+    kernels.use(unet, "cpu-int8")
+    assert torch.equal(got, want) and not any(attn.joined for attn in attentions(unet))
+
+
+CHANGES: list[Callable[[Any], object]] = [
+    lambda attn: attn.to_v.codes4.copy_(attn.to_v.codes4.flip(0)),
+    lambda attn: attn.to_v.weight_scale.mul_(2),
+    lambda attn: attn.to_v.input.set_scale(attn.to_v.input.scale * 2, attn.to_v.input.zero_point),
+    lambda attn: attn.load_state_dict({name: tensor.flip(0) for name, tensor in attn.state_dict().items()}),
+    lambda attn: attn.to_v._apply(lambda tensor: tensor.clone()) and attn.to_v.weight_scale.mul_(3),
+    lambda attn: attn.to_k.register_forward_hook(lambda module, args, out: out * 2),
+    lambda attn: attn.set_processor(AttnProcessor()),
+    lambda attn: setattr(attn.to_v.input, "enabled", False),
+    lambda attn: setattr(attn.to_k, "kernel", "reference"),
+]
+
+
+@pytest.mark.parametrize("change", range(len(CHANGES)))
+def test_an_attention_follows_what_is_done_to_its_parts(change: int) -> None:
+    unet = network()
+    kernels.use(unet, "cpu-int8")
+    with torch.no_grad():
+        before = unet(*inputs()).sample
+        for attn in attentions(unet):
+            CHANGES[change](attn)
+        got = unet(*inputs()).sample
+        blocks.unfuse(unet)
+        want = unet(*inputs()).sample
+    assert torch.equal(got, want)
+    assert change in (6, 8) or not torch.equal(got, before)  # another way to the same numbers
+
+
+def test_masks_gradients_and_times_that_differ_go_the_own_way() -> None:
+    unet, (x, time, prompt) = network(), inputs()
+    mask = torch.ones(2, 5)
+    mask[:, 3:] = 0
+    with torch.no_grad():
+        for given, more in (((x, time, prompt), {"encoder_attention_mask": mask}),
+                            ((x, torch.tensor([1, 999]), prompt), {})):  # fmt: skip
+            got, want = both(unet, *given, **more)
+            assert torch.equal(got, want)
+    kernels.use(unet, "cpu-int8")
+    wanted = x.clone().requires_grad_()
+    unet(wanted, time, prompt).sample.sum().backward()
+    assert wanted.grad is not None and bool(torch.isfinite(wanted.grad).all())
+
+
+def test_a_given_tensor_is_never_written_to() -> None:
+    unet, (x, time, prompt) = network(), inputs()
+    kernels.use(unet, "cpu-int8")
+    seen: list[tuple[Tensor, Tensor]] = []
+    for module in unet.modules():
+        if isinstance(module, cpu_blocks.InPlace | cpu_attention.JoinedAttention):
+            module.register_forward_pre_hook(lambda _, args: seen.append((args[0], args[0].clone())))
+    with torch.no_grad():
+        unet(x, time, prompt)
+    assert len(seen) == 24 and all(torch.equal(given, copied) for given, copied in seen)
