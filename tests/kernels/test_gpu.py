@@ -181,3 +181,18 @@ def test_shapes_for_tracing_are_those_that_come_out(builder: ModuleType) -> None
         assert traced.shape == real.shape and traced.dtype == real.dtype
         ran += 1
     assert ran >= 8
+
+
+def test_sums_of_weights_are_those_of_the_integers_that_are_multiplied(builder: ModuleType) -> None:
+    ran = 0
+    for i, case in enumerate(builder.pairwise(9)):
+        _, packed, _ = builder.build(case, i)
+        if gpu.unable(packed) is not None:
+            continue
+        taps, found = packed.kernel_hw[0] * packed.kernel_hw[1], gpu.weight_sum(packed)
+        widths = [taps * width for width in int8_ops.packing.padded(packed.segments)]
+        parts = gpu.int8_weight(packed)[:, : packed.row_length].split(widths, 1)
+        assert torch.equal(found, torch.stack([part.sum(1, dtype=torch.int32) for part in parts]))
+        assert found.dtype == torch.int32 and found.is_contiguous()
+        ran += 1
+    assert ran >= 8

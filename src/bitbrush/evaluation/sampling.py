@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from bitbrush.errors import InputError, NumericsError
+from bitbrush.kernels import building
 from bitbrush.network.pipelines import denoiser_name, quiet, takes_prompt
 
 
@@ -195,7 +196,8 @@ class _Call:
         with quiet(self.pipeline):
             for first in range(0, len(indices), batch):
                 members = indices[first : first + batch]
-                pictures = self._draw(members)
+                with building.reporting(progress):
+                    pictures = self._draw(members)
                 if progress is not None:
                     progress.advance(len(members))
                 yield members, pictures

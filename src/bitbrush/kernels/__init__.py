@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from bitbrush.errors import InputError
-from bitbrush.kernels import attention_ops, blocks, cpu, cpu_blocks, cpu_lookup, gpu, gpu_decode, reference
+from bitbrush.kernels import attention_ops, blocks, building, cpu, cpu_blocks, cpu_lookup, gpu, gpu_decode, reference
 
 if TYPE_CHECKING:
     from bitbrush.network.layers import QuantLayer
@@ -99,6 +99,7 @@ def use(model: nn.Module, name: str, device_type: str | None = None) -> dict[str
     """
     answer: dict[str, str] = {}
     blocks.unfuse(model)
+    building.unwatch(model)
     forget: Any = getattr(model, "clear_graphs", None)  # of `bitbrush.network.graphs`: they hold the former choice
     if forget is not None:
         forget()
@@ -118,6 +119,8 @@ def use(model: nn.Module, name: str, device_type: str | None = None) -> dict[str
         blocks.fuse(model)
     if name in (AUTO, "cpu-int8"):
         cpu_blocks.fuse(model)
+    if name in (AUTO, *BEST["cuda"]):
+        building.watch(model)
     return answer
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bitbrush.kernels import cpu, cpu_fused, direct, gpu_decode, int8_ops, reference, triton_int8
+from bitbrush.kernels import building, cpu, cpu_fused, direct, gpu_decode, int8_ops, reference, triton_int8
 from bitbrush.kernels.triton_int8 import BY_ROW, BY_SAMPLE, ONE_ROW, Frame, Tables
 from bitbrush.numbers import packing
 from bitbrush.numbers.codec import encode
@@ -212,14 +212,15 @@ def _first_row(layer: QuantLayer) -> Tensor:
 
 
 def _kept(layer: QuantLayer, what: str, make: Callable[[QuantLayer], Tensor]) -> Tensor:
-    """A tensor that is made once a device; one that is made while a graph is traced is part of that graph."""
+    """A tensor that is made once a device; one that is made while a graph is traced is part of that graph, and one that
+    is made while launches are left out holds nothing."""
     key = (what, layer._buffers["weight_scale"].device)  # type: ignore[union-attr]
     kept = layer._row_tables.get(key)
     if kept is not None:
         return kept
     with torch.inference_mode(False), torch.no_grad():
         found = make(layer)
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and not building.noting():
         layer._row_tables[key] = found
     return found
 
@@ -320,10 +321,11 @@ def weight_sum(layer: QuantLayer) -> Tensor:
 
 
 def _weight_sum(layer: QuantLayer) -> Tensor:
-    taps = layer.kernel_hw[0] * layer.kernel_hw[1]
-    widths = [taps * width for width in packing.padded(layer.segments)]
-    parts = int8_weight(layer)[:, : layer.row_length].split(widths, 1)
-    return torch.stack([part.sum(1, dtype=torch.int32) for part in parts])
+    """By torch's own operations: a model that is moved need not wait until kernels that unpack are built."""
+    zero, found = layer.weight_zero_point.to(torch.int32), []
+    for s, part in enumerate(layer.stored_codes().split(layer.segments, 1)):
+        found.append(part.flatten(1).sum(1, dtype=torch.int32) - part[0].numel() * zero[:, s])
+    return torch.stack(found)
 
 
 def prepare(layer: QuantLayer) -> None:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from bitbrush.errors import Notice
+from bitbrush.kernels import building
 from bitbrush.network import correction
 from bitbrush.network.activation import ActivationQuantizer
 
@@ -178,7 +179,8 @@ class _Parts:
 
 
 def _own_hooks(model: nn.Module) -> Iterator[int]:
-    """Keys of the hooks that set the clock and apply a correction."""
+    """Keys of the hooks that set the clock, apply a correction and build kernels ahead."""
+    yield from building.own_hooks(model)
     for owner in (getattr(model, "bitbrush_clock", None), correction.find(model)):
         for handle in () if owner is None else owner._hooks:
             yield handle.id
