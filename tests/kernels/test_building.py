@@ -95,8 +95,7 @@ def test_a_call_finds_every_kernel_built_by_the_keys_it_looks_for(
 
     def watched(self: Any, *args: Any) -> None:
         real(self, *args)
-        if not self.within:
-            looked.append((list(listener.made), list(listener.found), list(driver.launched)))
+        looked.append((list(listener.made), list(listener.found), list(driver.launched)))
 
     monkeypatch.setattr(hook.__class__, "__call__", watched)
     network(*GIVEN)
@@ -234,7 +233,6 @@ def test_not_where_it_is_switched_off_or_somebody_would_notice(
     check(wanted=1)
     check(grad=True)
     check(lambda model: model.train())
-    check(lambda model: model.register_forward_hook(lambda *_: None))
     check(lambda model: model.part.register_forward_pre_hook(lambda *_: None))
     check(lambda model: setattr(model.part, "forward", lambda x: x))
     check(lambda model: setattr(model.part, "processor", type("Mine", (), {"__module__": "mine"})()))
@@ -261,6 +259,26 @@ def test_a_call_that_cannot_be_made_twice_is_made_once(
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error")
         model(X)
+
+
+@TRITON
+def test_hooks_on_the_model_see_the_call_proper_alone() -> None:
+    made, seen = Parts().eval(), []
+    made.bitbrush_clock = type("Clock", (nn.Module,), {})()
+    made.bitbrush_clock._hooks = [made.register_forward_pre_hook(lambda *_: seen.append("clock")),
+                                  made.register_forward_hook(lambda *_: seen.append("clock"), always_call=True)]
+    made.register_forward_pre_hook(lambda *_: seen.append("before"), prepend=True)
+    made.register_forward_hook(lambda *_: seen.append("after"))
+    building.watch(made)
+    for x in (X, torch.ones(2, 5)):  # the second one does not fit
+        try:
+            building.prepare(made, x)
+        except RuntimeError:
+            seen.append("raised")
+    assert seen == ["clock"] * 4 + ["raised"]
+    seen.clear()
+    made(X)
+    assert seen == ["before", "clock", "clock", "after"] and len(building.own_hooks(made)) == 1
 
 
 @TRITON

@@ -9,7 +9,8 @@ Each build lies in Triton's cache on disk when the call proper looks for it ther
 constants and options.
 
 Nothing of this is done on a CPU, in a capture, with gradients, while a graph is traced or compiled, or where somebody
-would see the first of the two calls: hooks, parts or attention processors that are not of a library known here.
+would see the first of the two calls: hooks on parts, parts or attention processors that are not of a library known
+here. Hooks on the model itself see the call proper alone.
 Builds that fail are left to the call proper, which fails or chooses as it always did. ``BITBRUSH_BUILD_THREADS`` says
 how many threads there are: as many as cores by default; 0: everything is built where it is first launched.
 
@@ -22,6 +23,7 @@ import json
 import os
 import time
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -221,7 +223,7 @@ def prepare(model: nn.Module, *args: Any, **kwargs: Any) -> int:
     from triton.runtime.driver import driver
 
     args, kwargs = pytree.tree_map(lambda leaf: leaf, (args, kwargs))  # lists of its own: a forward may take from them
-    with noted() as found:
+    with noted() as found, _own_hooks_alone(model):
         nn.Module.__call__(model, *args, **kwargs)  # not by a graph
     failed = build(list(found.values()), driver.active) if found else 0
     if failed:
@@ -235,11 +237,10 @@ class FirstCalls:
 
     def __init__(self) -> None:
         self.seen: set[Any] = set()
-        self.within = False
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a call."""
-        if torch.compiler.is_compiling() or self.within:
+        if torch.compiler.is_compiling():
             return
         shapes = tuple([x.shape for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and direct.on_gpu(x)])
         if not shapes or shapes in self.seen or not direct.unseen() or _capturing():
@@ -247,14 +248,11 @@ class FirstCalls:
         self.seen.add(shapes)
         if not threads() or not able() or not unwatched(model):
             return
-        self.within = True
         try:
             prepare(model, *args, **kwargs)
         except FAILURES as error:  # the call proper follows, and raises where it was not for us
             warnings.warn("bitbrush builds the kernels of this network one after the other: "
                           f"{(str(error).splitlines() or [type(error).__name__])[0]}", Notice, stacklevel=2)
-        finally:
-            self.within = False
 
 
 def _capturing() -> bool:
@@ -263,14 +261,7 @@ def _capturing() -> bool:
 
 def unwatched(model: nn.Module) -> bool:
     """Whether nobody notices a call more: no dropout, no hook on a part, all of it by libraries known here."""
-    if model.training:
-        return False
-    own = {handle.id for name in ("bitbrush_clock", "bitbrush_correction")
-           for handle in getattr(getattr(model, name, None), "_hooks", ())}  # fmt: skip
-    hooks = (*model._forward_pre_hooks.items(), *model._forward_hooks.items())
-    if any(key not in own and not isinstance(hook, FirstCalls) for key, hook in hooks):
-        return False
-    return not any(_noticed(part, part is model) for part in model.modules())
+    return not model.training and not any(_noticed(part, part is model) for part in model.modules())
 
 
 def _noticed(part: nn.Module, whole: bool) -> bool:
@@ -280,6 +271,21 @@ def _noticed(part: nn.Module, whole: bool) -> bool:
         return True
     kinds = (type(part), type(part.__dict__.get("processor", part)))
     return any(kind.__module__.partition(".")[0] not in KNOWN for kind in kinds)
+
+
+@contextmanager
+def _own_hooks_alone(model: nn.Module) -> Iterator[None]:
+    """Inside, of the hooks of a model (not of its parts) those run that set its clock and apply a correction."""
+    own = {handle.id for name in ("bitbrush_clock", "bitbrush_correction")
+           for handle in getattr(getattr(model, name, None), "_hooks", ())}  # fmt: skip
+    former = model._forward_pre_hooks, model._forward_hooks
+    model._forward_pre_hooks, model._forward_hooks = (
+        OrderedDict((key, hook) for key, hook in hooks.items() if key in own) for hooks in former
+    )
+    try:
+        yield
+    finally:
+        model._forward_pre_hooks, model._forward_hooks = former
 
 
 def watch(model: nn.Module) -> None:
