@@ -84,13 +84,21 @@ def another_process() -> None:
 def _forget() -> None:
     from triton.runtime.jit import JITFunction
 
-    from bitbrush.kernels import triton_attend, triton_encode, triton_int8, triton_norm, triton_norm_small, tuning
+    from bitbrush.kernels import (
+        gpu_decode,
+        triton_attend,
+        triton_encode,
+        triton_int8,
+        triton_norm,
+        triton_norm_small,
+        tuning,
+    )
 
     modules = [module for name, module in sys.modules.items() if name.startswith("bitbrush.kernels.triton_")]
     for function in {f for module in modules for f in vars(module).values() if isinstance(f, JITFunction)}:
         function.device_caches.clear()
     for known in (triton_int8._PRODUCTS, triton_int8._GATED, triton_int8._UNPACKED, triton_norm._LAYER_NORMS,
                   triton_norm._SUMS, triton_norm._GROUP_NORMS, triton_norm_small._KNOWN, triton_encode._KNOWN,
-                  triton_attend._KNOWN):  # fmt: skip
+                  triton_attend._KNOWN, gpu_decode._CODEBOOKS):  # fmt: skip
         known.clear()
     tuning.forget()
