@@ -2,8 +2,8 @@
 
 Compiled means one graph of the whole network, or every block for itself, as diffusers' regional compilation does:
 blocks of a kind share their code. A packed SDXL is 16,000 operations to Dynamo as a whole, since the encodes that no
-block takes over are written out for the compiler to join with what stands before them; so packed forms are compiled by
-blocks unless ``--compile`` says otherwise. bf16 is compiled both ways.
+block takes over are written out for the compiler to join with what stands before them; so these forms are compiled by
+blocks unless ``--compile`` says otherwise. bf16 is compiled both ways, and so are forms whose activations stay float.
 
 The strongest bf16 way, by time on the wall, is the baseline. Its graph stays while the packed forms are timed, and
 takes turns with each: an item holds its own baseline. GPU time is that of a replay between two events, which is the
@@ -36,7 +36,7 @@ BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D", "Upsample2D", "Downsample2D"
 """Classes of diffusers that are compiled for themselves."""
 WAYS = {"auto": ((BY_BLOCKS, WHOLE), (BY_BLOCKS,)), "both": ((BY_BLOCKS, WHOLE),) * 2, "whole": ((WHOLE,),) * 2,
         "blocks": ((BY_BLOCKS,),) * 2, "none": ((), ())}  # fmt: skip
-"""What ``--compile`` says to how bf16, and how what is packed, is compiled."""
+"""What ``--compile`` says to how float activations, and how those in codes, are compiled."""
 SECONDS = {"sdxl": 105.0, "sd15": 70.0, "dit": 45.0, "flux": 45.0, "emoji": 40.0}
 """What an item may take, mostly compiling; less is not started. See `run`."""
 
@@ -105,7 +105,8 @@ def _measure(
         item["blocks"] = ours.blocks(net)
     item["build_s"] = round(time.perf_counter() - begin, 1)
     item["output"] = ours.output(lambda: net(**arguments))
-    step = ways(net, arguments, device, smoke=smoke, compiling=WAYS[compiling][form is not None])
+    encodes = form is not None and form.activations < 16
+    step = ways(net, arguments, device, smoke=smoke, compiling=WAYS[compiling][encodes])
     item |= {"ways": step.ways, "strongest": step.strongest()}
     name = "bf16" if form is None else form.name
     item["turns"] = beside(name, step, kept, device, also=form.like if form is not None else "", smoke=smoke)
