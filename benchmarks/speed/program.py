@@ -63,7 +63,7 @@ def arguments(words: list[str] | None = None, description: str | None = None) ->
     parser.add_argument("--forms", nargs="+", choices=["bf16", *networks.FORMS],
                         help="of a model's step and of memory (all)")
     parser.add_argument("--compile", choices=steps.WAYS, default="auto", help="how steps are compiled; auto: bf16 "
-                        "whole and by blocks, packed forms by blocks, peers whole")  # fmt: skip
+                        "whole and by blocks, forms with codes of activations by blocks, peers whole")  # fmt: skip
     parser.add_argument("--site", type=Path, help="folder with a folder for each library that a peer needs (torchao, "
                         "sdnq, ..), put first on the path of its process")  # fmt: skip
     parser.add_argument("--fresh", action="store_true", help="forget what --out has of these parts")
