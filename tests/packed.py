@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
+from bitbrush.network import wrap
 from bitbrush.network.layers import QuantLayer
 from bitbrush.numbers import packing
+from bitbrush.numbers.grid import LayerSpec, Plan
+
+TIMES = (1.0, 500.0, 999.0)
+
+
+def pack(model: nn.Module, spec: LayerSpec) -> None:
+    """Every linear layer and convolution of a model becomes a packed one, with random codes and scales for `TIMES`."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    wrap.declare(model, Plan(layers=dict.fromkeys(names, spec), timesteps=TIMES))
+    generator = torch.Generator().manual_seed(1)
+    for layer in wrap.layers(model).values():
+        fill(layer, generator)
 
 
 def fill(layer: QuantLayer, generator: torch.Generator) -> None:

@@ -20,11 +20,10 @@ from bitbrush import kernels
 from bitbrush.kernels import blocks, gpu, gpu_decode
 from bitbrush.network import wrap
 from bitbrush.network.layers import QuantLayer, QuantLinear
-from bitbrush.numbers.grid import ActivationSpec, Grid, LayerSpec, Plan, WeightSpec
+from bitbrush.numbers.grid import ActivationSpec, Grid, LayerSpec, WeightSpec
 from operations import Operations
-from packed import fill
+from packed import fill, pack
 
-TIMES = (1.0, 500.0, 999.0)
 FUSED = {"group_norm_encode": 30, "layer_norm_encode": 18, "int8_joined": 12, "int8_gated": 6}
 """Operations of one call of `network`: 12 residual blocks, 6 transformer blocks with projections around them."""
 
@@ -41,12 +40,7 @@ def network(bits: int = 4, linear: bool = True, **options: Any) -> UNet2DConditi
         weight=WeightSpec(grid=Grid(bits=bits, signed=bits == 8)),
         activation=ActivationSpec(timed=True, **options.pop("activation", {})), **options,
     )
-    kinds = (nn.Linear, nn.Conv2d)
-    layers = {name: spec for name, module in unet.named_modules() if isinstance(module, kinds)}
-    wrap.declare(unet, Plan(layers=layers, timesteps=TIMES))
-    generator = torch.Generator().manual_seed(1)
-    for layer in wrap.layers(unet).values():
-        fill(layer, generator)
+    pack(unet, spec)
     return unet
 
 

@@ -18,9 +18,9 @@ from bitbrush import kernels
 from bitbrush.errors import Notice
 from bitbrush.kernels import building, tuning
 from bitbrush.network import graphs, wrap
-from bitbrush.numbers.grid import ActivationSpec, Grid, LayerSpec, Plan, WeightSpec
+from bitbrush.numbers.grid import ActivationSpec, Grid, LayerSpec, WeightSpec
 from interpreter import TRITON
-from packed import fill
+from packed import pack
 
 GIVEN = (torch.zeros(2, 4, 16, 16, dtype=torch.bfloat16), torch.tensor(500.0),
          torch.zeros(2, 24, 32, dtype=torch.bfloat16))  # fmt: skip
@@ -36,11 +36,7 @@ def packed() -> UNet2DConditionModel:
         cross_attention_dim=32, attention_head_dim=8, norm_num_groups=8,
     ).eval().requires_grad_(False)  # fmt: skip
     spec = LayerSpec(weight=WeightSpec(grid=Grid(bits=4, signed=True)), activation=ActivationSpec(timed=True))
-    names = [name for name, m in unet.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-    wrap.declare(unet, Plan(layers=dict.fromkeys(names, spec), timesteps=(1.0, 500.0, 999.0)))
-    drawn = torch.Generator().manual_seed(1)
-    for layer in wrap.layers(unet).values():
-        fill(layer, drawn)
+    pack(unet, spec)
     return unet.bfloat16()
 
 

@@ -14,12 +14,10 @@ from torch import Tensor, nn
 
 from bitbrush import kernels
 from bitbrush.kernels import blocks, cpu_attention, cpu_blocks, cpu_onednn
-from bitbrush.network import wrap
-from bitbrush.numbers.grid import ActivationSpec, Grid, LayerSpec, Plan, WeightSpec
-from packed import fill
+from bitbrush.numbers.grid import ActivationSpec, Grid, LayerSpec, WeightSpec
+from packed import pack
 
 pytestmark = pytest.mark.skipif(cpu_onednn.engine() == "absent", reason="torch has no onednn::qlinear_pointwise here")
-TIMES = (1.0, 500.0, 999.0)
 
 
 def network(bits: int = 4, timed: bool = True, linear: bool = False, **options: Any) -> UNet2DConditionModel:
@@ -32,11 +30,7 @@ def network(bits: int = 4, timed: bool = True, linear: bool = False, **options: 
     ).eval().requires_grad_(False)  # fmt: skip
     spec = LayerSpec(weight=WeightSpec(grid=Grid(bits=bits, signed=bits == 8)), activation=ActivationSpec(timed=timed),
                      **options)  # fmt: skip
-    layers = {name: spec for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
-    wrap.declare(unet, Plan(layers=layers, timesteps=TIMES))
-    generator = torch.Generator().manual_seed(1)
-    for layer in wrap.layers(unet).values():
-        fill(layer, generator)
+    pack(unet, spec)
     for attn in attentions(unet):
         like = attn.to_k.input
         for layer in (attn.to_v, *([] if attn.is_cross_attention else [attn.to_q])):

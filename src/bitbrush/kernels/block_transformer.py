@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from bitbrush.kernels import (  # noqa: F401 - the operations are registered by 
     joined,
     joined_ops,
 )
-from bitbrush.kernels.blocks import FusedBlock, first_reason, ready, watched
+from bitbrush.kernels.blocks import FusedBlock, bare, first_reason, plain_processor, ready, watched
 from bitbrush.kernels.gpu import Given
 from bitbrush.kernels.joined import Joined
 
@@ -38,12 +37,9 @@ def unfit(block: Any) -> str | None:
 
 def _odd_attention(attn: Any) -> str | None:
     """Why an attention is not plain."""
-    from diffusers.models.attention_processor import AttnProcessor2_0
-
-    if type(attn.processor) is not AttnProcessor2_0:
+    if type(attn.processor) is not plain_processor():
         return f"attention by {type(attn.processor).__name__}"
-    parts = (attn.spatial_norm, attn.group_norm, attn.norm_q, attn.norm_k, attn.norm_cross, attn.add_k_proj)
-    if any(part is not None for part in parts) or attn.residual_connection or attn.rescale_output_factor != 1:
+    if not bare(attn):
         return "an attention with norms or residuals of its own"
     return "it drops values" if attn.to_out[1].p > 0 and attn.training else None
 
@@ -138,7 +134,7 @@ def _parts(block: Any) -> _Parts:
 def _plain_now(block: Any, x: Tensor) -> _Parts | None:
     """The block's parts, or None where somebody has changed its attentions or looks into it, or where not all of it is
     run by this kernel."""
-    kind = _plain_processor()
+    kind = plain_processor()
     try:
         parts = _parts(block)
     except (KeyError, AttributeError):  # another module stands where one of the class's own did
@@ -149,13 +145,6 @@ def _plain_now(block: Any, x: Tensor) -> _Parts | None:
     if block._chunk_size is not None or watched((*parts.norms, parts.own.module, parts.cross.module, *parts.ff)):
         return None
     return None if watched(layers) or not ready(layers, x) else parts
-
-
-@cache
-def _plain_processor() -> type:
-    from diffusers.models.attention_processor import AttnProcessor2_0
-
-    return AttnProcessor2_0
 
 
 # ---- parts -----------------------------------------------------------------------------------------------------------

@@ -153,6 +153,22 @@ def first_reason(layers: Parts) -> str | None:
     return next(filter(None, (unfit_layer(layer, name) for name, layer in layers.items())), None)
 
 
+@cache
+def plain_processor() -> type:
+    """diffusers' processor whose steps the blocks here take."""
+    from diffusers.models.attention_processor import AttnProcessor2_0
+
+    return AttnProcessor2_0
+
+
+def bare(attn: Any) -> bool:
+    """Whether an attention is its projections alone, without norms, residuals or context of its own."""
+    parts = (attn.spatial_norm, attn.group_norm, attn.norm_q, attn.norm_k, attn.norm_cross, attn.add_k_proj)
+    if any(part is not None for part in parts):
+        return False
+    return not attn.residual_connection and attn.rescale_output_factor == 1
+
+
 def watched(parts: Iterable[nn.Module]) -> bool:
     """Whether a hook wants to see what goes into or out of a part, or a part has a forward of its own: offloading puts
     one into a module, which brings the weights first."""

@@ -276,8 +276,7 @@ def _noticed(part: nn.Module, whole: bool) -> bool:
 @contextmanager
 def _own_hooks_alone(model: nn.Module) -> Iterator[None]:
     """Inside, of the hooks of a model (not of its parts) those run that set its clock and apply a correction."""
-    own = {handle.id for name in ("bitbrush_clock", "bitbrush_correction")
-           for handle in getattr(getattr(model, name, None), "_hooks", ())}  # fmt: skip
+    own = call_hooks(model)
     former = model._forward_pre_hooks, model._forward_hooks
     model._forward_pre_hooks, model._forward_hooks = (
         OrderedDict((key, hook) for key, hook in hooks.items() if key in own) for hooks in former
@@ -286,6 +285,12 @@ def _own_hooks_alone(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model._forward_pre_hooks, model._forward_hooks = former
+
+
+def call_hooks(model: nn.Module) -> set[int]:
+    """Keys of the hooks on a denoiser that set its clock and apply its correction, which are part of every call."""
+    owners = [getattr(model, name, None) for name in ("bitbrush_clock", "bitbrush_correction")]
+    return {handle.id for owner in owners for handle in getattr(owner, "_hooks", ())}
 
 
 def watch(model: nn.Module) -> None:

@@ -10,7 +10,6 @@ class is exchanged as in `bitbrush.kernels.blocks`; whatever is not plain goes t
 
 from __future__ import annotations
 
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitbrush.kernels import cpu_onednn, cpu_plain
-from bitbrush.kernels.blocks import FusedBlock, watched
+from bitbrush.kernels.blocks import FusedBlock, bare, plain_processor, watched
 from bitbrush.kernels.joined import shared
 from bitbrush.numbers import packing
 
@@ -31,20 +30,9 @@ _SELF, _CONTEXT = ("to_q", "to_k", "to_v"), ("to_k", "to_v")
 
 
 # ---- which attentions ------------------------------------------------------------------------------------------------
-@cache
-def plain_processor() -> type:
-    """diffusers' processor whose steps `_attended` takes."""
-    from diffusers.models.attention_processor import AttnProcessor2_0
-
-    return AttnProcessor2_0
-
-
 def fits(attn: Any) -> bool:
     """Whether an attention is of the plain form, whatever it is given."""
-    parts = (attn.spatial_norm, attn.group_norm, attn.norm_q, attn.norm_k, attn.norm_cross, attn.add_k_proj)
-    if any(part is not None for part in parts) or attn.residual_connection or attn.rescale_output_factor != 1:
-        return False
-    return attn.to_k is not None and attn.to_out is not None
+    return bare(attn) and attn.to_k is not None and attn.to_out is not None
 
 
 def _ready(attn: Any, names: tuple[str, ...]) -> bool:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitbrush.kernels import cpu_attention
-from bitbrush.kernels.blocks import FusedBlock, mix, watched
+from bitbrush.kernels.blocks import FusedBlock, mix, plain_processor, watched
 
 
 class InPlace(FusedBlock):
@@ -89,7 +89,7 @@ class LeanTransformer(InPlace):
         last = [net[0].proj, net[2], *(attn.to_out[0] for attn in attentions)]
         if watched((net[0], net[1], *attentions, *last)):
             return False
-        plain = all(type(attn.processor) is cpu_attention.plain_processor() for attn in attentions)
+        plain = all(type(attn.processor) is plain_processor() for attn in attentions)
         return plain and all(hasattr(layer, "declare_packed") for layer in last)
 
 

@@ -20,7 +20,7 @@ import copy
 import inspect
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Self
@@ -163,7 +163,7 @@ class _Parts:
         """Whether nobody wants to see or to change what happens inside, and no timestep has to raise."""
         if any(self.hooks) or any("forward" in own for own in self.forwards) or "exact" in self.lookups:
             return False
-        ours = set(_own_hooks(model))
+        ours = {*building.call_hooks(model), *building.own_hooks(model)}
         return all(key in ours for hooks in (model._forward_pre_hooks, model._forward_hooks) for key in hooks)
 
     def notice(self, model: nn.Module, timestep: Any) -> None:
@@ -176,14 +176,6 @@ class _Parts:
         """What else decides how a call runs."""
         found = correction.find(model)
         return model.training, found is not None and found.leaves_out()
-
-
-def _own_hooks(model: nn.Module) -> Iterator[int]:
-    """Keys of the hooks that set the clock, apply a correction and build kernels ahead."""
-    yield from building.own_hooks(model)
-    for owner in (getattr(model, "bitbrush_clock", None), correction.find(model)):
-        for handle in () if owner is None else owner._hooks:
-            yield handle.id
 
 
 class Graphed(nn.Module):
