@@ -87,6 +87,15 @@ def test_every_form_of_a_timestep(now: Tensor | float | int) -> None:
     assert clock.now is None
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_grid_stays_as_it_is_in_half_precision(dtype: torch.dtype) -> None:
+    """999 is 1000 in bfloat16: rows of close timesteps would be mistaken, and each call warned of."""
+    clock = Clock((993.0, 995.0, 997.0, 999.0)).to(dtype)
+    assert clock.timesteps.tolist() == [993.0, 995.0, 997.0, 999.0]
+    with clock.at(torch.tensor([994.0, 996.0, 999.0])):
+        assert clock.rows("nearest").tolist() == [0, 1, 3]
+
+
 def test_unset_clock_raises_with_a_hint() -> None:
     model, clock = _model()
     with pytest.raises(InputError) as caught:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import bitbrush  # noqa: F401  (registers the plug-in)
 import tiny
@@ -114,7 +116,7 @@ def test_without_groups_rows_are_those_of_the_time_grid() -> None:
     with clock.at(torch.tensor([999.0, 250.0])):
         rows, times = plain.rows(), plain.times()
     assert rows is not None and times is not None and torch.equal(rows, times) and rows.tolist() == [4, 1]
-    assert plain._groups == {}
+    assert clock._tables == {} and clock._alone == {}
 
 
 def test_the_groups_are_kept_and_not_stored() -> None:
@@ -123,15 +125,46 @@ def test_the_groups_are_kept_and_not_stored() -> None:
     made, _ = pair(clock)
     with torch.inference_mode(), clock.at(250.0):
         made(torch.randn(1, 6, 2, 2), 1)
-    (kept,) = made._groups.values()
+    (kept,) = clock._alone.values()
     assert kept.tolist() == list(GROUPS) and not kept.is_inference() and set(made.state_dict()) == {
         "scale", "inverse_scale", "zero_point",
     }
     x = torch.randn(1, 6, 2, 2, requires_grad=True)
     with clock.at(torch.tensor([250.0])):
         made(x, 1).sum().backward()
-    assert next(iter(made._groups.values())) is kept and x.grad is not None
+    assert next(iter(clock._alone.values())) is kept and x.grad is not None
     assert copy.deepcopy(made).spec.time_groups == GROUPS
+
+
+def test_groups_of_all_layers_are_looked_up_at_once(made: tuple[Any, Plan, dict[float, Tensor], Path]) -> None:
+    """One lookup a forward, however many layers and tables there are; a table that is new to the clock is found too."""
+    pipe = made[0]
+    model = copy.deepcopy(pipe.unet)
+    asked = [layer.input for layer in wrap.layers(model).values() if layer.input is not None]
+    seen = []
+    with Operations() as counted, torch.no_grad(), model.bitbrush_clock.at(250.0):
+        model.bitbrush_clock._found, model.bitbrush_clock.said = {}, True
+        for quantizer in asked:
+            rows, times = quantizer.rows(), quantizer.times()
+            if quantizer.spec.time_groups:
+                assert rows is not None and times is not None
+                seen.append(rows.tolist() == [quantizer.spec.time_groups[i] for i in times.tolist()])
+        other = model.bitbrush_clock.groups((1, 0, 0, 0, 0), "nearest")
+    assert len(seen) > 20 and all(seen) and other.tolist() == [0]
+    assert counted.found["aten::index_select"] == 2 and counted.found["aten::searchsorted"] == 1
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count one."""
+        self.found[func.name().split(".")[0]] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def test_one_compiled_graph_serves_all_groups() -> None:
@@ -398,7 +431,7 @@ def test_scales_a_channel_are_proven() -> None:
 def test_the_proof_has_a_second_opinion(kind: str) -> None:
     """A quantizer that took another group's row would be found out."""
     clock, layer, packed = layer_of(kind, ())
-    packed.input._groups = {f"{GROUPS} cpu": torch.tensor((0, 1, 1, 1, 2))}
+    clock._alone = {f"{GROUPS} cpu": torch.tensor((0, 1, 1, 1, 2))}
     x, found = torch.randn(2, 24, 24) if kind == "linear" else torch.randn(2, 24, 5, 5), []
     for t in TIMES:
         with torch.no_grad(), clock.at(t):

@@ -335,11 +335,6 @@ def test_another_number_of_steps_leaves_it_out_and_says_so_once(steps: int) -> N
     assert torch.equal(draw(pipe, noise, 4.0, steps), other) and not torch.equal(draw(pipe, noise, 4.0), right)
 
 
-def forget(found: correction.Correction) -> None:
-    found.position.fill_(-2)
-    found.last.fill_(-torch.inf)
-
-
 def test_another_scheduler_leaves_it_out() -> None:
     pipe = corrected_pipeline()
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -367,11 +362,11 @@ def test_the_rule_of_turns() -> None:
             ((9, 6, 9, 6, 3), "yyyyy"),  # aborted, and begun anew
             ((9, 6, 3, 0, 9, 6), "yyyyyy"),
         ):
-            forget(found)
+            found.restart()
             seen = "".join("y" if found.enter(x, float(t)).abs().max() > 0 else "n" for t in times)
             assert seen == expected, times
             looked += len(times)
-        forget(found)
+        found.restart()
         assert found.enter(x.expand(2, -1, -1, -1), torch.tensor([9.0, 6.0])).abs().max() == 0, "mixed times"
     assert looked == 34
 
@@ -385,14 +380,14 @@ def test_copies_and_casts() -> None:
     first = float(mine.timesteps[0])
     assert not torch.equal(tiny.run(twin, first), tiny.run(pipe.unet, first))
     its.to(torch.float16)
-    assert {its.scale.dtype, its.timesteps.dtype} == {torch.float32} and its.position.dtype == torch.int64
+    assert {its.scale.dtype, its.timesteps.dtype, its.state.dtype} == {torch.float32}
 
 
 def test_a_compiled_graph_corrects() -> None:
     pipe = corrected_pipeline()
     times = [float(t) for t in correction.of(pipe.unet).timesteps]
     eager = [tiny.run(pipe.unet, t) for t in times]
-    forget(correction.of(pipe.unet))
+    correction.of(pipe.unet).restart()
     compiled = torch.compile(pipe.unet, backend="eager", fullgraph=True)
     again = [tiny.run(compiled, t) for t in times]
     assert len(again) == STEPS_TAKEN

@@ -104,7 +104,6 @@ class ActivationQuantizer(nn.Module):
         self.trial_mixture: Callable[[], tuple[Tensor, Tensor, Tensor]] | None = None
         self.straight_through = True  # otherwise only while a step searches as ADP-DM's released code does
         self._tops: dict[str, Tensor] = {}  # by what and where; see `row_tops`
-        self._groups: dict[str, Tensor] = {}  # likewise; see `rows`
         self.exempt: tuple[int, ...] = ()  # of operands of attention: what is not quantized
         self.place = ""  # the layer's name, where known, for errors
         if spec.granularity in GROUPED:
@@ -175,31 +174,18 @@ class ActivationQuantizer(nn.Module):
         return None if self.clock is None else self.clock.rows(self.spec.lookup)
 
     def rows(self) -> Tensor | None:
-        """Row of the table for each sample: of the time grid, or its group; None when one row holds for all times.
-
-        The groups are kept as a tensor, so that a CUDA graph may be captured after the first call.
-        """
-        row, groups = self.times(), self.spec.time_groups
-        if row is None or not groups:
-            return row
-        return self._group_of(row.device).index_select(0, row)
-
-    def _group_of(self, device: torch.device) -> Tensor:
-        """The group of each timestep, int64 ``[T]``."""
-        groups = self.spec.time_groups
-        key = f"{groups} {device}"
-        if key not in self._groups:
-            with torch.inference_mode(False):  # what is kept must serve training, too
-                self._groups[key] = torch.tensor(groups, device=device)
-        return self._groups[key]
+        """Row of the table for each sample: of the time grid, or its group; None when one row holds for all times."""
+        if self.clock is None or not self.spec.time_groups:
+            return self.times()
+        return self.clock.groups(self.spec.time_groups, self.spec.lookup)
 
     def keep(self) -> None:
         """Make the tables that are kept, where the scales are. A forward does it too, but one that is being compiled
         would be compiled again at the next call, which finds them."""
         if self.spec.mode == "static" and not self.scale.is_meta:
             self.row_tops()
-            if self.spec.time_groups:
-                self._group_of(self.scale.device)
+            if self.spec.time_groups and self.clock is not None:
+                self.clock.know(self.spec.time_groups, self.scale.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move the scales, and have their tables where they are now."""

@@ -14,23 +14,28 @@ when it changes. Rows for a batch of mixed timesteps are looked up per sample. W
 looked up once, not by every layer.
 
 A timestep that is not on the grid (other step counts than the calibrated one) gets the row that the layer's ``lookup``
-says, and the first such call of a denoiser warns. A compiled or captured graph cannot warn.
+says, and the denoiser warns once: at the first such call, or, of a timestep on a GPU, at a call after it, since nobody
+waits for the GPU to see it (`bitbrush.network.arrivals`). A compiled or captured graph cannot warn.
 """
 
 from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from bitbrush.errors import InputError, Notice
+from bitbrush.network.arrivals import Arrivals
+from bitbrush.network.dtypes import moving_only
 from bitbrush.numbers.grid import Lookup
+
+_Groups = tuple[int, ...]
 
 
 class Clock(nn.Module):
@@ -45,30 +50,39 @@ class Clock(nn.Module):
         self.now: Tensor | None = None
         self.said = False  # whether this denoiser has warned of a timestep that is not on the grid
         self._found: dict[Lookup, Tensor] | None = None  # rows of the forward under way; None outside of one
+        self._grouped: dict[Lookup, Tensor] = {}  # likewise, through the tables of groups
         self._hooks: list[RemovableHandle] = []
-        self.register_buffer("timesteps", torch.tensor(timesteps, dtype=torch.float32), persistent=False)
+        self._arrivals = Arrivals()
+        self._tables: dict[_Groups, int] = {}  # groups of timesteps that layers have, and their places in `_stacked`
+        self._alone: dict[str, Tensor] = {}
+        self._stacked: dict[str, Tensor] = {}
+        self._steps = torch.tensor(timesteps, dtype=torch.float64)  # stays on the host
+        self.register_buffer("timesteps", self._steps.float(), persistent=False)
+        self.register_buffer("between", ((self._steps[1:] + self._steps[:-1]) / 2).float(), persistent=False)
         self.timesteps: Tensor
+        self.between: Tensor
 
     def set(self, timestep: Tensor | float | int) -> None:
         """Set the time of the call that is starting; a scalar or one value a sample."""
         device = self.timesteps.device
         tensor = timestep if isinstance(timestep, Tensor) else torch.tensor(timestep, dtype=torch.float32)
         self.now = tensor.to(device=device, dtype=torch.float32).reshape(-1)
-        self._found = None
+        self._found, self._grouped = None, {}
 
     def clear(self) -> None:
         """Forget the time: the next reader raises until somebody sets it."""
         self.now = self._found = None
+        self._grouped = {}
 
     @contextmanager
     def at(self, timestep: Tensor | float | int) -> Iterator[None]:
         """Hold the time at ``timestep`` inside the block; the former value comes back afterwards."""
-        before = self.now, self._found
+        before = self.now, self._found, self._grouped
         self.set(timestep)
         try:
             yield
         finally:
-            self.now, self._found = before
+            self.now, self._found, self._grouped = before
 
     def rows(self, lookup: Lookup) -> Tensor:
         """Row of the time grid for each sample, int64 ``[1]`` or ``[batch]``.
@@ -97,32 +111,71 @@ class Clock(nn.Module):
         if self._found is None:
             return self._look(now, lookup)
         known = self._found[lookup] = self._look(now, lookup)
-        self._say(now, known, lookup)
+        self._notice(now, lookup)
         return known
 
+    def groups(self, groups: _Groups, lookup: Lookup) -> Tensor:
+        """The group of each sample's timestep, int64 ``[1]`` or ``[batch]``. Those of all layers are looked up at once.
+
+        Args:
+            groups: Of each time of the grid.
+        """
+        row = self.rows(lookup)
+        if torch.compiler.is_compiling() or self._found is None:
+            return self._alone_for(groups, row.device).index_select(0, row)
+        found = self._grouped.get(lookup)
+        if found is None or self._tables.get(groups, len(found)) >= len(found):
+            self.know(groups, row.device)
+            found = self._grouped[lookup] = self._stack(row.device).index_select(1, row)
+        return found[self._tables[groups]]
+
+    def know(self, groups: _Groups, device: torch.device) -> None:
+        """Keep a table of groups where it is used: a forward does it too, but one that is being compiled would be
+        compiled again at the next call, which finds it."""
+        self._alone_for(groups, device)
+        if groups not in self._tables:
+            self._tables[groups] = len(self._tables)
+            self._stacked = {}
+
+    def _alone_for(self, groups: _Groups, device: torch.device) -> Tensor:
+        """The group of each timestep, int64 ``[T]``."""
+        key = f"{groups} {device}"
+        if key not in self._alone:
+            with torch.inference_mode(False):  # what is kept must serve training, too
+                self._alone[key] = torch.tensor(groups, device=device)
+        return self._alone[key]
+
+    def _stack(self, device: torch.device) -> Tensor:
+        """The group of each timestep in every known table, int64 ``[tables, T]``; kept, for graphs captured later."""
+        key = str(device)
+        if key not in self._stacked:
+            with torch.inference_mode(False):
+                self._stacked[key] = torch.tensor(list(self._tables), device=device)
+        return self._stacked[key]
+
     def _look(self, now: Tensor, lookup: Lookup) -> Tensor:
-        grid, last = self.timesteps, self.timesteps.numel() - 1
-        above = torch.searchsorted(grid, now).clamp(max=last)
-        if lookup == "ceil":
-            return above
-        below = (above - 1).clamp(min=0)
-        closer = (now - grid[below]).abs() <= (grid[above] - now).abs()
-        row = torch.where(closer, below, above)
+        row = _row(self.timesteps, self.between, now, lookup)
         if lookup == "exact":
-            _on_grid(grid[row] == now, now)
+            _on_grid(self.timesteps[row] == now, now)
         return row
 
-    def _say(self, now: Tensor, row: Tensor, lookup: Lookup) -> None:
-        """Warn once of a timestep that is not on the grid. Until then a GPU is waited for once a forward."""
+    def _notice(self, now: Tensor, lookup: Lookup) -> None:
+        """Warn once of a timestep that is not on the grid."""
         if self.said or _in_graph(now):
             return
-        taken = self.timesteps[row]
+        arrived = self._arrivals.latest(now, lookup)
+        if arrived is not None:
+            self._say(*arrived)
+
+    def _say(self, now: Tensor, lookup: Lookup) -> None:
+        grid, now = self._steps.float(), now.float()
+        taken = grid[_row(grid, ((self._steps[1:] + self._steps[:-1]) / 2).float(), now, lookup)]
         other = taken != now
         if not bool(other.any()):
             return
         self.said = True
         warnings.warn(
-            f"timestep {float(now[other][0]):g} is not one of the {self.timesteps.numel()} that were calibrated (other "
+            f"timestep {float(now[other][0]):g} is not one of the {len(grid)} that were calibrated (other "
             f"sampling steps?): by the recipe's lookup = {lookup} the activation scales of timestep "
             f"{float(taken[other][0]):g} serve it, and so for others; bitbrush says this once",
             Notice, stacklevel=2,
@@ -130,11 +183,14 @@ class Clock(nn.Module):
 
     def check(self, timestep: Tensor, lookups: Iterable[Lookup]) -> None:
         """Say of a timestep what a forward would say that looked rows up in these ways: for calls that are replayed."""
-        if self.said or not self.timesteps.numel():
-            return
-        now = timestep.to(device=self.timesteps.device, dtype=torch.float32).reshape(-1)
-        for lookup in lookups:
-            self._say(now, self._look(now, lookup), lookup)
+        lookup = min(lookups, default=None)
+        if lookup is not None and self.timesteps.numel():
+            self._notice(timestep.reshape(-1), lookup)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move, but stay float32: in half precision timesteps would be other ones."""
+        super()._apply(moving_only(fn), recurse)
+        return self
 
     def attach(self, model: nn.Module) -> None:
         """Hook the denoiser so that each forward sets this clock from its ``timestep`` argument and clears it after."""
@@ -160,6 +216,15 @@ class Clock(nn.Module):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+
+
+def _row(grid: Tensor, between: Tensor, now: Tensor, lookup: Lookup) -> Tensor:
+    """Row of the ascending grid ``[T]`` for each time: one kernel.
+
+    Args:
+        between: The middle of each two neighbours ``[T - 1]``: up to there the earlier one is the nearest.
+    """
+    return torch.searchsorted(grid[:-1] if lookup == "ceil" else between, now)
 
 
 def _in_graph(tensor: Tensor) -> bool:

@@ -13,8 +13,9 @@ of steps, image-to-image), the correction is left out until a trajectory begins 
 pipeline is known (`watch`), its scheduler's class is compared too. At the first timestep ``shift`` and ``bias`` are 0
 and ``scale`` speaks of the network alone, so the one step that two schedules may share is right for both.
 
-This is the one place where a forward depends on the forward before it; the position and the last timestep are tensors,
-so that a compiled graph takes them as data. A graph cannot warn.
+This is the one place where a forward depends on the forward before it; the position and the last timestep are a tensor,
+so that a compiled graph takes them as data. A compiled graph cannot warn; of calls on a GPU a later one does, so that
+nobody waits (`bitbrush.network.arrivals`). On CUDA each step is one kernel (`bitbrush.kernels.triton_correction`).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
@@ -34,7 +35,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from bitbrush.errors import Notice
+from bitbrush.network.arrivals import Arrivals
 from bitbrush.network.dtypes import moving_only
+
+if TYPE_CHECKING:
+    from bitbrush.kernels.triton_correction import Corrector
 
 NAME = "bitbrush_correction"
 TABLES = ("scale", "bias", "shift")
@@ -100,16 +105,15 @@ class Correction(nn.Module):
         self.register_buffer("bias", torch.zeros(shape))
         self.register_buffer("shift", torch.zeros(shape))
         self.register_buffer("timesteps", torch.tensor(spec.timesteps, dtype=torch.float32), persistent=False)
-        self.register_buffer("position", torch.tensor(_OFF), persistent=False)
-        self.register_buffer("last", torch.tensor(-torch.inf), persistent=False)
+        self.register_buffer("state", torch.tensor([_OFF, -torch.inf]), persistent=False)
         self.scale: Tensor
         self.bias: Tensor
         self.shift: Tensor
         self.timesteps: Tensor
-        self.position: Tensor
-        self.last: Tensor
+        self.state: Tensor  # row of the call before (negative: none), its timestep
         self.warned = False
-        self._now: tuple[Tensor, Tensor] | None = None
+        self._entered = False
+        self._arrivals = Arrivals()
         self._owner: weakref.ref[Any] | None = None
         self._hooks: list[RemovableHandle] = []
 
@@ -117,33 +121,55 @@ class Correction(nn.Module):
         """Compare the scheduler's class with this pipeline's from now on. Copies of the model do not."""
         self._owner = weakref.ref(pipeline)
 
+    def restart(self) -> None:
+        """Be as before any trajectory."""
+        self.state.copy_(torch.tensor([_OFF, -torch.inf]))
+
     def enter(self, sample: Tensor, timestep: Any) -> Tensor:
         """Begin a call: find the row, and answer the sample that the network is to see."""
-        now = torch.as_tensor(timestep).to(device=sample.device, dtype=torch.float32).reshape(-1)
-        match = self.timesteps.to(sample.device) == now[0]
-        index = match.int().argmax()
-        ahead = index - self.position.to(sample.device)
-        begins = (index == 0) & (self.last.to(sample.device) <= now[0])
-        in_turn = begins | (ahead == 0) | (ahead == 1)
-        on = match.any() & (now == now[0]).all() & in_turn
-        if not torch.compiler.is_compiling():
-            if self.leaves_out():
-                on = torch.zeros_like(on)
-            self._say(on, now[0])
-        self.position.copy_(torch.where(on, index, _OFF))
-        self.last.copy_(now[0])
-        scale, bias, shift = (
-            getattr(self, name).to(sample.device).index_select(0, index.reshape(1))[0] for name in TABLES
-        )
-        self._now = torch.where(on, scale, 1.0), torch.where(on, bias, 0.0)
-        return (sample.float() - _wide(torch.where(on, shift, 0.0), sample)).to(sample.dtype)
+        now = torch.as_tensor(timestep).to(sample.device).reshape(-1)
+        if self.state.device != sample.device:  # offloading may have left it behind
+            self.to(sample.device)
+        self._entered = True
+        fused = _fused(sample, now, self.timesteps)
+        if not torch.compiler.is_compiling() and self.leaves_out():
+            self._out_of_turn(now)
+        elif fused is not None:
+            fused.turn(now, self.timesteps, self.state)
+        else:
+            self._turn(now.float())
+        self.notice()
+        if fused is not None:
+            return fused.shifted(sample, self.state, self.shift)
+        return (sample.float() - self._row("shift", sample)).to(sample.dtype)
 
     def leave(self, estimate: Tensor) -> Tensor:
         """End a call: the corrected estimate."""
-        if self._now is None:
+        if not self._entered:
             return estimate
-        (scale, bias), self._now = self._now, None
-        return (_wide(scale, estimate) * estimate.float() + _wide(bias, estimate)).to(estimate.dtype)
+        self._entered = False
+        fused = _fused(estimate, self.state, self.timesteps)
+        if fused is not None:
+            return fused.corrected(estimate, self.state, self.scale, self.bias)
+        scale, bias = self._row("scale", estimate, 1.0), self._row("bias", estimate)
+        return (scale * estimate.float() + bias).to(estimate.dtype)
+
+    def _turn(self, now: Tensor) -> None:
+        """Whose turn it is at timesteps float32 ``[1]`` or ``[B]``."""
+        match = self.timesteps == now[0]
+        row, (position, last) = match.int().argmax(), self.state.unbind()
+        in_turn = ((row == 0) & (last <= now[0])) | (row == position) | (row == position + 1)
+        on = match.any() & (now == now[0]).all() & in_turn
+        self.state.copy_(torch.stack([torch.where(on, row, _OFF).float(), now[0]]))
+
+    def _out_of_turn(self, now: Tensor) -> None:
+        self.state.copy_(torch.stack([torch.full_like(self.state[0], _OFF), now[0].float()]))
+
+    def _row(self, name: str, like: Tensor, neutral: float = 0.0) -> Tensor:
+        """The row of a table that is in force, to broadcast against ``like [B, C, ..]``."""
+        position, table = self.state[:1], getattr(self, name)
+        found = table.index_select(0, position.clamp(min=0).long())[0]
+        return _wide(torch.where(position < 0, neutral, found), like)
 
     def leaves_out(self) -> bool:
         """Whether the pipeline's scheduler is another than the one it belongs to."""
@@ -151,14 +177,20 @@ class Correction(nn.Module):
         scheduler = getattr(pipeline, "scheduler", None)
         return scheduler is not None and type(scheduler).__name__ != self.spec.scheduler
 
-    def _say(self, on: Tensor, now: Tensor) -> None:
-        if self.warned or (on.is_cuda and torch.cuda.is_current_stream_capturing()) or bool(on):
+    def notice(self) -> None:
+        """Warn once of a call that was not corrected: this one, or on a GPU an earlier one."""
+        if self.warned or torch.compiler.is_compiling():
+            return
+        if self.state.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        arrived = self._arrivals.latest(self.state)
+        if arrived is None or arrived[0][0] >= 0 or torch.isinf(arrived[0][1]):
             return
         self.warned = True
         warnings.warn(
-            f"bitbrush leaves the stored correction out (first at timestep {float(now):g}): it belongs to whole "
-            f"trajectories of {self.spec.scheduler} in {len(self.spec.timesteps)} steps; sample so, or quantize with "
-            "--correct for other settings",
+            f"bitbrush leaves the stored correction out (at timestep {float(arrived[0][1]):g}): it belongs to "
+            f"whole trajectories of {self.spec.scheduler} in {len(self.spec.timesteps)} steps; sample so, or quantize "
+            "with --correct for other settings",
             Notice, stacklevel=2,
         )
 
@@ -169,7 +201,7 @@ class Correction(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies belong to no pipeline."""
-        return {**self.__dict__, "_owner": None, "_now": None}
+        return {**self.__dict__, "_owner": None, "_entered": False}
 
 
 def install(model: nn.Module, spec: CorrectionSpec, tables: dict[str, Tensor] | None = None) -> Correction:
@@ -228,6 +260,16 @@ def of(model: nn.Module) -> Correction:
     """The correction of the model that is being called: a deep copy must find its own."""
     correction: Correction = getattr(model, NAME)
     return correction
+
+
+def _fused(x: Tensor, timestep: Tensor, timesteps: Tensor) -> Corrector | None:
+    """The kernels for tensors like ``x``; None on the CPU, without Triton, and while compiling."""
+    if not x.is_cuda or torch.compiler.is_compiling():
+        return None
+    from bitbrush.kernels import triton_correction
+
+    made = triton_correction.build()
+    return made if made is not None and made.fits(x, timestep, timesteps) else None
 
 
 def _wide(row: Tensor, like: Tensor) -> Tensor:

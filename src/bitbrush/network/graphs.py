@@ -171,6 +171,9 @@ class _Parts:
         clock: Any = getattr(model, "bitbrush_clock", None)
         if clock is not None and isinstance(timestep, Tensor):
             clock.check(timestep, self.lookups)
+        found = correction.find(model)
+        if found is not None:
+            found.notice()
 
     def state(self, model: nn.Module) -> Any:
         """What else decides how a call runs."""
