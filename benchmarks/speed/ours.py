@@ -163,7 +163,7 @@ def encode(x: Tensor, inverse: Tensor, zero: Tensor, times: Tensor, where: list[
     channels = x.shape[1] if where else x.shape[-1]
     rows = x if where else x.reshape(-1, channels)
     out: Tensor = torch.ops.bitbrush.int8_encode(
-        rows, inverse, zero, times, ONE_ROW, [channels], TOP, None, where, 1 if where else rows.shape[0], None
+        rows, inverse, zero, times, ONE_ROW, [channels], TOP, where, 1 if where else rows.shape[0], None
     )
     return out
 

@@ -17,7 +17,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 from torch import Tensor
 
-from bitbrush.kernels import attend_ops, triton_attend
+from bitbrush.kernels import attend_ops, int8_ops, triton_attend
 from bitbrush.kernels.triton_attend import Cut
 from bitbrush.numbers.codec import reciprocal
 
@@ -40,6 +40,8 @@ def inputs(case: tuple[Any, ...], seed: int) -> tuple[Any, ...]:
 
     scale = (torch.rand((3, 1), generator=g) + 1) * 2 / 255
     zero = torch.randint(80, 170, (3, 1), generator=g, dtype=torch.uint8)
+    if seed % 3 == 1:
+        zero = int8_ops.with_tops(zero, torch.tensor([[255], [15], [191]]))
     factor = torch.rand(heads * size, generator=g) + 0.5 if seed % 2 else None
     return (*drawn(queries, 3)[:1], *drawn(keys, 2), reciprocal(scale), zero, torch.tensor([2]), 255, factor)
 

@@ -16,7 +16,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 from torch import Tensor
 
-from bitbrush.kernels import joined_ops, triton_int8, tuning
+from bitbrush.kernels import int8_ops, joined_ops, triton_int8, tuning
 from bitbrush.kernels.triton_int8 import Config, Next, Tables
 
 DTYPES = (torch.float16, torch.float32, torch.float16)
@@ -57,6 +57,8 @@ def gated(seed: int, m: int, n: int, width: int, dtype: torch.dtype) -> dict[str
     g = torch.Generator().manual_seed(seed)
     a, (w, scale_w, total, bias), tables = int8(g, m, width), weight(g, 2 * n, width), table(g, torch.uint8)
     inverse, zero = 1 / torch.tensor([[0.5], [0.011]]), torch.tensor([[3.0], [101.0]])
+    if seed % 2:
+        zero = int8_ops.with_tops(zero, torch.tensor([[255], [191]]))
     factor = torch.rand(n, generator=g) + 0.5 if seed % 2 else None
     args = (a, w, *tables, scale_w, total, width, bias if seed % 3 else None, inverse, zero, torch.tensor([1]), 255,
             factor, dtype)

@@ -100,6 +100,33 @@ def test_a_fused_block_gives_what_its_layers_give(bits: int, other: bool) -> Non
     assert all(operations.count[name] >= count for name, count in FUSED.items())
 
 
+def test_blocks_take_bits_that_change_over_time() -> None:
+    """Each row's largest code is its own, in every encode that a block joins with what stands before it."""
+    unet = network(8, activation={"time_bits": (8, 7, 8)})
+    for layer in wrap.layers(unet).values():  # zero-points of 7 bits lie in the middle of their codes, too
+        zero = layer.input.zero_point.clone()
+        zero[1] //= 2
+        layer.input.set_scale(layer.input.scale, zero)
+    kernels.use(unet, "cuda-int8")
+    blocks.unfuse(unet)
+    given = list(recorded(unet))
+    assert set(blocks.fuse(unet).values()) == {"fused"} and len(given) == 24
+    clock, operations = next(iter(wrap.layers(unet).values())).input._clock[0], Operations()
+    for name, block, (args, kwargs, want) in given:
+        with operations, clock.at(torch.tensor(500)), torch.no_grad():
+            got = block(*args, **kwargs)
+        got, want = (out[0] if isinstance(out, tuple) else out for out in (got, want))
+        changed = (got - want).abs() > 1e-4 * want.abs().max()
+        assert got.shape == want.shape and changed.float().mean() < 0.05, name
+    assert all(operations.count[name] >= count for name, count in FUSED.items())
+    one = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.to_q
+    codes = {}
+    for time in (1, 500):
+        with clock.at(torch.tensor(time)), torch.no_grad():
+            codes[time] = gpu.input_codes(one, torch.linspace(-40, 40, 320).reshape(1, 10, 32))
+    assert int(codes[500].max()) == 127 and int(codes[1].max()) == 255
+
+
 def test_a_norm_outside_of_blocks_keeps_its_pictures_in_order_and_its_name() -> None:
     unet = network(8)
     kernels.use(unet, "cuda-int8")

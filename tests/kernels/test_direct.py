@@ -46,13 +46,13 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def encoded(x: Tensor, factor: Tensor | None = None) -> Tensor:
-    codes: Tensor = direct.OPS.int8_encode(x, *TABLES, 0, (32,), 255, None, [], 1, factor)
+    codes: Tensor = direct.OPS.int8_encode(x, *TABLES, 0, (32,), 255, [], 1, factor)
     return codes
 
 
 @torch.no_grad()
 def test_a_plain_call_does_without_and_gives_the_same(ran: list[str]) -> None:
-    want = torch.ops.bitbrush.int8_encode(ROWS, *TABLES, 0, (32,), 255, None, [], 1, None)
+    want = torch.ops.bitbrush.int8_encode(ROWS, *TABLES, 0, (32,), 255, [], 1, None)
     assert torch.equal(encoded(ROWS), want) and ran == ["cuda"]
     assert torch.equal(encoded(nn.Parameter(ROWS, requires_grad=False)), want) and len(ran) == 2
     with torch.inference_mode():
@@ -69,7 +69,7 @@ def test_on_a_cpu_and_with_gradients_it_is_the_operation(ran: list[str], monkeyp
 
 @torch.no_grad()
 def test_whoever_looks_at_operations_sees_them(ran: list[str]) -> None:
-    want, operations = torch.ops.bitbrush.int8_encode(ROWS, *TABLES, 0, (32,), 255, None, [], 1, None), Operations()
+    want, operations = torch.ops.bitbrush.int8_encode(ROWS, *TABLES, 0, (32,), 255, [], 1, None), Operations()
     with operations:
         assert torch.equal(encoded(ROWS), want)
     assert operations.count["int8_encode"] == 1 and not ran

@@ -71,9 +71,12 @@ def test_gated_is_product_geglu_and_encode(n: int, scaled: bool, dtype: torch.dt
     got = OPS.int8_gated(a, w, *table, scale_w, total, 32, bias, inverse, zero, times, 255, factor, dtype)
     both = OPS.int8_product(a, w, *table, ONE_ROW, scale_w, total, [32], [], 1, bias, None, None, dtype)
     y = both[:, :n] * nn.functional.gelu(both[:, n:])
-    want = OPS.int8_encode(y, inverse, zero, times, ONE_ROW, [n], 255, None, [], 1, factor)
+    want = OPS.int8_encode(y, inverse, zero, times, ONE_ROW, [n], 255, [], 1, factor)
     assert got.dtype == torch.int8 and got.shape == (m, 64) and torch.equal(got, want)
     assert (got[:, n:] == 77 - 128).all() and len(got[:, :n].unique()) > 50
+    both_in_one = int8_ops.with_tops(zero, torch.tensor([[255], [127]]))
+    less = OPS.int8_gated(a, w, *table, scale_w, total, 32, bias, inverse, both_in_one, times, 255, factor, dtype)
+    assert torch.equal(less, got.clamp(max=127 - 128)) and not torch.equal(less, got), "rows with codes of their own"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

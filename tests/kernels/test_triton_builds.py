@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 POINTERS = {
     "y_ptr": "*bf16", "acc_ptr": "*bf16", "bias_ptr": "*fp32", "residual_ptr": "*bf16", "shared_ptr": "*bf16",
     "scale_a_ptr": "*fp32", "zero_a_ptr": "*u8", "times_ptr": "*i64", "scale_w_ptr": "*fp32", "sum_w_ptr": "*i32",
-    "x_ptr": "*bf16", "factor_ptr": "*fp32", "inverse_ptr": "*fp32", "tops_ptr": "*fp32", "data": "*u8",
+    "x_ptr": "*bf16", "factor_ptr": "*fp32", "inverse_ptr": "*fp32", "data": "*u8",
     "weight_ptr": "*bf16", "mean_ptr": "*fp32", "square_ptr": "*fp32", "next_times_ptr": "*i64",
     "zero_ptr": "*u8", "order_ptr": "*i16", "book_ptr": "*fp16", "a": "*i8", "w": "*i8",
 }
@@ -213,7 +213,7 @@ def test_one_pass_kernels_move_sixteen_bytes_at_a_time() -> None:
     from bitbrush.kernels import triton_decode_kernels, triton_encode_kernels, triton_int8_kernels
 
     flat = {"PLACES": ((0, 0, 640), (640, 0, 960)), "CHANNELS": 960, "LENGTH": 960, "TABLE": 0, "FACTOR": False,
-            "TOPS": False, "CHUNKS": 128, "EARLY": False}
+            "CHUNKS": 128, "EARLY": False}
     rows = {"ENDS": (1280,), "BITS": 4, "ORDER": False, "HALVED": False, "BK": 256}
     ptx = {
         "encode": _built(triton_encode_kernels.encode, {**flat, "SPATIAL": False}, out_ptr="*i8"),

@@ -55,7 +55,7 @@ def _plain(
     """
     found = F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
     rows = found.transpose(1, 2).flatten(2).flatten(0, 1)
-    return int8_ops._encode_plain(rows, inverse, zero_point, times, ONE_ROW, [rows.shape[1]], top, None, [], 1, factor)
+    return int8_ops._encode_plain(rows, inverse, zero_point, times, ONE_ROW, [rows.shape[1]], top, [], 1, factor)
 
 
 def _shape(

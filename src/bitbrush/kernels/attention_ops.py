@@ -152,7 +152,7 @@ def _codes(quantizer: ActivationQuantizer, times: Tensor, x: Tensor) -> Tensor:
         inverse = quantizer.inverse_scale.index_select(0, times)
         return int8_ops.laid_out(encode(rows, inverse, zero, quantizer.top), zero, counts, None)
     codes: Tensor = _OPS.int8_encode(rows, quantizer.inverse_scale, quantizer.zero_point, times, ONE_ROW, counts,
-                                     quantizer.top, None, [], 1, None)
+                                     quantizer.top, [], 1, None)
     return codes
 
 

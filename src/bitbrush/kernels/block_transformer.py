@@ -152,7 +152,7 @@ def _normed(norm: nn.LayerNorm, layers: list[Any], x: Tensor) -> tuple[Tensor, l
     """Codes of the norm for each layer, one below the other, and what encoded them."""
     given, weights = [gpu.given_input(layer, x) for layer in layers], norm._parameters
     codes = _OPS.layer_norm_encode(
-        x, weights["weight"], weights["bias"], norm.eps, [g.inverse for g in given], [g.zero_point for g in given],
+        x, weights["weight"], weights["bias"], norm.eps, [g.inverse for g in given], [g.encoding for g in given],
         [g.times for g in given], [gpu.facts(layer).top for layer in layers],
         [gpu.input_scale(layer) for layer in layers],
     )
@@ -174,7 +174,7 @@ def _attended(attn: _Attention, parts: list[Tensor], x: Tensor) -> Tensor:
     q, k, v = [part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in parts]
     given = gpu.given_input(last, x)
     if attend_ops.fits(q, k, given.kind):
-        codes = _OPS.attend_encode(q, k, v, given.inverse, given.zero_point, given.times, gpu.facts(last).top,
+        codes = _OPS.attend_encode(q, k, v, given.inverse, given.encoding, given.times, gpu.facts(last).top,
                                    gpu.input_scale(last))  # fmt: skip
         return gpu.multiply(last, codes, given, x, residual=x)
     found = F.scaled_dot_product_attention(q, k, v, dropout_p=0.0, is_causal=False)
@@ -207,6 +207,6 @@ def _feed_forward(parts: _Parts, x: Tensor) -> Tensor:
     gated = _OPS.int8_gated(
         codes, gpu.int8_weight(first), given.scale, given.zero_point, given.times, first._buffers["weight_scale"],
         gpu.weight_sum(first), gpu.facts(first).widths[0], first._parameters["bias"], behind.inverse,
-        behind.zero_point, behind.times, gpu.facts(last).top, gpu.input_scale(last), x.dtype,
+        behind.encoding, behind.times, gpu.facts(last).top, gpu.input_scale(last), x.dtype,
     )
     return gpu.multiply(last, gated, behind, x, residual=x)

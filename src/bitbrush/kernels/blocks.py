@@ -138,8 +138,8 @@ def unfit_layer(layer: Any, name: str) -> str | None:
     if layer.face != "packed" or layer.input is None or layer.spec.weight is None:
         return f"{name} has a weight or an input that is not quantized"
     spec = layer.input.spec
-    if spec.mode != "static" or spec.time_bits or layer.input.group_of is not None:
-        return f"{name} has scales that change with the input, or bits that change with time"
+    if spec.mode != "static" or layer.input.group_of is not None:
+        return f"{name} has scales that change with the input"
     if layer.spec.rotation != "none" or layer.low_rank is not None:
         return f"{name} has a rotation or a low-rank branch"
     if not isinstance(layer, nn.Conv2d) and len(layer.segments) > 1:
@@ -213,7 +213,7 @@ def group_normed(
     """
     given, known, weights = gpu.given_input(layer, seen), gpu.facts(layer), norm._parameters
     codes = direct.OPS.group_norm_encode(
-        x, weights["weight"], weights["bias"], norm.num_groups, norm.eps, silu, given.inverse, given.zero_point,
+        x, weights["weight"], weights["bias"], norm.num_groups, norm.eps, silu, given.inverse, given.encoding,
         given.times, known.counts, known.top, int8_ops.numbers_of(given.frame), gpu.input_scale(layer),
     )
     return gpu.multiply(layer, codes, given, seen, shared=shared, residual=residual)

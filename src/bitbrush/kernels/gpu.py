@@ -67,6 +67,7 @@ class Facts(NamedTuple):
         pad, stride, kernel: Of a convolution.
         counts, widths: Channels of each segment, and padded.
         static: Whether one row of tables serves all times.
+        changing: Whether rows have bits of their own.
         top: Largest code, of the widest row.
         whole: Whether every weight has 8 bits: its bytes are the integers themselves.
     """
@@ -80,6 +81,7 @@ class Facts(NamedTuple):
     counts: tuple[int, ...]
     widths: tuple[int, ...]
     static: bool
+    changing: bool
     top: int
     whole: bool
 
@@ -95,6 +97,7 @@ def facts(layer: QuantLayer) -> Facts:
         spec, conv, conv and _pointwise(layer), int(like._reversed_padding_repeated_twice[0]) if conv else 0,
         int(like.stride[0]) if conv else 1, layer.kernel_hw, layer.segments, packing.padded(layer.segments),
         given is not None and given.mode == "static" and not (given.timed or given.time_bits),
+        given is not None and given.mode == "static" and bool(given.time_bits),
         (1 << given.most_bits) - 1 if given is not None else 0,
         spec.weight is not None and spec.weight.bit_classes() == (8,),
     )  # fmt: skip
@@ -105,7 +108,8 @@ def facts(layer: QuantLayer) -> Facts:
 
 class Given(NamedTuple):
     """How an input lies in memory, and what encodes it: tables ``[T, S]`` and which row of them serves what
-    (`triton_int8`)."""
+    (`triton_int8`). ``encoding`` stands for the zero-points where codes are made: where bits change over time it holds
+    the largest codes, too."""
 
     frame: Frame | None
     per_sample: int
@@ -114,6 +118,7 @@ class Given(NamedTuple):
     zero_point: Tensor
     times: Tensor
     kind: int
+    encoding: Tensor
 
 
 def run(layer: QuantLayer, x: Tensor) -> Tensor:
@@ -163,11 +168,12 @@ def given_input(layer: QuantLayer, x: Tensor) -> Given:
         times, kind = first_row(layer), ONE_ROW
     else:
         scale, inverse, zero, times, kind = _tables(layer, x)
+    encoding = zero_and_top(layer) if known.changing else zero
     if known.conv and not known.pointwise:
         frame = Frame(x.shape[0], x.shape[2], x.shape[3], known.kernel, known.pad, known.stride, kind == ONE_ROW)
-        return Given(frame, 1, scale, inverse, zero, times, kind)
+        return Given(frame, 1, scale, inverse, zero, times, kind, encoding)
     places = x.shape[2:] if known.pointwise else x.shape[1:-1]
-    return Given(None, max(1, math.prod(places)), scale, inverse, zero, times, kind)
+    return Given(None, max(1, math.prod(places)), scale, inverse, zero, times, kind, encoding)
 
 
 def _rows(layer: QuantLayer, x: Tensor, frame: Frame | None) -> Tensor:
@@ -211,6 +217,17 @@ def _first_row(layer: QuantLayer) -> Tensor:
     return torch.zeros(1, dtype=torch.int64, device=layer.weight_scale.device)
 
 
+def zero_and_top(layer: QuantLayer) -> Tensor:
+    """int32 ``[T, S]``: the zero-points and largest codes of rows with bits of their own (`int8_ops.with_tops`). Kept,
+    for graphs that are captured later."""
+    return _kept(layer, "zero_and_top", _zero_and_top)
+
+
+def _zero_and_top(layer: QuantLayer) -> Tensor:
+    quantizer: Any = layer.input
+    return int8_ops.with_tops(quantizer.zero_point, quantizer.row_tops())
+
+
 def _kept(layer: QuantLayer, what: str, make: Callable[[QuantLayer], Tensor]) -> Tensor:
     """A tensor that is made once a device; one that is made while a graph is traced is part of that graph, and one that
     is made while launches are left out holds nothing."""
@@ -234,11 +251,9 @@ def input_rows(layer: QuantLayer, x: Tensor, given: Given) -> Tensor:
     known, rows, factor = facts(layer), _rows(layer, x, given.frame), input_scale(layer)
     if layer.spec.rotation != "none":
         rows, factor = layer.prepare(x).reshape(rows.shape), None
-    tops = known.top if known.static else layer.input.row_tops()
     codes: Tensor = _OPS.int8_encode(
-        rows, given.inverse, given.zero_point, given.times, given.kind, known.counts, known.top,
-        tops.flatten() if isinstance(tops, Tensor) else None, int8_ops.numbers_of(given.frame), given.per_sample,
-        factor,
+        rows, given.inverse, given.encoding, given.times, given.kind, known.counts, known.top,
+        int8_ops.numbers_of(given.frame), given.per_sample, factor,
     )
     return codes
 
@@ -332,3 +347,5 @@ def prepare(layer: QuantLayer) -> None:
     """Make what is kept of a layer."""
     weight_sum(layer)
     first_row(layer)
+    if facts(layer).changing:
+        zero_and_top(layer)

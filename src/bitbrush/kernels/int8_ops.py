@@ -22,7 +22,7 @@ from bitbrush.numbers.codec import encode as encode_codes
 _LIBRARY = torch.library.Library("bitbrush", "FRAGMENT")
 _LIBRARY.define(
     "int8_encode(Tensor x, Tensor inverse, Tensor zero_point, Tensor times, int kind, int[] counts, int top, "
-    "Tensor? tops, int[] frame, int per_sample, Tensor? factor) -> Tensor"
+    "int[] frame, int per_sample, Tensor? factor) -> Tensor"
 )
 _LIBRARY.define(
     "int8_weight(Tensor[] codes, int[] bits, Tensor zero_point, Tensor? order, int[] counts, int taps, bool halved) "
@@ -53,17 +53,17 @@ def numbers_of(frame: Frame | None) -> list[int]:
 # ---- encode ----------------------------------------------------------------------------------------------------------
 def _encode_cuda(
     x: Tensor, inverse: Tensor, zero_point: Tensor, times: Tensor, kind: int, counts: list[int], top: int,
-    tops: Tensor | None, frame: list[int], per_sample: int, factor: Tensor | None,
+    frame: list[int], per_sample: int, factor: Tensor | None,
 ) -> Tensor:
     segments, place = tuple(counts), frame_of(frame)
     x = x.contiguous(memory_format=torch.channels_last) if place is not None else x.contiguous()
-    return triton_encode.encode(x, inverse, zero_point, times, kind, segments, top if tops is None else tops,
+    return triton_encode.encode(x, inverse, zero_point, times, kind, segments, top,
                                 frame=place, per_sample=per_sample, factor=factor)
 
 
 def _encode_plain(
     x: Tensor, inverse: Tensor, zero_point: Tensor, times: Tensor, kind: int, counts: list[int], top: int,
-    tops: Tensor | None, frame: list[int], per_sample: int, factor: Tensor | None,
+    frame: list[int], per_sample: int, factor: Tensor | None,
 ) -> Tensor:
     place = frame_of(frame)
     rows = x if place is None else x.permute(0, 2, 3, 1)
@@ -76,9 +76,21 @@ def _encode_plain(
         found = by_channel(found, counts) if found.shape[1] > 1 else found
         return found if place is None else found[:, None, None, :]
 
-    limit = top if tops is None else wide(tops.reshape(-1, 1))
-    zero = wide(zero_point.float())
+    zero, limit = zero_and_top(wide(zero_point), top)
     return laid_out(encode_codes(rows, wide(inverse), zero, limit), zero, counts, place)
+
+
+def with_tops(zero_point: Tensor, tops: Tensor) -> Tensor:
+    """int32 ``[T, S]``: zero-points and the largest codes ``[T, 1]`` of tables whose rows are on different grids; what
+    encodes takes it in the place of the zero-points alone."""
+    return zero_point.to(torch.int32) + 256 * tops.to(torch.int32)
+
+
+def zero_and_top(table: Tensor, top: int) -> tuple[Tensor, int | Tensor]:
+    """(zero-points as float32, largest code) of rows of a table with or without the latter."""
+    if table.dtype != torch.int32:
+        return table.float(), top
+    return (table & 255).float(), (table >> 8).float()
 
 
 def by_channel(table: Tensor, counts: list[int]) -> Tensor:
@@ -212,7 +224,7 @@ def _gathered(frame_rows: Tensor, frame: Frame) -> Tensor:
 # ---- shapes ----------------------------------------------------------------------------------------------------------
 def _encode_shape(
     x: Tensor, inverse: Tensor, zero_point: Tensor, times: Tensor, kind: int, counts: list[int], top: int,
-    tops: Tensor | None, frame: list[int], per_sample: int, factor: Tensor | None,
+    frame: list[int], per_sample: int, factor: Tensor | None,
 ) -> Tensor:
     place = frame_of(frame)
     rows = x.shape[0] if place is None else place.rows

@@ -117,7 +117,7 @@ def _gated_plain(
                                    bias, None, None, dtype)
     hidden, gate = both.chunk(2, 1)
     return int8_ops._encode_plain(hidden * gelu(gate), next_inverse, next_zero_point, next_times, ONE_ROW,
-                                  [hidden.shape[1]], next_top, None, [], 1, factor)
+                                  [hidden.shape[1]], next_top, [], 1, factor)
 
 
 # ---- shapes ----------------------------------------------------------------------------------------------------------

@@ -10,9 +10,9 @@ separate operations rounds (after the norm, after SiLU, after gelu and after the
 `numbers.codec.encode` does. What is defined here in plain torch runs on the CPU; Triton's sums of a norm are in
 another order, so that a code may differ by one where a value lies at an edge.
 
-Every table serves one row (`triton_int8.ONE_ROW`): ``inverse`` float32 and ``zero_point`` uint8 or float32 ``[T, S]``,
-``times`` int64 ``[1]``. Codes are int8 less 128, segments padded with the zero-point's code. ``frame``: a list of
-integers, see `int8_ops.frame_of`.
+Every table serves one row (`triton_int8.ONE_ROW`): ``inverse`` float32 and ``zero_point`` uint8 or float32 ``[T, S]``
+(int32: with the largest codes, `int8_ops.with_tops`), ``times`` int64 ``[1]``. Codes are int8 less 128, segments padded
+with the zero-point's code. ``frame``: a list of integers, see `int8_ops.frame_of`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitbrush.kernels import direct, triton_norm
-from bitbrush.kernels.int8_ops import by_channel, frame_of, laid_out
+from bitbrush.kernels.int8_ops import by_channel, frame_of, laid_out, zero_and_top
 from bitbrush.numbers import packing
 from bitbrush.numbers.codec import encode
 
@@ -50,13 +50,15 @@ def _codes(
     factor: Tensor | None,
 ) -> Tensor:
     """int8 codes less 128 of ``rows [.., C]``, of pictures ``[B, H, W, C]``; padded, or in their frame."""
-    inverse, zero = (table.float().index_select(0, times) for table in (inverse, zero_point))
+    inverse = inverse.index_select(0, times)
+    zero, limit = zero_and_top(zero_point.index_select(0, times), top)
     if len(counts) > 1:
         inverse, zero = by_channel(inverse, counts), by_channel(zero, counts)
+        limit = limit if isinstance(limit, int) else by_channel(limit, counts)
     values = rows.float() if factor is None else rows.float() * factor
     place = frame_of(frame)
     values = values if place is not None else values.reshape(-1, values.shape[-1])
-    return laid_out(encode(values, inverse, zero, top), zero, counts, place)
+    return laid_out(encode(values, inverse, zero, limit), zero, counts, place)
 
 
 # ---- LayerNorm -------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bitbrush.kernels.triton_encode_kernels import centred, in_turn
+from bitbrush.kernels.triton_encode_kernels import centred, in_turn, zero_and_top
 from bitbrush.kernels.triton_norm_kernels import rounded
 
 
@@ -49,7 +49,8 @@ def attend(
     v_ptr += sample.to(tl.int64) * sample_v + head * head_v
     q = tl.load(q_ptr + m.to(tl.int64)[:, None] * row_q + column[None, :], mask=kept, other=0.0)
     time = tl.load(times_ptr)
-    inverse, zero = tl.load(inverse_ptr + time), tl.load(zero_ptr + time).to(tl.float32)
+    inverse = tl.load(inverse_ptr + time)
+    zero, top = zero_and_top(zero_ptr, time, top)
     if ONE:
         s = _scores(q, k_ptr, row_k, 0, keys, column, scale, SIZE, EVEN, BN)
         v = _values(v_ptr, row_v, 0, keys, column, SIZE, EVEN, BN)

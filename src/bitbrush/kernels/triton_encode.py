@@ -36,7 +36,7 @@ def border_lines(frame: Frame) -> int:
 
 def encode(
     x: Tensor, inverse: Tensor, zero_point: Tensor, times: Tensor, kind: int, counts: tuple[int, ...],
-    top: int | Tensor, *, frame: Frame | None = None, per_sample: int = 1, factor: Tensor | None = None,
+    top: int, *, frame: Frame | None = None, per_sample: int = 1, factor: Tensor | None = None,
 ) -> Tensor:
     """Codes less 128, int8 ``[R, sum(padded(counts))]``, or a frame of them.
 
@@ -44,19 +44,17 @@ def encode(
         x: ``[R, C]`` contiguous, or pictures ``[B, C, H, W]`` whose pixels lie one after the other (channels last).
         inverse, zero_point, times, kind: As in `triton_int8.Tables`.
         counts: Channels of each segment.
-        top: Largest code, or float32 ``[T]``.
+        top: Largest code, where the table of zero-points does not hold it.
         factor: ``input_scale`` float32 ``[C]``.
     """
-    tops = top if isinstance(top, Tensor) else None
-    key = (x.shape, counts, kind, None if tops is not None else top, frame, per_sample, factor is None, x.device,
-           early(x.device))  # fmt: skip
+    key = (x.shape, counts, kind, top, frame, per_sample, factor is None, x.device, early(x.device))
     known = _KNOWN.get(key)
     if known is None:
         known = _KNOWN[key] = _cut(x, kind, counts, top, frame, per_sample, factor is not None)
     size, launch = known
     out = torch.empty(size, dtype=torch.int8, device=x.device)
     if out.numel():
-        launch((x, out, x if factor is None else factor, inverse, zero_point, times, x if tops is None else tops))
+        launch((x, out, x if factor is None else factor, inverse, zero_point, times))
     return out
 
 
@@ -64,24 +62,23 @@ _KNOWN: dict[Any, tuple[tuple[int, int], Launch]] = {}
 
 
 def _cut(
-    x: Tensor, kind: int, counts: tuple[int, ...], top: int | Tensor, frame: Frame | None, per_sample: int,
-    factor: bool,
+    x: Tensor, kind: int, counts: tuple[int, ...], top: int, frame: Frame | None, per_sample: int, factor: bool
 ) -> tuple[tuple[int, int], Launch]:
     from bitbrush.kernels import triton_encode_kernels as kernels
 
     place = frame or Frame(1, 1, 1)
     rows = x.shape[0] if frame is None else frame.rows
     samples = max(1, -(-rows // per_sample)) if frame is None else frame.batch
-    length, by_row = sum(packing.padded(counts)), isinstance(top, Tensor)
+    length = sum(packing.padded(counts))
     chunks = (rows if frame is None else frame.pitch) * length // CHUNK
     grid = (-(-chunks // CHUNKS), 1, 1)
     if frame is not None:
         grid = (grid[0], frame.height + border_lines(frame), frame.batch)
-    numbers = (0.0 if isinstance(top, Tensor) else float(top), rows, samples, per_sample, place.pitch, place.height,
+    numbers = (float(top), rows, samples, per_sample, place.pitch, place.height,
                place.pad, place.high, place.wide)  # fmt: skip
     options = {
         "PLACES": places(counts), "CHANNELS": sum(counts), "LENGTH": length, "TABLE": kind,
-        "SPATIAL": frame is not None, "FACTOR": factor, "TOPS": by_row, "CHUNKS": CHUNKS, "num_warps": WARPS,
+        "SPATIAL": frame is not None, "FACTOR": factor, "CHUNKS": CHUNKS, "num_warps": WARPS,
         "enable_fp_fusion": False, **launched(x.device),
     }
     return (rows, length), Launch(kernels.encode, grid, numbers, options)

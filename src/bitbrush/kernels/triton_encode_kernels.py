@@ -33,6 +33,17 @@ def centred(x, inverse, zero, top):
 
 
 @triton.jit
+def zero_and_top(zero_ptr, entry, top):
+    """(zero-point, largest code) of an entry of a table, float32: a table of int32 holds both (`int8_ops.with_tops`),
+    others the zero-point, and ``top`` is the largest code of all."""
+    found = tl.load(zero_ptr + entry)
+    if zero_ptr.dtype.element_ty == tl.int32:
+        return (found & 255).to(tl.float32), (found >> 8).to(tl.float32)
+    else:
+        return found.to(tl.float32), top
+
+
+@triton.jit
 def segment_at(column, PLACES: tl.constexpr):
     """Of columns of the output: (segment, columns of padding before it, end of its channels in the input).
 
@@ -51,10 +62,10 @@ def segment_at(column, PLACES: tl.constexpr):
 
 @triton.jit(do_not_specialize=("rows", "samples", "per_sample", "pitch", "height", "pad", "high", "wide"))
 def encode(
-    x_ptr, out_ptr, factor_ptr, inverse_ptr, zero_ptr, times_ptr, tops_ptr, top, rows, samples, per_sample, pitch,
+    x_ptr, out_ptr, factor_ptr, inverse_ptr, zero_ptr, times_ptr, top, rows, samples, per_sample, pitch,
     height, pad, high, wide,
     PLACES: tl.constexpr, CHANNELS: tl.constexpr, LENGTH: tl.constexpr, TABLE: tl.constexpr, SPATIAL: tl.constexpr,
-    FACTOR: tl.constexpr, TOPS: tl.constexpr, CHUNKS: tl.constexpr, EARLY: tl.constexpr,
+    FACTOR: tl.constexpr, CHUNKS: tl.constexpr, EARLY: tl.constexpr,
 ):
     """``code - 128`` int8 of CHUNKS times 16 channels; padding holds the zero-point's code.
 
@@ -88,15 +99,13 @@ def encode(
         time = tl.where(inside, source, 0).to(tl.int64)
     else:
         time = tl.load(times_ptr)
-    if TOPS:  # bits that change over time
-        top = tl.load(tops_ptr + time)
     if len(PLACES) > 1 or (TABLE == 2 or (TABLE == 1 and not SPATIAL)):
         entry = (time * len(PLACES) + segment).to(tl.int64)
-        inverse, zero = tl.load(inverse_ptr + entry)[:, None], tl.load(zero_ptr + entry).to(tl.float32)[:, None]
-        if TOPS:
-            top = (top + tl.zeros((CHUNKS,), dtype=tl.float32))[:, None]
+        inverse = tl.load(inverse_ptr + entry)[:, None]
+        zero, top = zero_and_top(zero_ptr, entry[:, None], top)
     else:
-        inverse, zero = tl.load(inverse_ptr + time), tl.load(zero_ptr + time).to(tl.float32)
+        inverse = tl.load(inverse_ptr + time)
+        zero, top = zero_and_top(zero_ptr, time, top)
     if FACTOR:
         x = x * tl.load(factor_ptr + channel, mask=real, other=0.0)
     where = row.to(tl.int64)[:, None] * LENGTH + (column[:, None] + tl.arange(0, 16)[None, :])

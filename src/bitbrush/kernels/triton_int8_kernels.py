@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from bitbrush.kernels.triton_decode_kernels import codes
-from bitbrush.kernels.triton_encode_kernels import centred, in_turn
+from bitbrush.kernels.triton_encode_kernels import centred, in_turn, zero_and_top
 from bitbrush.kernels.triton_norm_kernels import gelu, rounded
 
 
@@ -307,7 +307,7 @@ def gated(
     n = n0 + tl.arange(0, HALF)
     if FACTOR:
         value = value * tl.load(factor_ptr + n, mask=n < n_count, other=0.0)[None, :]
-    zero = tl.load(zero_ptr + time).to(tl.float32)
+    zero, top = zero_and_top(zero_ptr, time, top)
     value = tl.where((n < n_count)[None, :], value, 0.0)
     tl.store(y_ptr + m.to(tl.int64)[:, None] * length_y + n[None, :],
              centred(value, tl.load(inverse_ptr + time), zero, top), mask=m_ok[:, None] & (n < length_y)[None, :])

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from bitbrush.kernels.triton_encode_kernels import centred, in_turn
+from bitbrush.kernels.triton_encode_kernels import centred, in_turn, zero_and_top
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 """Whether there is no assembler: what is written in PTX below has a plain form beside it."""
@@ -110,7 +110,8 @@ def layer_norm(
         pieces += (tl.load(x_ptr + where * CHANNELS + column, mask=kept & (column < CHANNELS), other=0.0),)
     entries = tl.tuple([])
     for p in tl.static_range(len(TOPS)):
-        entries += (tl.load(tables[p][0] + steps[p]), tl.load(tables[p][1] + steps[p]).to(tl.float32))
+        zero, top = zero_and_top(tables[p][1], steps[p], TOPS[p] + 0.0)
+        entries += (tl.load(tables[p][0] + steps[p]), zero, top)
     total = tl.zeros((BR, INNER), dtype=tl.float32)
     for d in tl.static_range(PARTS):
         total += pieces[d].to(tl.float32)
@@ -138,7 +139,7 @@ def layer_norm(
             if FACTORS[p]:
                 y = x * tl.load(tables[p][3] + column, mask=column < CHANNELS, other=0.0)
             tl.store(out_ptr + (where + p * rows.to(tl.int64)) * LENGTH + column,
-                     centred(y, entries[2 * p], entries[2 * p + 1], TOPS[p] + 0.0), mask=kept & (column < LENGTH))
+                     centred(y, entries[3 * p], entries[3 * p + 1], entries[3 * p + 2]), mask=kept & (column < LENGTH))
 
 
 # ---- GroupNorm -------------------------------------------------------------------------------------------------------
@@ -312,7 +313,8 @@ def group_norm(
     else:
         tl.debug_barrier()  # so that loads stay before what waits for one
     if CODES:
-        inverse, zero = tl.load(inverse_ptr + time), tl.load(zero_ptr + time).to(tl.float32)
+        inverse = tl.load(inverse_ptr + time)
+        zero, top = zero_and_top(zero_ptr, time, top)
         nothing = centred(0.0, inverse, zero, top)
     partial = sample.to(tl.int64) * chunks * GROUPS
     mean, rate = _merged(mean_ptr + partial, square_ptr + partial, group, pixels, chunk, chunks, eps, SIZE, GROUPS,
@@ -357,7 +359,8 @@ def geglu(
     gate = tl.load(at + CHANNELS, mask=real, other=0.0).to(tl.float32)
     hidden = tl.load(at, mask=real, other=0.0).to(tl.float32)
     time = tl.load(times_ptr)
-    inverse, zero = tl.load(inverse_ptr + time), tl.load(zero_ptr + time).to(tl.float32)
+    inverse = tl.load(inverse_ptr + time)
+    zero, top = zero_and_top(zero_ptr, time, top)
     y = rounded(hidden * rounded(gelu(gate), dtype), dtype)
     if FACTOR:
         y = y * tl.load(factor_ptr + column, mask=real, other=0.0)

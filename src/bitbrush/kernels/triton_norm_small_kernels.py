@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bitbrush.kernels.triton_encode_kernels import centred, in_turn
+from bitbrush.kernels.triton_encode_kernels import centred, in_turn, zero_and_top
 from bitbrush.kernels.triton_norm_kernels import rounded, silu
 
 
@@ -92,7 +92,8 @@ def group_norm(
     weight = tl.load(weight_ptr + channel, mask=working[:, None], other=0.0)
     bias = tl.load(bias_ptr + channel, mask=working[:, None], other=0.0)
     tl.debug_barrier()  # so that loads stay before what waits for one
-    inverse, zero = tl.load(inverse_ptr + time), tl.load(zero_ptr + time).to(tl.float32)
+    inverse = tl.load(inverse_ptr + time)
+    zero, top = zero_and_top(zero_ptr, time, top)
     if HEIGHT * PITCH != PIXELS or BELOW:
         rows = HEIGHT * PITCH + tl.where(tl.program_id(2) == samples - 1, BELOW, 0)
         _border(out_ptr, centred(0.0, inverse, zero, top), at, working, part, rows, HIGH, WIDE, PITCH, PAD, CHANNELS,
