@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from bitbrush.network import activation
 from bitbrush.network.activation import ActivationQuantizer, fused_mixture
 from bitbrush.numbers.grid import ActivationSpec, Grid
 from bitbrush.numbers.mixture import FusedMixture, mixture
+from cuda_driver import hopper
 from interpreter import TRITON, interpreted
 
 
@@ -95,6 +97,29 @@ def test_quantizers_hand_over_what_they_mix(monkeypatch: pytest.MonkeyPatch, by_
     for found, wide, one in zip(asked, of_channels, rest, strict=True):
         want = [(8, 3, *wide), (8, 3, *one)] if by_channel else [(8, 3, *one), (8, 1, *wide)]
         assert found == [*want, want[1]]
+
+
+@TRITON
+def test_launches_reach_their_builds_and_few_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Triton's own look-up of builds, with tables anywhere in larger ones; where rows or columns are 1, too."""
+    ran = 0
+    with hopper(tmp_path, monkeypatch) as driver:
+        for start in range(5):
+            share, table = torch.rand(4, 8, 40)[:, :, start], torch.rand(8, 40 + start)[:, start : start + 1]
+            tables = [share.t().reshape(8, 4, 1, 1, 1), *[table.reshape(8, 1, 1, 1, 1)] * 2]
+            x = torch.rand(4, 16, 8, 8 * (start + 2))
+            triton_mixture.backward(x, x, *tables, 15, (True, True, True, False))
+            ran += triton_mixture.forward(x, *tables, 15).shape == x.shape
+        assert driver.launched == ["backward", "forward"] * 5 and len(driver.made) == 2 and ran == 5
+        for shape, of_share in (((1,), (1,)), ((3, 1), (3, 1)), ((2, 32), (1, 32)), ((1, 6, 1, 1), (1, 6, 1, 1))):
+            x, one = torch.rand(shape), torch.rand((2, *[1] * len(shape)))
+            found = triton_mixture.backward(x, x, torch.rand(2, *of_share), one, one, 15, (True, True, True, True))
+            assert [part.shape for part in found if part is not None] == [shape, (2, *of_share), one.shape, one.shape]
+            ran += triton_mixture.forward(x, torch.rand(2, *of_share), one, one, 15).shape == shape
+        x = torch.rand(4, 6)
+        none = triton_mixture.backward(x, x, one[:, 0, 0], one[:, 0, 0], one[:, 0, 0], 15, (True, False, False, False))
+        assert [part is None for part in none] == [False, True, True, True]
+    assert ran == 9
 
 
 @pytest.mark.gpu
