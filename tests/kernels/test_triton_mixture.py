@@ -23,18 +23,18 @@ from interpreter import TRITON, interpreted
 def test_interpreted_kernels_equal_the_torch_form() -> None:
     """Forward and dx bit for bit; sums relative to the most that they could be."""
     found = interpreted("interpreted_mixture.py")
-    assert found["cases"] == 13 * 2 * 3 + 24 and found["layouts"] == 24 and found["values"] > 60_000
+    assert found["cases"] == 13 * 5 + 20 and found["layouts"] == 20 and found["values"] > 30_000
     assert found["wrong"] == found["wrong_dx"] == 0
-    assert found["tables"] == 203 and 0 < found["worst_table"] < 1e-7 and found["none_through"] == 14
+    assert found["tables"] == 170 and 0 < found["worst_table"] < 1e-7 and found["none_through"] == 12
 
 
 @TRITON
 def test_faults_would_show() -> None:
     found = interpreted("interpreted_mixture.py", "faults")
     assert set(found) == {"rounding", "end", "order", "sample", "free"} and all(f["cases"] == 5 for f in found.values())
-    assert all(found[name]["wrong"] > 500 for name in ("rounding", "end", "order", "sample"))
+    assert all(found[name]["wrong"] > 300 for name in ("rounding", "end", "order", "sample"))
     others = [found[name] for name in found if name != "rounding"]
-    assert all(other["wrong_dx"] > 50 and other["worst_table"] > 1e-3 for other in others)
+    assert all(other["wrong_dx"] > 30 and other["worst_table"] > 1e-3 for other in others)
 
 
 def test_how_tensors_lie_beside_tables() -> None:
@@ -67,12 +67,14 @@ def test_how_tensors_lie_beside_tables() -> None:
 
 
 def test_blocks_hold_as_many_values_as_there_are() -> None:
-    cases = {(1, 1 << 17, False): (1, 2048), (96, 15, False): (128, 16), (5, 77, False): (8, 128),
-             (2, 3, False): (2, 4), (4096, 320, True): (64, 32), (9, 6, True): (16, 8),
-             (1, 512, True): (1, 32)}  # fmt: skip
+    """(rows, columns of a block, warps)."""
+    cases = {(1, 1 << 17, False): (1, 1024, 4), (96, 16, False): (64, 16, 4), (5, 77, False): (1, 128, 1),
+             (2, 3, False): (2, 4, 1), (96, 256, False): (1, 256, 1), (4096, 320, True): (32, 32, 4),
+             (9, 6, True): (16, 8, 1), (1, 512, True): (1, 32, 1)}  # fmt: skip
     for (rows, columns, along), want in cases.items():
-        assert Layout(1, rows, columns, (1, 1), 0, along).block == want
-    assert Layout(3, 4096, 320, (3, 320), 2, True).grid == (64, 10, 3) and len(cases) == 7
+        found = Layout(1, rows, columns, (1, 1), 0, along)
+        assert (*found.block, found.warps) == want
+    assert Layout(3, 4096, 320, (3, 320), 2, True).grid == (128, 10, 3) and len(cases) == 8
 
 
 @pytest.mark.parametrize("by_channel", [False, True])

@@ -26,13 +26,16 @@ import torch
 from torch import Tensor
 
 from bitbrush.errors import InternalError
-from bitbrush.kernels.triton_fake import BLOCK, DTYPES, dense, works
+from bitbrush.kernels.triton_fake import DTYPES, dense, works
 from bitbrush.numbers.mixture import FusedMixture, Wanted
 
 MOST_PROGRAMS = 65_535
 """Along the second and third dimension of a grid."""
+BLOCK, EACH = 1024, 8
+"""Values of a program, and of a thread: with more, backward needs so many registers that few programs run at once."""
 COLUMNS = 32
-"""Of a block whose columns are channels: few, so that few blocks of rows are left to add."""
+"""Of a block whose columns are channels: few, so that few blocks of rows are left to add. Longer rows have a program
+each: the tables of one row are read once a thread, those of several once a value."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,13 @@ class Layout:
     def block(self) -> tuple[int, int]:
         """Rows and columns of a block, powers of two."""
         columns = min(_power(self.columns), COLUMNS if self.along else BLOCK)
-        return min(_power(self.rows), BLOCK // columns), columns
+        return 1 if columns > COLUMNS else min(_power(self.rows), BLOCK // columns), columns
+
+    @property
+    def warps(self) -> int:
+        """Of a program."""
+        rows, columns = self.block
+        return max(1, rows * columns // (32 * EACH))
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -179,7 +188,8 @@ def _numbers(how: Layout, top: int, *tables: Tensor) -> dict[str, Any]:
     steps = {f"{name}_k": table.stride(0) for name, table in zip(("share", "scale", "zero"), tables, strict=True)}
     return {
         "rows": how.rows, "columns": how.columns, "channels": how.entries[1], "top": float(top), **strides, **steps,
-        "COUNT": len(tables[0]), "ALONG": how.along, "BR": rows, "BC": columns, "enable_fp_fusion": False,
+        "COUNT": len(tables[0]), "ALONG": how.along, "BR": rows, "BC": columns, "num_warps": how.warps,
+        "enable_fp_fusion": False,
     }
 
 

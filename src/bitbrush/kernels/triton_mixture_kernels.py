@@ -20,8 +20,8 @@ TABLES = ("share_ptr", "scale_ptr", "zero_ptr")
 @triton.jit
 def entries(rows, columns, channels, ALONG: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
     """(sample, channel, whether they are there, offset of the block's values, which of them are there): the first three
-    a row ``[BR, 1]``, or with ALONG a column ``[1, BC]``."""
-    row = tl.program_id(0) * BR + tl.arange(0, BR)[:, None]
+    a row ``[BR, 1]``, or with ALONG a column ``[1, BC]``; of a single row numbers, which a thread reads but once."""
+    row = tl.program_id(0) if BR == 1 else tl.program_id(0) * BR + tl.arange(0, BR)[:, None]
     column = tl.program_id(1) * BC + tl.arange(0, BC)[None, :]
     if ALONG:
         first = tl.program_id(2).to(tl.int64) * rows
@@ -37,7 +37,18 @@ def grid(scale_ptr, zero_ptr, scale_at, zero_at, there, top):
     """(scale, its reciprocal, the ends of the codes) of one member; the ends as the module says."""
     scale = tl.load(scale_ptr + scale_at, mask=there, other=1.0)
     low = 12582912.0 - tl.load(zero_ptr + zero_at, mask=there, other=0.0)
-    return scale, tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale), low, low + top
+    return scale, tl.div_rn(scale * 0.0 + 1.0, scale), low, low + top
+
+
+@triton.jit
+def summed(values, ALONG: tl.constexpr, BR: tl.constexpr):
+    """Over the values of each entry."""
+    if ALONG:
+        return tl.sum(values, axis=0, keep_dims=True)
+    elif BR == 1:
+        return tl.sum(values)
+    else:
+        return tl.sum(values, axis=1, keep_dims=True)
 
 
 @triton.jit
@@ -82,7 +93,6 @@ def backward(
     x = tl.load(x_ptr + where, mask=inside, other=0.0).to(tl.float32)
     grad = tl.load(grad_ptr + where, mask=inside, other=0.0).to(tl.float32)
     dx = tl.full((BR, BC), -0.0, tl.float32)
-    AXIS: tl.constexpr = 0 if ALONG else 1
     if ALONG:
         block, blocks, width, entry = tl.program_id(0), tl.num_programs(0), tl.num_programs(2) * columns, channel
         entry += sample * columns
@@ -101,14 +111,14 @@ def backward(
         place = part_ptr + (k * blocks + block).to(tl.int64) * width + entry
         whole = COUNT * blocks.to(tl.int64) * width
         if SHARE:
-            tl.store(place, tl.sum(grad * steps, axis=AXIS, keep_dims=True) * scale, mask=there)
+            tl.store(place, summed(grad * steps, ALONG, BR) * scale, mask=there)
             place += whole
         if SCALE:
             slope = steps - tl.where(free, v, 0.0)
-            tl.store(place, tl.sum(grad * slope, axis=AXIS, keep_dims=True) * share, mask=there)
+            tl.store(place, summed(grad * slope, ALONG, BR) * share, mask=there)
             place += whole
         if ZERO:
-            beyond = tl.sum(tl.where(free, 0.0, grad), axis=AXIS, keep_dims=True)
+            beyond = summed(tl.where(free, 0.0, grad), ALONG, BR)
             tl.store(place, beyond * -(share * scale), mask=there)
     if DX:
         tl.store(dx_ptr + where, dx.to(dx_ptr.dtype.element_ty), mask=inside)
