@@ -349,3 +349,24 @@ def test_round_trips_move_sixteen_bytes_at_a_time_and_divide_as_ieee_has_it() ->
         if name in ("log2", "start token"):
             assert "div.rn.f32" in text and "ftz" not in text, name
     assert len(ptx) == 4
+
+
+def test_mixtures_move_sixteen_bytes_at_a_time_and_are_not_contracted(tmp_path: Path) -> None:
+    """NaN is kept, and the members go through one loop."""
+    from bitbrush.kernels import triton_mixture_kernels as kernels
+
+    types = dict.fromkeys(("share_ptr", "scale_ptr", "zero_ptr", "part_ptr"), "*fp32")
+    types |= dict.fromkeys(("out_ptr", "grad_ptr", "dx_ptr"), "*bf16")
+    flags, ran = {"DX": True, "SHARE": True, "SCALE": True, "ZERO": True}, 0
+    for along, rows, columns in ((False, 1, 1024), (False, 64, 16), (True, 32, 32)):
+        block = {"COUNT": 8, "ALONG": along, "BR": rows, "BC": columns}
+        for kernel, more in ((kernels.forward, {}), (kernels.backward, flags)):
+            ptx = _built(kernel, {**more, **block}, **types)
+            assert "fma" not in ptx and "div.rn.f32" in ptx and ".local" not in ptx and "ftz" not in ptx
+            assert ptx.count("max.NaN.f32") == ptx.count("min.NaN.f32") == 8
+            assert "ld.global.v4.b32" in ptx and "st.global.v4.b32" in ptx
+            assert rows > 1 or len(re.findall(r"ld\.global\.b32", ptx)) == 3, "a table each"
+            registers, spilled = _needs(ptx, tmp_path)
+            assert registers <= (144 if along else 80) and spilled == 0
+            ran += 1
+    assert ran == 6

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from bitbrush.numbers import codec
-from bitbrush.numbers.mixture import mixture
-from bitbrush.numbers.straight_through import Fused, fake_quantize
+from bitbrush.numbers.mixture import FusedMixture, Wanted, mixture
+from bitbrush.numbers.straight_through import fake_quantize
 
 SHAPE = (3, 5, 4, 6)
 TABLES = {"one": (1, 1, 1, 1), "channel": (1, 5, 1, 1), "last": (1, 1, 1, 6)}
@@ -140,40 +140,40 @@ def test_what_is_kept_for_backward_does_not_grow_with_the_count() -> None:
     assert sizes == {1: 360, 16: 360}, "x, once"
 
 
-@pytest.mark.parametrize("share_", SHARES)
+@pytest.mark.parametrize("through", [False, True])
 @pytest.mark.parametrize("tables", [False, True])
-def test_fused_kernels_give_the_same(tables: bool, share_: str) -> None:
-    """Kernels as `Fused` describes them, made of the plain form."""
+def test_fused_kernels_are_used_where_they_fit(tables: bool, through: bool) -> None:
+    """Kernels as `FusedMixture` describes them, made of the plain form: asked once each, for what is wanted."""
     calls = {"forward": 0, "backward": 0}
 
-    def forward(x: Tensor, scale: Tensor, inverse: Tensor, zero: Tensor, top: int) -> Tensor:
+    def forward(x: Tensor, share: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:
         calls["forward"] += 1
-        return codec.decode(codec.encode(x, inverse, zero, top), scale, zero).to(x.dtype)
+        return mixture(x, share, scale, zero, top)
 
     def backward(
-        grad: Tensor, x: Tensor, scale: Tensor, inverse: Tensor, zero: Tensor, top: int, wanted: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        grad: Tensor, x: Tensor, share: Tensor, scale: Tensor, zero: Tensor, top: int, wanted: Wanted
+    ) -> tuple[Tensor | None, ...]:
         calls["backward"] += 1
-        assert wanted == tables and grad.dtype == x.dtype
-        leaves = [t.detach().clone().requires_grad_() for t in (x, scale, zero)]
+        assert wanted == (through, True, tables, tables) and grad.dtype == x.dtype
+        leaves = [t.detach().clone().requires_grad_() for t in (x, share, scale, zero)]
         with torch.enable_grad():
-            found = torch.autograd.grad(fake_quantize(leaves[0], leaves[1], leaves[2], top), leaves, grad)
-        return (found[0], found[1].view(-1), found[2].view(-1)) if wanted else (found[0], None, None)
+            out = mixture(leaves[0], leaves[1], leaves[2], leaves[3], top)
+            found = torch.autograd.grad(out, leaves, grad)
+        return tuple(part if want else None for part, want in zip(found, wanted, strict=True))
 
-    fused = Fused(lambda x, scale, zero: scale.numel() == 1, forward, backward)
+    fused = FusedMixture(lambda x, share, scale, zero: share.shape[2] == 1, forward, backward)
     results = []
     for kernels in (fused, None):
-        leaves = _made(3, "one", share_, 4)
+        leaves = _made(3, "one", "sample", 4)
         for leaf, need in zip(leaves, (True, True, tables, tables), strict=True):
             leaf.requires_grad_(need)
-        out = mixture(leaves[0], leaves[1], leaves[2], leaves[3], 15, kernels)
+        out = mixture(leaves[0], leaves[1], leaves[2], leaves[3], 15, kernels, straight_through=through)
         out.square().sum().backward()
         results.append([out.detach(), *(leaf.grad for leaf in leaves)])
-    assert calls == {"forward": 6, "backward": 3}
-    assert torch.equal(results[0][0], results[1][0])
-    for got, want in zip(results[0][1:], results[1][1:], strict=True):
+    assert calls == {"forward": 1, "backward": 1}
+    for got, want in zip(*results, strict=True):
         assert (got is None) == (want is None)
-        assert got is None or torch.allclose(got, want, atol=1e-4, rtol=1e-4)
-    x, share, scale, zero = _made(3, "channel", "all", 4)
+        assert got is None or torch.equal(got, want)
+    x, share, scale, zero = _made(3, "one", "channel", 4)
     mixture(x, share, scale, zero, 15, fused)
-    assert calls["forward"] == 6, "tables of a channel do not fit"
+    assert calls["forward"] == 1, "shares of a channel do not fit"

@@ -18,6 +18,7 @@ from bitbrush.numbers.straight_through import Fused, fake_quantize
 
 if TYPE_CHECKING:
     from bitbrush.kernels.triton_rounds import Rounds
+    from bitbrush.numbers.mixture import FusedMixture
 
 
 def round_trip(x: Tensor, scale: Tensor, inverse: Tensor, zero: Tensor, top: int | Tensor) -> Tensor:
@@ -51,6 +52,15 @@ def fused_rounds(x: Tensor) -> Rounds | None:
     from bitbrush.kernels import triton_rounds
 
     return triton_rounds.build()
+
+
+def fused_mixture(x: Tensor) -> FusedMixture | None:
+    """The fused kernels of mixtures for tensors on the device of ``x``; None as for `fused_form`."""
+    if not x.is_cuda or torch.compiler.is_compiling():
+        return None
+    from bitbrush.kernels import triton_mixture
+
+    return triton_mixture.build()
 
 
 class ActivationQuantizer(nn.Module):
@@ -301,7 +311,7 @@ class ActivationQuantizer(nn.Module):
             by_channel = [*by_row[:dim], share.shape[2], *by_row[dim + 1 :]]
             shares = share.transpose(0, 1).reshape(by_channel)
             a, b = scale.reshape(by_row), zero.reshape(by_row)
-        return mixture(x, shares, a, b, self.top, fused_form(x), straight_through=self.straight_through)
+        return mixture(x, shares, a, b, self.top, fused_mixture(x), straight_through=self.straight_through)
 
     def trial_tables(self, shape: torch.Size, channel_dim: int) -> tuple[Tensor, Tensor, Tensor] | None:
         """(scale, inverse_scale, zero_point) while a step trains them, shaped to broadcast against an activation of
