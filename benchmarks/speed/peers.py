@@ -145,7 +145,8 @@ def measure(
     torch.backends.cudnn.benchmark = True
     arguments = model.arguments(device, dtype)
     base = steps.Step(networks.build(model, None, device, dtype), {}, {})
-    steps.attempt(base, "eager", base.net, arguments, device, smoke=smoke, section=section)  # type: ignore[arg-type]
+    with section():  # its first calls, too: there cuDNN chooses kernels for the convolutions of both networks
+        steps.attempt(base, "eager", base.net, arguments, device, smoke=smoke)  # type: ignore[arg-type]
     if not base.calls:
         raise RuntimeError(f"bf16: {base.ways['eager']['error']}")
     net = networks.build(model, None, device, dtype)

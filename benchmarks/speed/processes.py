@@ -95,8 +95,11 @@ def stopped(file: Path) -> str:
 
 
 def environment(part: str, args: argparse.Namespace) -> dict[str, str]:
-    """For a part's process: the libraries of a peer, and one cache of compiled kernels for all."""
+    """For a part's process: the libraries of a peer, one cache of compiled kernels for all, and its share of the cores
+    for compiling where several do."""
     env = dict(os.environ)
+    if args.together > 1:
+        env.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, (os.cpu_count() or 1) // args.together)))
     if part.startswith("peer-") and args.site is not None:
         folder = args.site / part.removeprefix("peer-").partition("-")[0]
         env["PYTHONPATH"] = os.pathsep.join([str(folder.resolve()), *filter(None, [env.get("PYTHONPATH")])])

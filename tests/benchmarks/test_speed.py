@@ -316,6 +316,11 @@ def test_a_peer_finds_its_library_below_the_site(
     assert environment("peer-torchao-int8", args)["PYTHONPATH"].split(":") == [
         str(tmp_path / "torchao"), "before"]  # fmt: skip
     assert environment("conv", args)["PYTHONPATH"] == "before"
+    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
+    assert "TORCHINDUCTOR_COMPILE_THREADS" not in environment("peer-sdnq-int8", args)
+    monkeypatch.setattr("os.cpu_count", lambda: 32)
+    args.together = 6
+    assert environment("peer-sdnq-int8", args)["TORCHINDUCTOR_COMPILE_THREADS"] == "5"
 
 
 def test_memory_is_complete_with_all_of_its_forms(script: Script, tmp_path: Path) -> None:
