@@ -52,7 +52,7 @@ def in_process(
         words += ["--compile", args.compile, "--way", f"{args.way:g}"]
         words += ["--smoke"] if args.smoke else []
         words += ["--forms", *some] if some else []
-        words += ["--lock", str(lock)] if lock else []
+        words += ["--lock", str(lock), "--together", str(args.together)] if lock else []
         code = watched(words, budget.left() - 3, environment(part, args),
                        lambda: budget.left() < 3 or record.overdue(file) is not None, lock)
         if code in (0, FOREIGN):

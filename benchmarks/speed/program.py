@@ -65,8 +65,8 @@ def arguments(words: list[str] | None = None, description: str | None = None) ->
     parser.add_argument("--way", type=float, default=WAY, help=f"seconds that a compiled way of a peer may take, its "
                         f"turns included ({WAY:g}); what was timed before is kept")  # fmt: skip
     parser.add_argument("--together", type=int, default=1, metavar="N", help="peers measured side by side (1): they "
-                        "compile at the same time and are timed in turn, the others stopped; about 20 GB of the GPU "
-                        "each")  # fmt: skip
+                        "compile at the same time and are timed in turn, the others stopped; reckon with 20 GB of "
+                        "the GPU each")  # fmt: skip
     parser.add_argument("--site", type=Path, help="folder with a folder for each library that a peer needs (torchao, "
                         "sdnq, ..), put first on the path of its process")  # fmt: skip
     parser.add_argument("--fresh", action="store_true", help="forget what --out has of these parts")
@@ -188,7 +188,8 @@ def work(part: str, args: argparse.Namespace, budget: Budget) -> None:
 def command(part: str, args: argparse.Namespace) -> str:
     """What gives a part's results again."""
     return f"python benchmarks/speed.py {part}" + (" --smoke" if args.smoke else "") + (
-        f" --compile {args.compile}" if args.compile != "auto" else "")
+        f" --compile {args.compile}" if args.compile != "auto" else "") + (
+        f" --together {args.together}" if args.together > 1 and part.startswith("peer-") else "")
 
 
 def main(description: str | None) -> int:

@@ -198,6 +198,7 @@ def test_peers_side_by_side(script: Script, tmp_path: Path, capfd: pytest.Captur
         assert found["complete"] and {*found["items"], *found["errors"]} == {"sdxl"}
         assert found["items"] or found["errors"]["sdxl"].startswith("left out: ")  # whether the library is here or not
         assert f"peer-{name} on CPU" in told.out
+        assert found["command"] == f"python benchmarks/speed.py peer-{name} --smoke --together 2"
     assert sorted(file.name for file in tmp_path.iterdir()) == [
         "peer-quanto-int8.json", "peer-sdnq-int8.json", "run.json"]  # fmt: skip
 
