@@ -1,6 +1,7 @@
 """How fast packed networks are: ours beside bf16 and beside other libraries, in one run on one GPU.
 
     python benchmarks/speed.py [PART ...] [--out FOLDER] [--budget SECONDS] [--forms FORM ...] [--site FOLDER]
+    python benchmarks/speed.py peers --together 6 --way 300 --budget 420 --site FOLDER   # on a card of 140 GB
     python benchmarks/speed.py --smoke        # every part tiny, on a CPU, under three minutes; nothing to be believed
 
 Parts, each with a JSON of its own in --out that is written after every item:
@@ -20,7 +21,10 @@ codes are random; shapes alone decide how long a step takes. ``python benchmarks
 docs/performance.md and summary.json from the files.
 
 A peer needs its library: in this environment, or below --site in a folder of the library's name (``pip install --target
-SITE/torchao torchao``, ...; bitsandbytes, quanto, sdnq). One that cannot be imported is left out by name.
+SITE/torchao torchao``, ...; bitsandbytes, quanto, sdnq). One that cannot be imported is left out by name. A peer is
+timed eager first, then compiled by blocks, then as a whole, and kept after each: a way that does not end within --way
+seconds, or within the budget, is named as missing, and so are those after it. With --together peers compile side by
+side; while one is timed, the others' processes are stopped (those stops count for --way, too).
 """
 
 from __future__ import annotations

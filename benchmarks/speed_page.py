@@ -38,6 +38,9 @@ How to read it:
 - *Floor*: operations over the machine's rate, or the fewest bytes over the copy's, whichever takes longer, added up
   over the layers; what stands between them reads and writes every tensor once; attention stays in bf16. int8's rate is
   taken as twice the measured bf16 product, the ratio of the instructions.
+- *Peers* are timed eager, compiled by blocks and as a whole, each also in a CUDA graph; the fastest counts. A way that
+  did not end compiling in time is named, and the comparison is with those that did. "Not tuned": torchao has the
+  compiler try dozens of configurations of every kernel (coordinate descent), which that way leaves out.
 - Data rotates between launches, so that no kernel finds its inputs in the cache. Medians; quartiles in brackets.
 - *Error*: the largest difference to the exact sum, by the largest output; bf16 rounds to about 4e-03.
 """
@@ -45,7 +48,7 @@ How to read it:
 
 def page(parts: Parts, figures: dict[str, dict[str, Any]], plotted: set[str]) -> str:
     """The page as Markdown."""
-    lines = [INTRODUCTION, "## Bars", "", *tables.bars(figures), *machines(parts)]
+    lines = [INTRODUCTION, "## Bars", "", *tables.bars(figures), *tables.contest(parts), *machines(parts)]
     shown = {
         "Steps": [line for model in models.MODELS for line in tables.steps(parts, model)],
         "Peers": tables.peers(parts),

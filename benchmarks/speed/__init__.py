@@ -1,6 +1,8 @@
 """What ``benchmarks/speed.py`` is made of, one file a subject.
 
-    program     arguments, parts, budget, one process a part
+    program     arguments, parts, budget
+    processes   one process a part, stopped in time; several side by side
+    quiet       their timing sections: one at a time, the others stopped
     record      a part's JSON: kept after every item, found again by the next call
     timing      seconds on a device: CUDA graphs and events, or the clock on the wall
     ceilings    what the machine can do: copy, bf16 product, int8 product

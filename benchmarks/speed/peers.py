@@ -1,8 +1,9 @@
 """Other libraries on the same network, each in a process of its own: called as its documentation says.
 
-The network is bf16 with random weights on the GPU, quantized there by the library, then timed in every way that ours is
-(`steps.ways`), in turns with the bf16 network in a CUDA graph, eager: that one needs no compiling, and the strongest
-bf16 way is timed by the part ``sdxl`` of the same run. SDNQ is GPL-3.0: called here by its public API, never imported
+The network is bf16 with random weights on the GPU, quantized there by the library, then timed in every way: eager,
+compiled by blocks, compiled as a whole, each also in a CUDA graph. The fastest takes turns with the bf16 network in a
+CUDA graph, eager: that one needs no compiling, and the strongest bf16 way is timed by the part ``steps-sdxl`` of the
+same run. SDNQ is GPL-3.0: called here by its public API, never imported
 by the package.
 """
 
@@ -12,14 +13,17 @@ import dataclasses
 import importlib.util
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import held
 import torch
+import torch._inductor.config
 from torch import nn
 
-from speed import networks, ours, steps
+from speed import networks, ours, quiet, steps
 from speed.models import Model
+from speed.quiet import Section
 from speed.record import Item, Record, told, version
 
 
@@ -115,24 +119,36 @@ def absent(peer: Peer) -> str | None:
     return None if found is not None else f"{peer.distribution} is not installed here"
 
 
-def run(record: Record, peer: Peer, model: Model, device: str, *, smoke: bool, compiling: str = "auto") -> None:
-    """One peer on one model."""
+def run(
+    record: Record, peer: Peer, model: Model, device: str, *, smoke: bool, way_s: float, compiling: str = "auto",
+    lock: Path | None = None,
+) -> None:
+    """One peer on one model; a compiled way may take ``way_s`` seconds (its parent looks at that)."""
+    torch._dynamo.config.recompile_limit = 1024  # blocks share one code object: beyond the limit they would stay eager
+    torch._dynamo.config.accumulated_recompile_limit = 4096
     reason = absent(peer)
     if reason is not None:
         record.fail(model.name, f"left out: {reason}")
     else:
-        record.measure(model.name, 0 if smoke else 60,
-                       lambda: measure(peer, model, device, smoke=smoke, compiling=compiling))
+        record.measure(model.name, 0 if smoke else 60, lambda: measure(
+            record, peer, model, device, smoke=smoke, compiling=compiling, way_s=way_s, section=quiet.section(lock)))
     record.finish()
 
 
 @torch.no_grad()
-def measure(peer: Peer, model: Model, device: str, *, smoke: bool, compiling: str) -> Item:
-    """The peer's step in every way, and turns with eager bf16."""
+def measure(
+    record: Record, peer: Peer, model: Model, device: str, *, smoke: bool, compiling: str, way_s: float,
+    section: Section,
+) -> Item:
+    """The peer's step in every way, and turns with eager bf16; kept after each way, since the next may take long."""
     dtype = torch.float32 if smoke else torch.bfloat16
     torch.backends.cudnn.benchmark = True
     arguments = model.arguments(device, dtype)
-    base = steps.ways(networks.build(model, None, device, dtype), arguments, device, smoke=smoke, compiling=())
+    base = steps.Step(networks.build(model, None, device, dtype), {}, {})
+    with section():  # its first calls, too: there cuDNN chooses kernels for the convolutions of both networks
+        steps.attempt(base, "eager", base.net, arguments, device, smoke=smoke)  # type: ignore[arg-type]
+    if not base.calls:
+        raise RuntimeError(f"bf16: {base.ways['eager']['error']}")
     net = networks.build(model, None, device, dtype)
     whole = networks.weight_bytes(net)
     net = peer.apply(net) or net
@@ -140,13 +156,32 @@ def measure(peer: Peer, model: Model, device: str, *, smoke: bool, compiling: st
     item: Item = {
         "call": peer.call, "version": version(peer.distribution), "layers": dict(taken), "batch": model.batch,
         "bf16_weight_bytes": whole, "weight_bytes": held.total(held.tensors(net)),
-        "output": ours.output(lambda: net(**arguments)),
+        "output": ours.output(lambda: net(**arguments)), "bf16_ways": base.ways,
     }  # fmt: skip
-    how = (steps.WHOLE,) if compiling == "auto" else steps.WAYS[compiling][1]
-    step = steps.ways(net, arguments, device, smoke=smoke, compiling=how)
-    item |= {"ways": step.ways, "strongest": step.strongest(), "bf16_ways": base.ways}
-    item["turns"] = steps.beside(peer.name, step, {"bf16": base}, device, also="", smoke=smoke)
-    return item
+    step = steps.Step(net, {}, {})
+    forwards = steps.forwards(net, compilations(compiling, smoke=smoke), smoke=smoke)
+    for number, (name, forward) in enumerate(forwards.items()):
+        record.begin(model.name, name, way_s if name != "eager" else None, list(forwards)[number + 1 :])
+        steps.attempt(step, name, forward, arguments, device, smoke=smoke, section=section)
+        if not step.calls:
+            continue
+        best = step.strongest()
+        step.calls = {best: step.calls[best]}  # the memory of the others' graphs is free again
+        if best != item.get("strongest"):
+            with section():
+                turns = steps.beside(peer.name, step, {"bf16": base}, device, also="", smoke=smoke)
+            item |= {"strongest": best, "turns": turns}
+        record.keep(model.name, item | {"ways": dict(step.ways)})
+    if not step.calls:
+        raise RuntimeError("; ".join(str(way.get("error")) for way in step.ways.values()))
+    return item | {"ways": step.ways}
+
+
+def compilations(compiling: str, *, smoke: bool) -> tuple[str, ...]:
+    """Compiled ways, the quickest to compile first: what is stopped at one of them would not end the next."""
+    chosen = (steps.BY_BLOCKS, steps.WHOLE) if compiling == "auto" else steps.WAYS[compiling][1]
+    tunes = bool(torch._inductor.config.coordinate_descent_tuning)  # as torchao's quantize_ sets it
+    return (steps.UNTUNED, *chosen) if tunes and steps.BY_BLOCKS in chosen and not smoke else chosen
 
 
 def has_matrix(module: nn.Module) -> bool:

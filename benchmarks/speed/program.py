@@ -1,4 +1,4 @@
-"""Arguments, parts, the budget, and one process a part: a kernel that takes its process down costs one item."""
+"""Arguments, parts, and the order in which they are measured within the budget."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import argparse
 import datetime
 import hashlib
 import json
-import os
+import math
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,20 +16,16 @@ from typing import Any
 
 import torch
 
-from speed import ceilings, kernels, memory, models, networks, peers, record, steps, summary
+from speed import ceilings, kernels, memory, models, networks, peers, processes, record, steps, summary
 from speed.record import Budget, Record
 
-HERE = Path(__file__).resolve().parents[1]
-RESULTS = HERE / "results" / "speed"
+RESULTS = processes.HERE / "results" / "speed"
 SMOKE = Path("work-speed") / "results"
 BUDGET, SMOKE_BUDGET = 540.0, 150.0
 SMOKE_COMPILES = ("flux",)
 """Models that a smoke run traces; tracing takes most of its time."""
-START = 20.0
-"""Seconds under which no process is started: it would end while it imports."""
-RETRIES = 3
-FOREIGN = 4
-"""Exit code of a process that found a file of another machine."""
+WAY = 150.0
+"""Seconds that a compiled way of a peer may take."""
 SAME_RUN = datetime.timedelta(hours=2)
 SMOKE_CHILD = "ceilings"
 """The part that a smoke run, too, measures in a process of its own."""
@@ -63,11 +60,18 @@ def arguments(words: list[str] | None = None, description: str | None = None) ->
     parser.add_argument("--forms", nargs="+", choices=["bf16", *networks.FORMS],
                         help="of a model's step and of memory (all)")
     parser.add_argument("--compile", choices=steps.WAYS, default="auto", help="how steps are compiled; auto: bf16 "
-                        "whole and by blocks, forms with codes of activations by blocks, peers whole")  # fmt: skip
+                        "whole and by blocks, forms with codes of activations by blocks, peers by blocks, then "
+                        "whole")  # fmt: skip
+    parser.add_argument("--way", type=float, default=WAY, help=f"seconds that a compiled way of a peer may take, its "
+                        f"turns included ({WAY:g}); what was timed before is kept")  # fmt: skip
+    parser.add_argument("--together", type=int, default=1, metavar="N", help="peers measured side by side (1): they "
+                        "compile at the same time and are timed in turn, the others stopped; reckon with 20 GB of "
+                        "the GPU each")  # fmt: skip
     parser.add_argument("--site", type=Path, help="folder with a folder for each library that a peer needs (torchao, "
                         "sdnq, ..), put first on the path of its process")  # fmt: skip
     parser.add_argument("--fresh", action="store_true", help="forget what --out has of these parts")
     parser.add_argument("--run", help=argparse.SUPPRESS)
+    parser.add_argument("--lock", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(words)
     args.parts = chosen(args.parts, parser)
@@ -123,17 +127,21 @@ def run(args: argparse.Namespace) -> int:
     args.run = args.run or run_name(args.out)
     for part in args.parts if args.fresh else ():
         (args.out / f"{part}.json").unlink(missing_ok=True)
-    late = []
+    late: list[str] = []
+    beside: list[str] = []
     for part in args.parts:
         if is_complete(part, args):
             print(f"{part}: complete in {args.out}", file=sys.stderr, flush=True)
-        elif budget.left() < (1 if args.smoke else START):
+        elif budget.left() < (1 if args.smoke else processes.START):
             late.append(part)
+        elif args.together > 1 and part.startswith("peer-"):
+            beside.append(part)
         elif args.smoke and part != SMOKE_CHILD:
             work(part, args, budget)
         else:
             for some in [[form] for form in forms(part, args)] if part == "memory" else [args.forms]:
-                in_process(part, args, budget, some)
+                processes.in_process(part, args, budget, some)
+    processes.together(beside, args, budget)
     if late:
         print(f"no time left for {', '.join(late)}: call again, what is there is kept", file=sys.stderr)
     print("\n".join(summary.table(summary.load(args.out))))
@@ -173,63 +181,15 @@ def work(part: str, args: argparse.Namespace, budget: Budget) -> None:
     elif kind == "memory":
         memory.run(made, model, device, wanted=forms(part, args), **options)
     else:
-        peers.run(made, peers.PEERS[name], model, device, compiling=compiling, **options)
+        peers.run(made, peers.PEERS[name], model, device, compiling=compiling, way_s=args.way, lock=args.lock,
+                  **options)
 
 
 def command(part: str, args: argparse.Namespace) -> str:
     """What gives a part's results again."""
     return f"python benchmarks/speed.py {part}" + (" --smoke" if args.smoke else "") + (
-        f" --compile {args.compile}" if args.compile != "auto" else "")
-
-
-def in_process(part: str, args: argparse.Namespace, budget: Budget, some: list[str] | None) -> None:
-    """Measure a part (its forms, where only ``some`` are wanted) in a process of its own, again where that ended before
-    its time; stopped when the time is up."""
-    for _ in range(RETRIES):
-        if budget.left() < START:
-            return
-        words = [sys.executable, str(HERE / "speed.py"), part, "--child", "--run", args.run, "--out", str(args.out),
-                 "--budget", f"{budget.left() - 8:.0f}"]  # fmt: skip
-        words += ["--compile", args.compile]
-        words += ["--smoke"] if args.smoke else []
-        words += ["--forms", *some] if some else []
-        code = watched(words, budget.left() - 3, environment(part, args))
-        if code in (0, FOREIGN):
-            return
-        if code is None:
-            forget(args.out / f"{part}.json")
-            print(f"{part}: stopped, the time is up", file=sys.stderr, flush=True)
-            return
-        print(f"{part}: its process ended with {code}", file=sys.stderr, flush=True)
-
-
-def watched(words: list[str], seconds: float, env: dict[str, str]) -> int | None:
-    """Exit code of a process, None where it was stopped because it ran past its time."""
-    with subprocess.Popen(words, env=env) as process:
-        try:
-            return process.wait(max(seconds, 0.1))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            return None
-
-
-def environment(part: str, args: argparse.Namespace) -> dict[str, str]:
-    """For a part's process: the libraries of a peer, and one cache of compiled kernels for all."""
-    env = dict(os.environ)
-    if part.startswith("peer-") and args.site is not None:
-        folder = args.site / part.removeprefix("peer-").partition("-")[0]
-        env["PYTHONPATH"] = os.pathsep.join([str(folder.resolve()), *filter(None, [env.get("PYTHONPATH")])])
-    return env
-
-
-def forget(file: Path) -> None:
-    """An item that was stopped for lack of time did not end the process: it may be tried as often as before."""
-    found = record.load(file)
-    if found is not None and found["doing"]:
-        name = list(found["doing"])[-1]
-        found["doing"][name] -= 1
-        record.write(file, found)
+        f" --compile {args.compile}" if args.compile != "auto" else "") + (
+        f" --together {args.together}" if args.together > 1 and part.startswith("peer-") else "")
 
 
 def main(description: str | None) -> int:
@@ -237,10 +197,11 @@ def main(description: str | None) -> int:
     args = arguments(description=description)
     if not args.child:
         return run(args)
+    signal.alarm(math.ceil(args.budget) + 8)  # where the parent is gone, nobody else would end it
     try:
         for part in args.parts:
             work(part, args, Budget(args.budget))
     except record.Foreign as error:
         print(error, file=sys.stderr, flush=True)
-        return FOREIGN
+        return processes.FOREIGN
     return 0

@@ -1,7 +1,10 @@
 """A part's JSON: written after every item, so that a killed run keeps what it had, and found again by the next call.
 
     OUT/<part>.json   {"part", "command", "machine", "smoke", "items": {name: {.., "run"}}, "errors": {name: why},
-                       "doing": {name: tries}, "complete"}
+                       "doing": {name: tries}, "complete"[, "open": {"item", "way", "begun", "limit_s", "rest"}]}
+
+An item of several ways that take long each is kept after every way, as ``partial`` until its last; ``open`` is the way
+that is being measured, and tells whoever stops the process, or finds that it ended, what is missing.
 
 ``run`` names the process that measured an item. Two numbers are put in proportion only when they were measured in one
 run of the script on one machine; what needs a baseline carries the one that was timed in turns with it.
@@ -14,7 +17,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +41,10 @@ class Budget:
     def left(self) -> float:
         """Seconds, never below 0."""
         return max(0.0, self._end - time.monotonic())
+
+    def end(self) -> None:
+        """Leave none."""
+        self._end = time.monotonic()
 
 
 class Record:
@@ -69,7 +76,10 @@ class Record:
         if found["smoke"] != smoke or not same:
             raise Foreign(f"{self.file} is of {'a smoke run' if found['smoke'] else found['machine']['device']}: "
                           "give another --out")
-        self.data |= {key: found[key] for key in ("items", "errors", "doing")}
+        self.data |= {key: found[key] for key in ("items", "errors", "doing", "open") if key in found}
+        if "open" in self.data:
+            _shut(self.data, "was being measured when its process ended", final=True)
+            self.save()
 
     @property
     def items(self) -> dict[str, Item]:
@@ -79,10 +89,11 @@ class Record:
     def has(self, name: str) -> bool:
         """Whether an item needs no measuring: it is there, failed, or ended the process too often."""
         tries = self.data["doing"].get(name, 0)
-        if name not in self.data["items"] and name not in self.data["errors"] and tries >= TRIES:
+        there = name in self.data["errors"] or not self.data["items"].get(name, {"partial": True}).get("partial")
+        if not there and tries >= TRIES:
             self.data["errors"][name] = "the process ended while it was measured"
             self.save()
-        return name in self.data["items"] or name in self.data["errors"]
+        return there or name in self.data["errors"]
 
     def measure(self, name: str, seconds: float, work: Callable[[], Item], *, again: bool = False) -> Item | None:
         """The item: found, or measured now where ``seconds`` are left for it. What it raises is written down.
@@ -111,14 +122,29 @@ class Record:
             return None
         self.data["items"][name] = found | {"run": self.run, "took_s": round(time.perf_counter() - begin, 1)}
         self.data["doing"].pop(name)
+        self.data.pop("open", None)
         self.save()
         print(f"{self.part}: {name} in {time.perf_counter() - begin:.1f} s", file=sys.stderr, flush=True)
         return self.items[name]
 
+    def begin(self, name: str, way: str, limit_s: float | None, rest: Sequence[str]) -> None:
+        """Say which way of an item is measured now, what it may take, and which ways are to follow."""
+        self.data["open"] = {"item": name, "way": way, "begun": time.time(), "limit_s": limit_s, "rest": [*rest]}
+        self.save()
+
+    def keep(self, name: str, item: Item) -> None:
+        """An item as it is before all of its ways are measured; one of this run that has more ways stays."""
+        self.data.pop("open", None)
+        old = self.data["items"].get(name)
+        if old is None or old["run"] != self.run or _timed(old) <= _timed(item):
+            self.data["items"][name] = item | {"run": self.run, "partial": True}
+        self.save()
+
     def fail(self, name: str, why: str) -> None:
-        """Write down why there is no such item."""
+        """Write down why there is no such item, or no more of it."""
         self.data["errors"][name] = why
         self.data["doing"].pop(name, None)
+        self.data.pop("open", None)
         self.save()
         print(f"{self.part}: {name}: {why}", file=sys.stderr, flush=True)
 
@@ -149,6 +175,46 @@ def load(file: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) and {"items", "errors", "machine", "smoke"} <= set(found) else None
+
+
+def overdue(file: Path) -> dict[str, Any] | None:
+    """The way of a part's item that is being measured and takes longer than it may."""
+    way: dict[str, Any] | None = (load(file) or {}).get("open")
+    if way is None or way["limit_s"] is None or time.time() - way["begun"] <= way["limit_s"]:
+        return None
+    return way
+
+
+def close(file: Path, why: str, *, final: bool) -> None:
+    """Write down for a process that was stopped why its way is missing; unless that is final, a later call measures the
+    item again."""
+    found = load(file)
+    if found is not None and "open" in found:
+        _shut(found, why, final=final)
+        write(file, found)
+
+
+def _shut(data: dict[str, Any], why: str, *, final: bool) -> None:
+    """Name the way that was open, and those that were to follow it and take longer still, among an item's ways."""
+    way = data.pop("open")
+    name, item = way["item"], data["items"].get(way["item"])
+    if item is not None and item.get("partial"):
+        item["ways"].setdefault(way["way"], {"error": why})
+        for other in way["rest"]:
+            item["ways"].setdefault(other, {"error": f"not tried: {way['way']} {why}"})
+    if not final:
+        return
+    if item is not None:
+        item.pop("partial", None)
+    else:
+        data["errors"][name] = f"{way['way']} {why}"
+    data["doing"].pop(name, None)
+    data["complete"] = not any(one.get("partial") for one in data["items"].values())
+
+
+def _timed(item: Item) -> int:
+    """How many ways of an item work."""
+    return sum("error" not in way for way in item["ways"].values())
 
 
 def told(error: BaseException) -> str:

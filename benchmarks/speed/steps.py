@@ -26,10 +26,14 @@ from bitbrush.network import graphs
 from bitbrush.network.layers import QuantLayer
 from speed import networks, ours, timing
 from speed.models import Inputs, Model
+from speed.quiet import Section
 from speed.record import Item, Record, told
 
 WARM, WALL_STEPS, ROUNDS = 3, 10, 11
 BY_BLOCKS, WHOLE = "compiled by blocks", "compiled"
+UNTUNED, UNTUNED_OPTIONS = "compiled by blocks, not tuned", {"options": {"coordinate_descent_tuning": False}}
+"""For libraries that have the compiler try dozens of configurations of every kernel by coordinate descent, one after
+the other: minutes for SDXL, before anything is timed."""
 LOADED = "eager, `load(graph=True)`"
 """As a user gets graphs: inputs are copied in, the answer out, and the timestep is looked at, in every call."""
 BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D", "Upsample2D", "Downsample2D", "FluxSingleTransformerBlock")
@@ -118,23 +122,39 @@ def _measure(
 def ways(net: nn.Module, arguments: Inputs, device: str, *, smoke: bool, compiling: tuple[str, ...]) -> Step:
     """A network's step in every way that works: eager, and as ``compiling`` names."""
     step = Step(net, {}, {})
-    choice: dict[str, Any] = {"dynamic": False} | ({"backend": "eager"} if smoke else {})
-    forwards: dict[str, Callable[..., Any]] = {"eager": net}
-    for name in compiling:
-        forwards[name] = torch.compile(net, **choice) if name == WHOLE else by_blocks(net, choice)
-    for name, forward in forwards.items():
-        begin = time.perf_counter()
-        try:
-            with _counted() as counted:
-                _time(step, name, lambda forward=forward: forward(**arguments), device, smoke=smoke)
-            step.ways[name] |= {"first_s": round(time.perf_counter() - begin, 1), **counted}
-        except Exception as error:  # noqa: BLE001 - a way that does not work is a result
-            step.ways.setdefault(name, {})["error"] = told(error)
+    for name, forward in forwards(net, compiling, smoke=smoke).items():
+        attempt(step, name, forward, arguments, device, smoke=smoke)
     if device == "cuda" and any(isinstance(part, QuantLayer) for part in net.modules()):
         step.ways[LOADED] = loaded(net, arguments, device)
     if not step.calls:
         raise RuntimeError("; ".join(str(way.get("error")) for way in step.ways.values()))
     return step
+
+
+def forwards(net: nn.Module, compiling: tuple[str, ...], *, smoke: bool) -> dict[str, Callable[..., Any]]:
+    """A network's forward, eager and as ``compiling`` names; nothing is compiled before the first call."""
+    choice: dict[str, Any] = {"dynamic": False} | ({"backend": "eager"} if smoke else {})
+    made: dict[str, Callable[..., Any]] = {"eager": net}
+    for name in compiling:
+        if name == WHOLE:
+            made[name] = torch.compile(net, **choice)
+        else:
+            made[name] = by_blocks(net, choice | (UNTUNED_OPTIONS if name == UNTUNED else {}))
+    return made
+
+
+def attempt(
+    step: Step, name: str, forward: Callable[..., Any], arguments: Inputs, device: str, *, smoke: bool,
+    section: Section = contextlib.nullcontext,
+) -> None:
+    """Run and time one way, in a timing ``section`` of its process; what it raises is written down."""
+    begin = time.perf_counter()
+    try:
+        with _counted() as counted:
+            _time(step, name, lambda: forward(**arguments), device, smoke=smoke, section=section)
+        step.ways[name] |= {"first_s": round(time.perf_counter() - begin, 1), **counted}
+    except Exception as error:  # noqa: BLE001 - a way that does not work is a result
+        step.ways.setdefault(name, {})["error"] = told(error)
 
 
 def loaded(net: nn.Module, arguments: Inputs, device: str) -> dict[str, Any]:
@@ -153,15 +173,22 @@ def loaded(net: nn.Module, arguments: Inputs, device: str) -> dict[str, Any]:
         graphs.disable(net)
 
 
-def _time(step: Step, name: str, call: Callable[[], Any], device: str, *, smoke: bool) -> None:
-    """A way launched by the host, and where there is a GPU the same in a graph."""
+def _time(
+    step: Step, name: str, call: Callable[[], Any], device: str, *, smoke: bool, section: Section
+) -> None:
+    """A way launched by the host, and where there is a GPU the same in a graph. Calls that compile or look for the best
+    kernel come before the section that is timed."""
     for _ in range(1 if smoke else WARM):
         call()
     steps = 1 if smoke else WALL_STEPS
-    step.ways[name] = {"wall_ms": timing.wall(call, device, steps=steps) * 1e3}
-    step.calls[name] = call
-    if device != "cuda":
-        return
+    with section():
+        step.ways[name] = {"wall_ms": timing.wall(call, device, steps=steps) * 1e3}
+        step.calls[name] = call
+        if device == "cuda":
+            _time_graph(step, name, call, device, steps=steps)
+
+
+def _time_graph(step: Step, name: str, call: Callable[[], Any], device: str, *, steps: int) -> None:
     try:
         graph, out = timing.captured(call, warm=1)
     except Exception as error:  # noqa: BLE001 - see above

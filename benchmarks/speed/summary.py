@@ -220,6 +220,11 @@ def peers(parts: Parts, run: str) -> dict[str, Any]:
     return {name: item for name, item in found.items() if item is not None and item["run"] == run}
 
 
+def untimed(item: dict[str, Any]) -> dict[str, str]:
+    """Ways of an item that were not timed, and why; a way that cannot be captured in a graph was timed without."""
+    return {name: way["error"] for name, way in item["ways"].items() if "error" in way and not name.endswith(", graph")}
+
+
 # ---- what a run prints -------------------------------------------------------------------------------------------
 def table(parts: Parts) -> list[str]:
     """A few lines a part: times, and what they are beside their own baseline."""
@@ -240,7 +245,7 @@ def _line(item: dict[str, Any]) -> str:
     if "turns" in item:
         each = [f"{name} {t['gpu_ms']:.2f} ms GPU, {t['wall_ms']:.2f} wall ({t['way']})"
                 for name, t in item["turns"].items()]
-        return "; ".join(each)
+        return "; ".join([*each, *(f"{way}: {why[:60]}" for way, why in untimed(item).items())])
     if "peak_bytes" in item:
         return f"{item['peak_bytes'] / 1e9:.3f} GB peak, {item['weight_bytes'] / 1e9:.3f} GB of weights"
     return ", ".join(f"{name} {time['median']:.1f} us" for name, time in item["times_us"].items())

@@ -10,7 +10,7 @@ from speed.summary import OURS, Parts, items, turn
 
 UNITS = {"sdxl_w4_weight_ratio": "x", "vq3_weight_ratio": "x", "w4_peak_memory_ratio": "x"}
 MEANING = {
-    "sdxl_w8a8_speedup": "SDXL's step, W8A8: the strongest bf16 over ours; faster than every peer, too",
+    "sdxl_w8a8_speedup": "SDXL's step, W8A8: the strongest bf16 over ours; faster than every peer of that run, too",
     "sdxl_w4a8_over_w8a8_time": "SDXL's step: W4A8 over W8A8",
     "sdxl_w4_weight_ratio": "SDXL's weights in memory: W4 over bf16",
     "sd15_w8a8_speedup": "SD 1.5's step, W8A8: the strongest bf16 over ours",
@@ -159,9 +159,10 @@ def peers(parts: Parts) -> Lines:
     lines: Lines = []
     for part in sorted(p for p in parts if p.startswith("peer-")):
         name, item = part.removeprefix("peer-"), items(parts, part).get("sdxl")
+        lines += [f"- {name}, {clean(why)}" for why in parts[part]["errors"].values() if not parts[part]["smoke"]]
         if item is None:
-            lines += [f"- {name}, {clean(why)}" for why in parts[part]["errors"].values() if not parts[part]["smoke"]]
             continue
+        lines += [f"- {name}, {way}: {clean(why)}" for way, why in summary.untimed(item).items()]
         own, same = item["turns"][name], base is not None and base["run"] == item["run"]
         strongest = base["turns"]["bf16"] if same and base else None
         rows.append([
@@ -170,9 +171,24 @@ def peers(parts: Parts) -> Lines:
             number(strongest["wall_ms"] / own["wall_ms"] if strongest else None),
             number(item["weight_bytes"] / item["bf16_weight_bytes"], 3),
         ])  # fmt: skip
-    made = table(["peer", "fastest way", "GPU, ms", "wall, ms", "eager bf16 in the same turns: GPU", "speed-up of that",
-                  "over the strongest bf16 of the same run", "weights"], rows)  # fmt: skip
+    made = table(["peer", "fastest way of those timed", "GPU, ms", "wall, ms", "eager bf16 in the same turns: GPU",
+                  "speed-up of that", "over the strongest bf16 of the same run", "weights"], rows)  # fmt: skip
     return made + (["Left out, or failed:", "", *lines, ""] if lines else [])
+
+
+def contest(parts: Parts) -> Lines:
+    """Which peers, and which of their ways, the bar of W8A8's step speaks of."""
+    item = items(parts, "steps-sdxl").get("w8a8")
+    if item is None:
+        return []
+    each = []
+    for name, peer in summary.peers(parts, item["run"]).items():
+        own, missing = peer["turns"][name], list(summary.untimed(peer))
+        without = f"; not timed: {', '.join(missing)}" if missing else ""
+        each.append(f"{name} ({own['way']}, {number(own['wall_ms'])} ms on the wall{without})")
+    if not each:
+        return ["No peer was measured in the run of SDXL's W8A8 step: its bar speaks of bf16 alone.", ""]
+    return [f"Peers of the run of SDXL's W8A8 step, each by the fastest way that was timed: {', '.join(each)}.", ""]
 
 
 # ---- kernels -----------------------------------------------------------------------------------------------------

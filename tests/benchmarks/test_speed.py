@@ -248,7 +248,7 @@ def test_a_run_goes_on_where_it_stopped_and_ends_in_time(
 
 
 def test_a_process_that_runs_past_its_time_is_stopped_and_forgiven(script: Script, tmp_path: Path) -> None:
-    program, record = script("speed.program"), script("speed.record")
+    program, record = script("speed.processes"), script("speed.record")
     assert program.watched([sys.executable, "-c", "import time; time.sleep(60)"], 0.2, {}) is None
     assert program.watched([sys.executable, "-c", "raise SystemExit(3)"], 20, {}) == 3
     made = opened(script, tmp_path)
@@ -278,7 +278,7 @@ def test_a_peer_that_is_missing_is_left_out_by_name(script: Script, tmp_path: Pa
     peers, models = script("speed.peers"), script("speed.models")
     peer = peers.Peer("nobody", "no_such_library", "no-such-library", "call", lambda net: None)
     made = opened(script, tmp_path)
-    peers.run(made, peer, models.find("sdxl").shrunk(), "cpu", smoke=True)
+    peers.run(made, peer, models.find("sdxl").shrunk(), "cpu", smoke=True, way_s=60.0)
     assert made.data["errors"] == {"sdxl": "left out: no-such-library is not installed here"}
     assert len(peers.PEERS) == 6
 
@@ -289,33 +289,38 @@ def test_a_part_whose_process_ends_early_is_called_again(
 ) -> None:
     """A crash is tried again, three times at most; a file of another machine and the end of the time are not."""
     program, record, seen = script("speed.program"), script("speed.record"), list[list[str]]()
-    answers = iter(codes)
+    processes, answers = script("speed.processes"), iter(codes)
 
-    def watched(words: list[str], seconds: float, env: dict[str, str]) -> int | None:
+    def watched(words: list[str], *others: Any) -> int | None:
         seen.append(words)
         return next(answers)
 
-    monkeypatch.setattr(program, "watched", watched)
+    monkeypatch.setattr(processes, "watched", watched)
     args = program.arguments(["steps-sdxl", "--out", str(tmp_path), "--forms", "w8a8", "w4a8", "--compile", "none"])
     args.run = "r"
-    program.in_process("steps-sdxl", args, record.Budget(100), args.forms)
+    processes.in_process("steps-sdxl", args, record.Budget(100), args.forms)
     assert len(seen) == calls
     child = program.arguments(seen[0][2:])
     assert child.child and child.run == "r" and child.parts == ["steps-sdxl"] and child.out == tmp_path
     assert child.forms == ["w8a8", "w4a8"] and child.compile == "none" and 80 <= child.budget < 100
-    program.in_process("conv", args, record.Budget(5), None)  # no time to begin
+    processes.in_process("conv", args, record.Budget(5), None)  # no time to begin
     assert len(seen) == calls
 
 
 def test_a_peer_finds_its_library_below_the_site(
     script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    program = script("speed.program")
+    program, environment = script("speed.program"), script("speed.processes").environment
     monkeypatch.setenv("PYTHONPATH", "before")
     args = program.arguments(["peers", "--site", str(tmp_path)])
-    assert program.environment("peer-torchao-int8", args)["PYTHONPATH"].split(":") == [
+    assert environment("peer-torchao-int8", args)["PYTHONPATH"].split(":") == [
         str(tmp_path / "torchao"), "before"]  # fmt: skip
-    assert program.environment("conv", args)["PYTHONPATH"] == "before"
+    assert environment("conv", args)["PYTHONPATH"] == "before"
+    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
+    assert "TORCHINDUCTOR_COMPILE_THREADS" not in environment("peer-sdnq-int8", args)
+    monkeypatch.setattr("os.cpu_count", lambda: 32)
+    args.together = 6
+    assert environment("peer-sdnq-int8", args)["TORCHINDUCTOR_COMPILE_THREADS"] == "5"
 
 
 def test_memory_is_complete_with_all_of_its_forms(script: Script, tmp_path: Path) -> None:

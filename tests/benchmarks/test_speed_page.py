@@ -145,6 +145,22 @@ def test_a_peer_of_another_run_is_compared_to_nothing_but_its_own_turns(script: 
     assert row.split(" | ")[-3:] == ["1.26", "", "0.520 |"] and page.peer_speedup(made, "torchao-int8") is None
 
 
+def test_a_peer_whose_compiled_way_did_not_end_counts_by_those_that_did(script: Script) -> None:
+    """As the parent leaves an item; the page says which ways the comparison is with."""
+    page, summary, made = script("speed_page"), script("speed.summary"), parts()
+    peer, why = made["peer-torchao-int8"]["items"]["sdxl"], "did not end within 150 s"
+    peer["ways"]["compiled by blocks"] = {"error": why}
+    peer["ways"]["eager, graph"] = {"error": "capture"}  # was timed, if not in a graph
+    text = page.page(made, summary.figures(made), set())
+    assert f"- torchao-int8, compiled by blocks: {why}" in text and "- torchao-int8, eager, graph: capture" not in text
+    assert "torchao-int8 (compiled, graph, 36.00 ms on the wall; not timed: compiled by blocks)" in text
+    assert summary.figures(made)["sdxl_w8a8_speedup"]["met"]
+    assert any(f"compiled by blocks: {why}" in line for line in summary.table(made))
+    del made["peer-torchao-int8"]
+    assert "No peer was measured in the run" in page.page(made, summary.figures(made), set())
+    assert not any("(compiled, graph, 36" in line for line in script("speed.tables").contest(made))
+
+
 def test_overheads_of_layers_stand_in_for_those_of_a_step(script: Script) -> None:
     made = parts()
     del made["steps-sdxl"]["items"]["w8a8-times"]
