@@ -93,8 +93,8 @@ def bars() -> list[Run]:
         ("emoji-sd", "quest", "w4a4", quest), ("cifar10-ddpm", "quest", "w4a4", quest_cifar),
     ):  # fmt: skip
         plain = Run(model, recipe, bits, "plain", flags)
-        found += [plain, Run(model, recipe, bits, "tac", f"{flags} --correct tac", after=plain.name),
-                  Run(model, recipe, bits, "tac-state", f"{flags} --correct tac-state", after=plain.name)]  # fmt: skip
+        found += [plain] + [Run(model, recipe, bits, arm, f"{flags} --correct {arm}".strip(), after=plain.name)
+                            for arm in ("tac", "tac-state", "tac-even")]  # fmt: skip
     grouped = Run("emoji-sd", "dgq", "w4a8", "bar")
     softmax = [f"{kind}-softmax-{bits}" for bits in (4, 6, 8) for kind in ("log", "uniform")]
     softmax.remove("log-softmax-8")  # is the recipe's own
@@ -121,7 +121,8 @@ def ablations() -> list[Run]:
         ("qdiffusion", "w4a8", {"none": fast, "tac": f"--correct tac {fast}",
                                 "tac-no-input": f"--correct tac {fast} --set correct.input_term=false",
                                 "tac-absolute": f"--correct tac {fast} --set correct.l1=0.0",
-                                "tac-state": f"--correct tac-state {fast}"}),
+                                "tac-state": f"--correct tac-state {fast}",
+                                "tac-even": f"--correct tac-even {fast}"}),
         ("dgq", "w4a6", {"full": ""} | {arm: preset(arm) for arm in (
             "groups-2", "groups-16", "pixel", "channel", "batch", "tensor", "tensor-mse", "token", "groups-64")}),
         ("vqdm", "w3a16", {arm: f"--preset small --set tune.iterations={tune} {more}".strip() for arm, tune, more in (

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from torch import Tensor
 
 from bitbrush.steps import chain
-from chains import ONE_STEP, SCHEDULERS, STEPS_TAKEN, Chain, coarse, estimate
+from chains import DDIM, ONE_STEP, SCHEDULERS, STEPS_TAKEN, Chain, coarse, estimate
 
 STATE = chain.Rule(l1=0.0, l2=0.0, tau=0.0, fit="state")
 SHRUNK = dataclasses.replace(STATE, significance=2.0)
@@ -182,3 +184,116 @@ def test_a_multistep_scheduler_is_fitted_on_the_estimates() -> None:
     state, branches = (recorded.walk(coarse, rule=dataclasses.replace(STATE, fit=fit))  # type: ignore[arg-type]
                        for fit in ("state", "branches"))
     assert torch.equal(state.scale, branches.scale) and torch.equal(state.shift, branches.shift)
+
+
+# ---- balance -----------------------------------------------------------------------------------------------------
+EVEN = chain.Rule(fit="even", significance=2.0, clamp=2.0)
+CLIPPED = DDIMScheduler(**{**DDIM, "clip_sample": True, "clip_sample_range": 10.0})
+EVERY = {**SCHEDULERS, "clipped": lambda: copy.deepcopy(CLIPPED)}
+
+
+def noisy(i: int, u: Tensor, size: float = 0.5, a: float = 1.0) -> Tensor:
+    """a e + noise that is the same in every call of a step."""
+    return a * estimate(i, u) + size * normal(*u.shape, seed=100 + i)
+
+
+@pytest.mark.parametrize("rule", [EVEN, dataclasses.replace(EVEN, significance=0.0)])
+@pytest.mark.parametrize("name", EVERY)
+def test_balance_leaves_an_equal_network_alone(name: str, rule: chain.Rule) -> None:
+    found = Chain(EVERY[name]()).walk(estimate, rule=rule)
+    assert torch.allclose(found.scale, torch.ones_like(found.scale), atol=1e-4)
+    assert found.bias.abs().max() <= 1e-4 and not found.shift.any() and max(found.error) < 1e-3
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("a", [0.8, 1.25])
+def test_balance_finds_a_planted_factor_and_constant(name: str, a: float) -> None:
+    push = torch.tensor([0.3, -0.2, 0.1]).reshape(1, 3, 1, 1) * (name != "clipped")  # there the two do not part
+    recorded = Chain(EVERY[name](), n=16)
+    plain, found = (recorded.walk(lambda i, u: a * (estimate(i, u) - push), rule=rule) for rule in (None, EVEN))
+    moving = found.scale[: -1 if name == "ddpm" else None]
+    assert torch.allclose(moving, torch.full_like(moving, 1 / a), atol=0.01)
+    assert torch.allclose(found.bias[:-1], push.flatten().expand(STEPS_TAKEN - 1, 3), atol=0.02)
+    assert found.error[-1] < 0.02 * plain.error[-1]
+
+
+@pytest.mark.parametrize("a", [1.0, 0.8])
+def test_noise_in_the_estimate_does_not_shrink_the_balanced_factor(a: float) -> None:
+    """q = a e + noise: least squares falls short of 1 / a by the noise's share, the balanced factor does not."""
+    e = normal(64, 2, 16, 16)
+    q = a * e + 0.4 * normal(*e.shape, seed=1)
+    rule = dataclasses.replace(STATE, clamp=2.0)
+    even = dataclasses.replace(EVEN, significance=0.0)
+    scale, constant = chain.even_terms(lambda k, b: wide(k) * q + wide(b), e, e, even)
+    assert torch.allclose(scale, torch.full((2,), 1 / a), atol=0.01)
+    assert constant.abs().max() < 0.01
+    least = chain.output_scale(q, e, rule)
+    assert torch.allclose(least, torch.full((2,), a / (a**2 + 0.16)), atol=0.01) and bool((least < 0.93 / a).all())
+
+
+def wide(row: Tensor) -> Tensor:
+    return row.reshape(1, -1, 1, 1)
+
+
+@pytest.mark.parametrize("name", ["ddim", "clipped", "euler", "dpm"])
+def test_along_a_chain_noise_does_not_move_the_balanced_factor(name: str) -> None:
+    """The chain carries the noise on and the network answers to it; least squares takes the answer for an error."""
+    recorded = Chain(EVERY[name](), n=64)
+    even, least = (recorded.walk(noisy, rule=rule) for rule in (EVEN, dataclasses.replace(SHRUNK, fit="guided")))
+    away = [(found.scale[1:] - 1).abs().mean().item() for found in (even, least)]
+    assert away[0] < 0.5 * away[1]
+
+
+@pytest.mark.parametrize("name", ["ddim", "clipped", "euler"])
+def test_the_next_error_is_balanced(name: str) -> None:
+    """After the first step: mean 0, and nothing of the float estimate left in it."""
+    recorded = Chain(EVERY[name](), n=32)
+    rule = dataclasses.replace(EVEN, significance=1e-9, clamp=1e6)
+    states: dict[str, list[Tensor]] = {"float": [], "even": [], "plain": []}
+
+    def watched(into: str, network: chain.Network) -> chain.Network:
+        def call(i: int, u: Tensor) -> Tensor:
+            states[into].append(u / chain.input_scale(recorded.scheduler, STEPS_TAKEN, i))
+            return network(i, u)
+        return call
+
+    recorded.walk(watched("float", estimate))
+    recorded.walk(watched("even", coarse), rule=rule)
+    recorded.walk(watched("plain", coarse))
+    e = recorded.moments(0)[1]
+    left = {}
+    for into in ("even", "plain"):
+        error = states[into][1] - states["float"][1]
+        left[into] = [error.mean((0, 2, 3)).abs().max(), (error * (e - e.mean((0, 2, 3), keepdim=True))).mean().abs()]
+    assert all(a < 0.01 * b for a, b in zip(left["even"], left["plain"], strict=True))
+
+
+def test_balance_takes_the_input_term_as_its_constant() -> None:
+    recorded = Chain(SCHEDULERS["ddim"](), n=16)
+    both, without = (recorded.walk(coarse, rule=dataclasses.replace(EVEN, input_term=term)) for term in (True, False))
+    assert both.bias.any() and not both.shift.any() and not without.bias.any() and not without.shift.any()
+
+
+def test_a_step_that_ignores_the_estimate_is_left_alone() -> None:
+    """DDIM's last step may be x' = x."""
+    scheduler = DDIMScheduler(**{**DDIM, "steps_offset": 0, "set_alpha_to_one": False})
+    found = Chain(scheduler, n=16).walk(coarse, rule=EVEN)
+    assert torch.equal(found.scale[-1], torch.ones(3)) and not found.bias[-1].any() and found.bias[0].any()
+
+
+@pytest.mark.parametrize("name", ["ddim", "euler", "clipped", "dpm"])
+def test_balanced_tables_serve_trajectories_that_were_not_fitted(name: str) -> None:
+    tables = Chain(EVERY[name](), n=16).walk(coarse, rule=EVEN)
+    held_out = Chain(EVERY[name](), n=16, seed=9)
+    assert held_out.walk(coarse, given=tables).error[-1] < 0.8 * held_out.walk(coarse).error[-1]
+
+
+def test_one_balanced_factor_for_all_channels() -> None:
+    found = Chain(SCHEDULERS["ddim"](), n=16).walk(coarse, rule=dataclasses.replace(EVEN, granularity="scalar"))
+    assert all(row.unique().numel() == 1 for row in (*found.scale, *found.bias)) and (found.scale != 1).any()
+
+
+def test_one_trajectory_balances_nothing() -> None:
+    e = normal(1, 2, 16, 16)
+    scale, constant = chain.even_terms(lambda k, b: wide(k) * 0.8 * e + wide(b), e, e, EVEN)
+    assert torch.equal(scale, torch.ones(2)) and not constant.any()

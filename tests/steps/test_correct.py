@@ -29,8 +29,8 @@ from bitbrush.network.correction import CorrectionSpec
 from bitbrush.steps import STEPS, chain
 from chains import BETAS, DDIM, ONE_STEP, SCHEDULERS, STEPS_TAKEN, Chain, coarse, estimate
 
-Fit = Literal["branches", "guided", "state"]
-FITS: tuple[Fit, ...] = ("branches", "guided", "state")
+Fit = Literal["branches", "guided", "state", "even"]
+FITS: tuple[Fit, ...] = ("branches", "guided", "state", "even")
 LEAST_SQUARES = chain.Rule(l1=0.0, l2=0.0, tau=0.0)
 TRAJECTORIES = '[[step]]\ndo = "trajectories"\nsamples = 4\nbatch = 2\n'
 CORRECT = '[[step]]\ndo = "correct"\n'
@@ -183,7 +183,7 @@ def test_held_out_trajectories_come_closer(name: str) -> None:
     assert corrected.error[-1] < 0.8 * plain.error[-1]
 
 
-@pytest.mark.parametrize("fit", ["branches", "guided", "state"])
+@pytest.mark.parametrize("fit", FITS)
 def test_one_factor_for_both_halves_of_a_guided_call(fit: Fit) -> None:
     """Two halves: a planted factor is found from every fit, and the chain takes the guided estimate."""
     def halves(i: int, u: Tensor) -> Tensor:
@@ -197,7 +197,7 @@ def test_one_factor_for_both_halves_of_a_guided_call(fit: Fit) -> None:
     assert torch.allclose(found.scale, torch.full_like(found.scale, 1.25), atol=1e-3) and found.error[-1] < 1e-3
     noisy = [recorded.walk(lambda i, u: torch.round(halves(i, u) * 4) / 4, rule=chain.Rule(fit=f), guidance=4.0)
              for f in FITS]
-    assert len({tuple(walk.scale.flatten().tolist()) for walk in noisy}) == 3
+    assert len({tuple(walk.scale.flatten().tolist()) for walk in noisy}) == 4
 
 
 def test_a_chain_that_is_not_finite_is_an_error() -> None:
@@ -479,6 +479,21 @@ def test_a_run_fits_for_the_next_state_where_it_can(
     assert bool(((found.scale >= 1 / 1.0501) & (found.scale <= 1.0501)).all())
 
 
+@pytest.mark.parametrize("clips", [False, True])
+def test_a_balanced_run_leaves_the_input_alone(tmp_path: Path, clips: bool) -> None:
+    """Also where the scheduler clips: the step is the scheduler's own, and nothing has to be folded."""
+    settings = {f"correct.{key}": value for key, value in CORRECTIONS["tac-even"].items()}
+    pipe = tiny.text_pipeline()
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=clips, clip_sample_range=3.0)
+    settings |= {"correct.significance": 0.0}
+    facts = small.execute(tmp_path, pipe, CORRECTED, settings=settings).done[-1]["correction"]
+    found = correction.of(pipe.unet)
+    assert (facts["fit"], facts["input_term"], facts["why"], facts["shifts"]) == ("even", "none", "", 0)
+    assert facts["factors"] == int((found.scale != 1).sum()) > 0
+    assert facts["constants"] == int((found.bias != 0).sum()) > 0 and not found.shift.any()
+    assert bool(((found.scale >= 1 / 1.2001) & (found.scale <= 1.2001)).all())
+
+
 def test_the_order_of_steps(tmp_path: Path) -> None:
     wrong = [
         small.HEAD + small.FIT + TRAJECTORIES + small.RANGES + small.PACK + CORRECT,  # no calibrate
@@ -517,11 +532,13 @@ def test_a_correction_joins_every_recipe_that_has_data() -> None:
 
 def test_the_names_of_corrections() -> None:
     """``tac`` is the published form, ``tac-state`` sets what differs, and settings come on top of both."""
-    tac, state, without = (
+    tac, state, even, without = (
         load_recipe("rtn", STEPS, correct=name, settings=settings).steps[-1].model_dump()
-        for name, settings in (("tac", {}), ("tac-state", {}), ("tac-state", {"correct.input_term": False}))
+        for name, settings in (
+            ("tac", {}), ("tac-state", {}), ("tac-even", {}), ("tac-state", {"correct.input_term": False}))
     )
     published = {"l1": 0.5, "l2": 0.1, "tau": 0.5, "fit": "branches", "significance": 0.0, "clamp": 2.0}
     ours = {"l1": 0.0, "l2": 0.0, "tau": 0.0, "fit": "state", "significance": 2.0, "clamp": 1.05}
     assert {key: tac[key] for key in published} == published
+    assert even == {**tac, "fit": "even", "significance": 2.0, "clamp": 1.2}
     assert state == {**tac, **ours} and without == {**state, "input_term": False}

@@ -8,6 +8,11 @@ Two chains start from the same noise: the float one (x_t with its estimate e_t, 
 * **Next state.** A choice of ours (``Rule.fit = "state"``): K_t is fitted for the error that the scheduler's step
   leaves, not for that of the estimate. With x' = a x + c e (below) and d = xq_t - x_t less what the input term takes
   off, the next error is a d + c (K q - e): K q is compared with e - (a / c) d, and what is left does not go with q.
+* **Balance.** A choice of ours (``Rule.fit = "even"``): K_t and a constant k_t on the estimate, by channel, leave the
+  next error r = step(K q + k, xq_t) - step(e, x_t) with mean r = 0 and mean r (e - mean e) = 0: no shift, and as much
+  of the float estimate in the next state as the float chain has. Noise in q does not enter, and what the network
+  answers to the chain's own error is judged by what it does to that error. The step is the scheduler's own, clipping
+  and history included, so nothing is folded and the input is left alone (`bitbrush.steps.balance`).
 * **Shrinking.** A choice of ours (``Rule.significance`` = z): a number v with standard error s over trajectories
   becomes v max(0, 1 - (z s / v)^2), the positive part of James and Stein's rule (1961). Within z errors it is nothing.
 * **In order.** Corrections change all later inputs, so step t is fitted on a chain that has those of all earlier steps.
@@ -41,6 +46,7 @@ import torch
 from torch import Tensor
 
 from bitbrush.errors import InputError, NumericsError
+from bitbrush.steps.balance import balanced
 
 ONE_STEP = ("DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
 """Schedulers whose update looks at the present estimate only (and may add noise)."""
@@ -65,8 +71,13 @@ class Rule:
     granularity: Literal["channel", "scalar"] = "channel"
     clamp: float = 2.0
     input_term: bool = True
-    fit: Literal["branches", "guided", "state"] = "branches"
+    fit: Literal["branches", "guided", "state", "even"] = "branches"
     significance: float = 0.0
+
+    @property
+    def shifts_input(self) -> bool:
+        """Whether the network is given another input; ``even`` tells the step before instead."""
+        return self.input_term and self.fit != "even"
 
 
 @dataclass
@@ -145,11 +156,45 @@ def input_bias(difference: Tensor, rule: Rule) -> Tensor:
         means = means.mean(1, keepdim=True)
     mean = means.mean(0)
     error = means.std(0) / len(means) ** 0.5 if len(means) > 1 else torch.full_like(mean, torch.inf)
+    return _told(mean, error, rule).float().expand(difference.shape[1]).clone()
+
+
+def even_terms(
+    after: Callable[[Tensor, Tensor], Tensor], target: Tensor, e: Tensor, rule: Rule
+) -> tuple[Tensor, Tensor]:
+    """(K, k), float32 ``[C]``, with mean r = 0 and mean r (e - mean e) = 0 for r = after(K, k) - target, by channel.
+
+    Each is shrunk by its standard error over trajectories where the rule has a significance; without one K is as found,
+    and k is 0 unless it exceeds two errors. K is clamped to [1 / clamp, clamp] before k is found.
+
+    Args:
+        after: (K, k), both ``[C]``, to the next state of the quantized chain, ``[n, C, H, W]``.
+        target: The float chain's next state.
+        e: Its (guided) estimate: the instrument.
+    """
+    one, scalar = torch.ones(e.shape[1], device=e.device), rule.granularity == "scalar"
+    scale, none = one, torch.zeros_like(one)
+    if e[:, 0].numel() >= FEWEST:
+        dims = (0, 1, 2, 3) if scalar else (0, 2, 3)
+
+        def centred(v: Tensor) -> Tensor:  # what a constant does must not look like a factor's uncertainty
+            error = after(v, none) - target
+            return error - error.mean(dims, keepdim=True)
+
+        found, error = balanced(centred, e - e.mean(dims, keepdim=True), one, target, scalar=scalar)
+        found = 1 + shrunk(found - 1, error, rule.significance) if rule.significance > 0 else found
+        scale = found.clamp(1 / rule.clamp, rule.clamp).float()
+    if not rule.input_term:
+        return scale, none
+    constant, error = balanced(lambda v: after(scale, v) - target, torch.ones_like(e), none, target, scalar=scalar)
+    return scale, _told(constant, error, rule).float()
+
+
+def _told(mean: Tensor, error: Tensor, rule: Rule) -> Tensor:
+    """A mean less what may be chance: shrunk by its errors, or 0 unless it is over two."""
     if rule.significance > 0:
-        kept = shrunk(mean, error, rule.significance)
-    else:
-        kept = torch.where(mean.abs() > 2 * error, mean, 0.0)
-    return kept.float().expand(difference.shape[1]).clone()
+        return shrunk(mean, error, rule.significance)
+    return torch.where(mean.abs() > 2 * error, mean, 0.0)
 
 
 def timesteps_of(scheduler: Any, steps: int) -> list[float]:
@@ -228,7 +273,7 @@ def walk(
         given_x, given_q = (chain.scale_model_input(s, time) for chain, s in zip(chains, (x, state), strict=True))
         difference = given_q - given_x
         out.error.append(float(difference.square().mean().sqrt()) / scale)
-        if rule is not None and rule.input_term and i > 0:
+        if rule is not None and rule.shifts_input and i > 0:
             out.shift[i] = input_bias(difference, rule).cpu()
             if factors is not None:
                 out.bias[i] = (factors[i] * out.shift[i].double()).float()
@@ -237,14 +282,15 @@ def walk(
             raise NumericsError("the quantized network answers NaN or Inf", where=f"timestep {times[i]:g}",
                                 why="seen while fitting the correction", try_="quantize with more bits")
         e_guided, q_guided = (guided(t, len(sample), guidance) for t in (e, q))
-        if rule is not None:
+        following = _step(chains[0], e_guided, time, x, options)
+        if rule is not None and rule.fit == "even":
+            after = _after(chains[1], q_guided, time, state, options)
+            out.scale[i], out.bias[i] = (v.cpu() for v in even_terms(after, following, e_guided, rule))
+        elif rule is not None:
             left = difference - _wide(out.shift[i], difference)
             carried = None if factors is None else float(factors[i]) * left
             out.scale[i] = _factor(rule, (q, e), (q_guided, e_guided), carried, len(sample)).cpu()
-        e, q = e_guided, q_guided
-        q = _wide(out.scale[i], q) * q + _wide(out.bias[i], q)
-        following = _step(chains[0], e, time, x, options)
-        state = _step(chains[1], q, time, state, options)
+        state = _after(chains[1], q_guided, time, state, options, keep=True)(out.scale[i], out.bias[i])
     return out
 
 
@@ -268,6 +314,18 @@ def _factor(
     if rule.fit == "state" and carried is not None:
         return output_scale(combined[0], combined[1] + carried, rule, n)
     return output_scale(*(combined if rule.fit == "guided" else halves), rule, n)
+
+
+def _after(
+    scheduler: Any, q: Tensor, time: Tensor, state: Tensor, options: dict[str, Any] | None, *, keep: bool = False
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """(K, k) to the state after this step; ``keep``: the scheduler itself moves on, else a copy does at every call."""
+
+    def after(scale: Tensor, constant: Tensor) -> Tensor:
+        moved = scheduler if keep else copy.deepcopy(scheduler)
+        return _step(moved, _wide(scale, q) * q + _wide(constant, q), time, state, options)
+
+    return after
 
 
 def _step(scheduler: Any, estimate: Tensor, time: Tensor, x: Tensor, options: dict[str, Any] | None) -> Tensor:

@@ -91,8 +91,12 @@ class Correct(Step):
         fit: What the factor is fitted on: ``branches``, the estimates of both halves of a guided call alike;
             ``guided``, the estimate that they make together; ``state``, what the scheduler makes of that estimate: the
             error of the next state. Where its update is not linear, ``state`` is as ``branches``, and the run says so.
-        significance: Factor less 1 and input shift are shrunk towards 0 by this many of their standard errors over
-            trajectories, and are 0 within them; 0: the factor is taken as it is, and the shift where it exceeds two.
+            These three are least squares, which noise in the quantized estimate draws towards 0. ``even`` is not:
+            factor K and a constant k on the estimate leave the next error r = step(K q + k, xq) - step(e, x) with
+            mean r = 0 and mean r (e - mean e) = 0 in every channel, for any scheduler. There ``l1``, ``l2`` and ``tau``
+            say nothing, and ``input_term`` says whether k is fitted: it is the next input's shift, told a step earlier.
+        significance: Factor less 1 and input shift (or k) are shrunk towards 0 by this many of their standard errors
+            over trajectories, and are 0 within them; 0: the factor is taken as it is, the shift where it exceeds two.
         granularity: One number a channel, or one for all.
         clamp: Factors stay between 1 / clamp and clamp.
     """
@@ -104,7 +108,7 @@ class Correct(Step):
     tau: float = Field(default=0.5, ge=0)
     rel_reduction: Literal["mean", "sum"] = "mean"
     input_term: bool = True
-    fit: Literal["branches", "guided", "state"] = "branches"
+    fit: Literal["branches", "guided", "state", "even"] = "branches"
     significance: float = Field(default=0.0, ge=0)
     granularity: Literal["channel", "scalar"] = "channel"
     clamp: float = Field(default=2.0, ge=1)
@@ -119,6 +123,12 @@ class Correct(Step):
         """One correction."""
         return ("correct",)
 
+    @property
+    def rule(self) -> chain.Rule:
+        """How the walk along the chain fits."""
+        return chain.Rule(self.l1, self.l2, self.tau, self.rel_reduction, self.granularity, self.clamp, self.input_term,
+                          self.fit, self.significance)
+
     def run_unit(self, run: Run, unit: str, generator: torch.Generator) -> UnitResult:
         """Walk the chain without a correction, to know its error, and fitting.
 
@@ -129,8 +139,7 @@ class Correct(Step):
         sampler = source.sampler(run)
         recorded = _Recorded(run, source, self.samples)
         scheduler, steps = run.pipeline.scheduler, sampler.steps
-        rule = chain.Rule(self.l1, self.l2, self.tau, self.rel_reduction, self.granularity, self.clamp, self.input_term,
-                          self.fit, self.significance)
+        rule = self.rule
 
         def walk(chosen: chain.Rule | None) -> chain.Walk:
             return chain.walk(recorded.moments, recorded.network, scheduler, steps, rule=chosen,
@@ -141,14 +150,15 @@ class Correct(Step):
         fit = "branches" if self.fit == "state" and factors is None else self.fit
         if fit != self.fit:
             run.progress.say(f"The correction is fitted for the estimate, not for the next state: {why}.")
-        if self.input_term and factors is None:  # half of the input term: the network alone sees it
+        if rule.shifts_input and factors is None:  # half of the input term: the network alone sees it
             without = walk(replace(rule, input_term=False))
             fitted = min(without, fitted, key=lambda walk: walk.error[-1])
             why += "; without its part for the scheduler the input term does not help" * (fitted is without)
-        spec = self._spec(run, fitted, sampler, factors is not None, why)
+        spec = self._spec(run, fitted, sampler, factors is not None, why if rule.shifts_input else "")
         facts = {
             "in_words": spec.in_words(), "samples": recorded.count,
             "fit": fit, "factors": int((fitted.scale != 1).sum()), "shifts": int((fitted.shift != 0).sum()),
+            "constants": int((fitted.bias != 0).sum()),
             "error_without": [round(v, 6) for v in plain.error], "error_with": [round(v, 6) for v in fitted.error],
         }
         if fitted.error[-1] > plain.error[-1]:
@@ -169,7 +179,7 @@ class Correct(Step):
             method=self.method, scheduler=type(run.pipeline.scheduler).__name__,
             timesteps=tuple(chain.timesteps_of(run.pipeline.scheduler, sampler.steps)),
             channels=fitted.scale.shape[1], guidance=sampler.guidance if takes_prompt(run.pipeline) else None,
-            input_term=term, why=why if self.input_term else "",
+            input_term=term, why=why,
         )
 
 
