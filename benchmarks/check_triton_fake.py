@@ -10,8 +10,6 @@ and forward with backward.
 Weights. The same for layers with mixed bits, symmetric 1-bit rows, frozen offsets and two segments, each layer alone
 and all together as a finetuning has them; and a learner of each kind must store what it trained, bit for bit.
 
-Mixtures of K quantizers (`bitbrush.numbers.mixture`). The same again, with tables for samples, segments and channels.
-
 The exit status is 1 where bits differ or a sum is off.
 """
 
@@ -30,11 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitbrush.kernels import triton_fake, triton_mixture
+from bitbrush.kernels import triton_fake
 from bitbrush.network.layers import QuantConv2d, QuantLayer, QuantLinear
 from bitbrush.numbers.codec import decode, encode, expand_weight_scale, reciprocal
 from bitbrush.numbers.grid import Grid, LayerSpec, WeightSpec
-from bitbrush.numbers.mixture import FusedMixture, mixture
 from bitbrush.numbers.straight_through import (
     Fused,
     FusedWeight,
@@ -58,19 +55,6 @@ LAYERS = {  # rows, channels, kernel side (0: linear), segments
     "linear": (1280, 320, 0, ()), "linear, two segments": (640, 2561, 0, (1280, 1281)), "first conv": (320, 4, 3, ()),
 }
 SMALL_LAYERS = {"conv": (8, 6, 3, ()), "linear, two segments": (10, 2500, 0, (1200, 1300)), "1x1 conv": (5, 4, 1, ())}
-MIXED = {  # shapes of x, of each share and of each scale
-    "picture": ((32, 128, 32, 32), (32, 1, 1, 1), (1, 1, 1, 1)), "linear": ((32, 512), (32, 1), (1, 1)),
-    "same time": ((32, 256, 16, 16), (1, 1, 1, 1), (1, 1, 1, 1)),
-    "two segments": ((32, 384, 16, 16), (32, 1, 1, 1), (1, 384, 1, 1)),
-    "deep segments": ((32, 512, 4, 4), (32, 1, 1, 1), (1, 512, 1, 1)),
-    "channels": ((32, 256, 16, 16), (32, 256, 1, 1), (32, 1, 1, 1)),
-    "tokens": ((8, 1024, 640), (8, 1, 1), (1, 1, 1)), "channels of tokens": ((8, 1024, 320), (8, 1, 320), (8, 1, 1)),
-    "ragged": ((3, 77, 67), (3, 1, 1), (1, 1, 67)),
-}  # fmt: skip
-SMALL_MIXED = {
-    "picture": ((3, 8, 5, 4), (3, 1, 1, 1), (1, 1, 1, 1)), "two segments": ((3, 6, 5, 4), (3, 1, 1, 1), (1, 6, 1, 1)),
-    "channels of tokens": ((2, 9, 10), (2, 1, 10), (2, 1, 1)),
-}  # fmt: skip
 ROW_BITS = {"4 bits": (4,), "mixed": (1, 2, 3, 4, 8), "1 bit": (1,)}
 LAYOUTS = ("contiguous", "channels last", "heads")
 TOLERANCE = 1e-5
@@ -156,12 +140,13 @@ def compare(case: tuple[Tensor, ...], top: int, fused: Fused | None) -> dict[str
     if fused is not None:
         again, replayed = run(x, scale, zero, grad, top, fused), captured(
             lambda: run(x, scale, zero, grad, top, fused))
-        found["repeatable"] = all(_same(a, b) for a, b in zip(ours, again, strict=True))
-        found["graph_equal"] = all(_same(a, b) for a, b in zip(ours, replayed, strict=True))
+        found["repeatable"] = all(same(a, b) for a, b in zip(ours, again, strict=True))
+        found["graph_equal"] = all(same(a, b) for a, b in zip(ours, replayed, strict=True))
     return found
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def same(a: Tensor, b: Tensor) -> bool:
+    """Equal, NaN to NaN."""
     return torch.equal(a.nan_to_num(nan=123.0), b.nan_to_num(nan=123.0))
 
 
@@ -308,8 +293,8 @@ def compare_weights(layers: list[QuantLayer], rounding: str, fused: FusedWeight 
     }
     if fused is not None:
         again, replayed = work(), captured(work)
-        found["repeatable"] = all(_same(a, b) for a, b in zip(ours, again, strict=True))
-        found["graph_equal"] = all(_same(a, b) for a, b in zip(ours, replayed, strict=True))
+        found["repeatable"] = all(same(a, b) for a, b in zip(ours, again, strict=True))
+        found["graph_equal"] = all(same(a, b) for a, b in zip(ours, replayed, strict=True))
         for name, form in (("torch", None), ("fused", fused)):
             both = seconds(lambda form=form: work(form), 5)  # type: ignore[misc]
             found[f"{name}_both_us"] = round(both * 1e6, 1)
@@ -363,89 +348,6 @@ def check_weights(fused: FusedWeight | None, smoke: bool) -> list[dict[str, Any]
     return rows
 
 
-def mixed_example(kind: str, smoke: bool, dtype: torch.dtype, count: int, top: int, seed: int) -> list[Tensor]:
-    """(x, share, scale, zero_point, grad) with ties, values at and beyond the clamped ends, zeros and infinities."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    g = torch.Generator(device).manual_seed(seed)
-    shape, of_share, of_scale = (SMALL_MIXED if smoke else MIXED)[kind]
-    share = torch.softmax(torch.randn((count, *of_share), generator=g, device=device), 0)
-    scale = torch.rand((count, *of_scale), generator=g, device=device) * 0.02 + 0.01
-    scale = torch.exp2(torch.log2(scale).round()) if seed % 2 else scale  # exact ties
-    zero = torch.randint(0, top + 1, scale.shape, generator=g, device=device).float()
-    x = torch.randn(shape, generator=g, device=device) * (top + 1) * 0.01
-    pick, step, low = torch.rand(shape, generator=g, device=device), scale[seed % count], -zero[seed % count]
-    x = torch.where(pick < 0.1, (torch.round(x / step) + 0.5) * step, x)
-    x = torch.where(pick > 0.9, (low + torch.where(pick > 0.95, 0.0, top + 0.5)) * step, x)
-    x.view(-1)[::97] = 0.0
-    if x.numel() > 1000:
-        x.view(-1)[100:103] = torch.tensor([torch.inf, -torch.inf, 3e38], device=device)
-    grad = torch.randn(shape, generator=g, device=device).to(dtype)
-    x = x.to(dtype)
-    if x.ndim == 4 and seed % 3 == 1:
-        x = x.contiguous(memory_format=torch.channels_last)
-    return [x, share, scale, zero, grad]
-
-
-def run_mixed(case: list[Tensor], top: int, fused: FusedMixture | None) -> tuple[Tensor, ...]:
-    """(y, dx, dshare, dscale, dzero)."""
-    leaves = [t.detach().requires_grad_() for t in case[:4]]
-    y = mixture(leaves[0], leaves[1], leaves[2], leaves[3], top, fused)
-    return (y.detach(), *torch.autograd.grad(y, leaves, case[4]))
-
-
-def mixed_error(case: list[Tensor], top: int, found: tuple[Tensor, ...]) -> float:
-    """The worst error of a table's gradient against float64 sums, relative to the sum of magnitudes."""
-    x, share, scale, zero, grad = case
-    worst = 0.0
-    for k in range(len(share)):
-        v, whole = x.float() * reciprocal(scale[k]), grad.double()
-        code = torch.round(v) + zero[k]
-        inside, end = (code >= 0) & (code <= top), code.clamp(0, top)
-        terms = (whole * decode(end, scale[k], zero[k]),
-                 share[k] * whole * torch.where(inside, torch.round(v) - v, end - zero[k]),
-                 torch.where(inside, torch.zeros_like(whole), -(share[k] * whole * scale[k])))
-        for term, got, table in zip(terms, found, (share, scale, zero), strict=True):
-            exact, size = term.sum_to_size(table[k].shape), term.abs().sum_to_size(table[k].shape) + 1e-30
-            worst = max(worst, float(((got[k].double() - exact).abs() / size).max()))
-    return worst
-
-
-def compare_mixed(case: list[Tensor], top: int, fused: FusedMixture | None, repeats: int) -> dict[str, Any]:
-    """Counts of wrong bits, the worst relative error of the sums, and microseconds of both forms."""
-    plain, ours = run_mixed(case, top, None), run_mixed(case, top, fused)
-    found = {
-        "values": case[0].numel(), "fits": fused is None or fused.fits(*case[:4]),
-        "wrong_forward": int((ours[0] != plain[0]).sum()), "wrong_dx": int((ours[1] != plain[1]).sum()),
-        "table_error": mixed_error(case, top, ours[2:]), "strides_kept": ours[0].stride() == case[0].stride(),
-    }
-    if fused is not None:
-        again, replayed = run_mixed(case, top, fused), captured(lambda: run_mixed(case, top, fused))
-        found["repeatable"] = all(_same(a, b) for a, b in zip(ours, again, strict=True))
-        found["graph_equal"] = all(_same(a, b) for a, b in zip(ours, replayed, strict=True))
-    for name, form in (("torch", None), ("fused", fused)):
-        both = seconds(lambda form=form: run_mixed(case, top, form), repeats)  # type: ignore[misc]
-        found[f"{name}_both_us"] = round(both * 1e6, 1)
-    return found
-
-
-def check_mixtures(fused: FusedMixture | None, smoke: bool) -> list[dict[str, Any]]:
-    """All cases of mixtures, printed."""
-    rows: list[dict[str, Any]] = []
-    print(f"\n{'mixture':24}{'dtype':6}{'K':>3}{'top':>5} {'values':>10} {'wrong':>6} {'wrong dx':>9} {'sums':>8}  "
-          "torch us   fused us")
-    cases = itertools.product(SMALL_MIXED if smoke else MIXED, DTYPES.items(), (1, 8))
-    for i, (name, (kind, dtype), count) in enumerate(cases):
-        top = (15, 63, 255)[(i + i // 3) % 3]
-        case = mixed_example(name, smoke, dtype, count, top, i)
-        found = compare_mixed(case, top, fused, 2 if smoke else 10)
-        rows.append({"shape": list(case[0].shape), "name": name, "kind": "mixture", "dtype": kind, "count": count,
-                     "top": top, "ok": good(found), **found})
-        print(f"{name:24}{kind:6}{count:3}{top:5} {found['values']:10} {found['wrong_forward']:6} "
-              f"{found['wrong_dx']:9} {found['table_error']:8.1e}  {found['torch_both_us']:8}   "
-              f"{found['fused_both_us']:8}{'' if good(found) else '  WRONG'}")
-    return rows
-
-
 def main() -> int:
     """Run every case, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -454,8 +356,8 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=20)
     args = parser.parse_args()
     fused = triton_fake.build()
-    fused_weight, fused_mixture = triton_fake.build_weight(), triton_mixture.build()
-    if None in (fused, fused_weight, fused_mixture) and not args.smoke:
+    fused_weight = triton_fake.build_weight()
+    if (fused is None or fused_weight is None) and not args.smoke:
         print("Triton cannot build here (no CUDA device, no Triton, or no C compiler): use --smoke")
         return 1
     rows, shapes = [], SMALL if args.smoke else SHAPES
@@ -476,14 +378,19 @@ def main() -> int:
               f"{found['wrong_dx']:9} {found['table_error']:8.1e}  {found.get('torch_forward_us', ''):>8} "
               f"{found.get('torch_both_us', ''):>8}      {found.get('fused_forward_us', ''):>8} "
               f"{found.get('fused_both_us', ''):>8}{'' if good(found) else '  WRONG'}")
-    rows += check_weights(fused_weight, args.smoke) + check_mixtures(fused_mixture, args.smoke)
+    rows += check_weights(fused_weight, args.smoke)
+    return ended(rows, fused is not None, args.out and args.out / "triton_fake.json")
+
+
+def ended(rows: list[dict[str, Any]], fused: bool, file: Path | None) -> int:
+    """Say how many cases are wrong, keep all of them, and give the exit status."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     bad = sum(not row["ok"] for row in rows)
     print(f"{len(rows)} cases on {device}, {'fused' if fused else 'torch form only'}: {bad} wrong")
-    if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        result = {"device": device, "torch": torch.__version__, "fused": fused is not None, "rows": rows}
-        (args.out / "triton_fake.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        result = {"device": device, "torch": torch.__version__, "fused": fused, "rows": rows}
+        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return int(bad > 0)
 
 

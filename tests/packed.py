@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import nn
 
 from bitbrush.network import wrap
@@ -11,6 +12,17 @@ from bitbrush.numbers import packing
 from bitbrush.numbers.grid import LayerSpec, Plan
 
 TIMES = (1.0, 500.0, 999.0)
+
+
+def conditioned(layers: int, prompt: int, head: int, *, linear: bool) -> UNet2DConditionModel:
+    """A small UNet with cross-attention: residual blocks a level, channels of the prompt and of a head, and whether
+    linear layers stand around its transformers."""
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(32, 64), layers_per_block=layers,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=prompt, attention_head_dim=head, norm_num_groups=8, use_linear_projection=linear,
+    ).eval().requires_grad_(False)  # fmt: skip
 
 
 def pack(model: nn.Module, spec: LayerSpec) -> None:

@@ -59,7 +59,7 @@ def made(channels: int) -> Correction:
 def fused() -> Any:
     """The launchers, asked for tensors of the host."""
 
-    def fits(x: Tensor, timestep: Tensor, timesteps: Tensor) -> bool:
+    def fits(x: Tensor, most: int) -> bool:
         return triton_correction.places(x) > 0
 
     return triton_correction.Corrector(

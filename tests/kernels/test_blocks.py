@@ -22,7 +22,7 @@ from bitbrush.network import wrap
 from bitbrush.network.layers import QuantLayer, QuantLinear
 from bitbrush.numbers.grid import ActivationSpec, Grid, LayerSpec, WeightSpec
 from operations import Operations
-from packed import fill, pack
+from packed import conditioned, fill, pack
 
 FUSED = {"group_norm_encode": 30, "layer_norm_encode": 18, "int8_joined": 12, "int8_gated": 6}
 """Operations of one call of `network`: 12 residual blocks, 6 transformer blocks with projections around them."""
@@ -30,12 +30,7 @@ FUSED = {"group_norm_encode": 30, "layer_norm_encode": 18, "int8_joined": 12, "i
 
 def network(bits: int = 4, linear: bool = True, **options: Any) -> UNet2DConditionModel:
     """A small UNet with cross-attention, packed with random codes; a row of scales a timestep."""
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(32, 64), layers_per_block=2,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=24, attention_head_dim=8, norm_num_groups=8, use_linear_projection=linear,
-    ).eval().requires_grad_(False)  # fmt: skip
+    unet = conditioned(2, 24, 8, linear=linear)
     spec = LayerSpec(
         weight=WeightSpec(grid=Grid(bits=bits, signed=bits == 8)),
         activation=ActivationSpec(timed=True, **options.pop("activation", {})), **options,

@@ -15,19 +15,14 @@ from torch import Tensor, nn
 from bitbrush import kernels
 from bitbrush.kernels import blocks, cpu_attention, cpu_blocks, cpu_onednn
 from bitbrush.numbers.grid import ActivationSpec, Grid, LayerSpec, WeightSpec
-from packed import pack
+from packed import conditioned, pack
 
 pytestmark = pytest.mark.skipif(cpu_onednn.engine() == "absent", reason="torch has no onednn::qlinear_pointwise here")
 
 
 def network(bits: int = 4, timed: bool = True, linear: bool = False, **options: Any) -> UNet2DConditionModel:
     """A small UNet with cross-attention, packed with random codes; one table for layers that read the same."""
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(32, 64), layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=32, attention_head_dim=4, norm_num_groups=8, use_linear_projection=linear,
-    ).eval().requires_grad_(False)  # fmt: skip
+    unet = conditioned(1, 32, 4, linear=linear)
     spec = LayerSpec(weight=WeightSpec(grid=Grid(bits=bits, signed=bits == 8)), activation=ActivationSpec(timed=timed),
                      **options)  # fmt: skip
     pack(unet, spec)

@@ -168,7 +168,7 @@ def given_input(layer: QuantLayer, x: Tensor) -> Given:
         times, kind = first_row(layer), ONE_ROW
     else:
         scale, inverse, zero, times, kind = _tables(layer, x)
-    encoding = zero_and_top(layer) if known.changing else zero
+    encoding = changing_table(layer) if known.changing else zero
     if known.conv and not known.pointwise:
         frame = Frame(x.shape[0], x.shape[2], x.shape[3], known.kernel, known.pad, known.stride, kind == ONE_ROW)
         return Given(frame, 1, scale, inverse, zero, times, kind, encoding)
@@ -217,13 +217,13 @@ def _first_row(layer: QuantLayer) -> Tensor:
     return torch.zeros(1, dtype=torch.int64, device=layer.weight_scale.device)
 
 
-def zero_and_top(layer: QuantLayer) -> Tensor:
+def changing_table(layer: QuantLayer) -> Tensor:
     """int32 ``[T, S]``: the zero-points and largest codes of rows with bits of their own (`int8_ops.with_tops`). Kept,
     for graphs that are captured later."""
-    return _kept(layer, "zero_and_top", _zero_and_top)
+    return _kept(layer, "changing_table", _changing_table)
 
 
-def _zero_and_top(layer: QuantLayer) -> Tensor:
+def _changing_table(layer: QuantLayer) -> Tensor:
     quantizer: Any = layer.input
     return int8_ops.with_tops(quantizer.zero_point, quantizer.row_tops())
 
@@ -348,4 +348,4 @@ def prepare(layer: QuantLayer) -> None:
     weight_sum(layer)
     first_row(layer)
     if facts(layer).changing:
-        zero_and_top(layer)
+        changing_table(layer)

@@ -19,7 +19,8 @@ from bitbrush.kernels.triton_fake import DTYPES, works
 
 OFF = -2
 """A position from which no row is next."""
-MOST_TIMES, MOST_SAMPLES = 4096, 4096
+MOST = 4096
+"""Timesteps, and samples, that one program looks at."""
 BLOCK = 1024
 
 
@@ -28,14 +29,14 @@ class Corrector:
     """The launchers.
 
     Args:
-        fits: ``(x, timestep, timesteps) -> bool``: whether they take these.
+        fits: ``(x, most) -> bool``: whether they take x, and as many timesteps or samples.
         turn: ``(timestep [1] or [B], timesteps [T], state [2])``: writes the row whose turn it is (or OFF) and the
             timestep.
         shifted: ``(x, state, shift [T, C]) -> x - shift[row]`` in the dtype of x ``[B, C, ..]``.
         corrected: ``(x, state, scale, bias) -> scale[row] * x + bias[row]``, likewise.
     """
 
-    fits: Callable[[Tensor, Tensor, Tensor], bool]
+    fits: Callable[[Tensor, int], bool]
     turn: Callable[[Tensor, Tensor, Tensor], None]
     shifted: Callable[[Tensor, Tensor, Tensor], Tensor]
     corrected: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -54,10 +55,11 @@ def build() -> Corrector | None:
     return Corrector(fits, turn, shifted, corrected) if works(attempt) else None
 
 
-def fits(x: Tensor, timestep: Tensor, timesteps: Tensor) -> bool:
-    """On CUDA, of a dtype known here, batch and channels first in either order of memory."""
-    sizes = x.numel() > 0 and len(timesteps) <= MOST_TIMES and timestep.numel() <= MOST_SAMPLES
-    return bool(sizes and x.is_cuda and x.dtype in DTYPES and x.ndim > 1 and places(x) > 0)
+def fits(x: Tensor, most: int) -> bool:
+    """On CUDA, of a dtype known here, batch and channels first in either order of memory; and ``most`` numbers are few
+    enough for one program."""
+    here = x.is_cuda and x.dtype in DTYPES and most <= MOST
+    return here and x.numel() > 0 and x.ndim > 1 and places(x) > 0
 
 
 def places(x: Tensor) -> int:

@@ -56,9 +56,10 @@ class Clock(nn.Module):
         self._tables: dict[_Groups, int] = {}  # groups of timesteps that layers have, and their places in `_stacked`
         self._alone: dict[str, Tensor] = {}
         self._stacked: dict[str, Tensor] = {}
-        self._steps = torch.tensor(timesteps, dtype=torch.float64)  # stays on the host
-        self.register_buffer("timesteps", self._steps.float(), persistent=False)
-        self.register_buffer("between", ((self._steps[1:] + self._steps[:-1]) / 2).float(), persistent=False)
+        grid = torch.tensor(timesteps, dtype=torch.float64)
+        self._host = grid.float(), ((grid[1:] + grid[:-1]) / 2).float()  # the buffers' numbers; stay on the host
+        self.register_buffer("timesteps", self._host[0].clone(), persistent=False)
+        self.register_buffer("between", self._host[1].clone(), persistent=False)
         self.timesteps: Tensor
         self.between: Tensor
 
@@ -168,8 +169,8 @@ class Clock(nn.Module):
             self._say(*arrived)
 
     def _say(self, now: Tensor, lookup: Lookup) -> None:
-        grid, now = self._steps.float(), now.float()
-        taken = grid[_row(grid, ((self._steps[1:] + self._steps[:-1]) / 2).float(), now, lookup)]
+        (grid, between), now = self._host, now.float()
+        taken = grid[_row(grid, between, now, lookup)]
         other = taken != now
         if not bool(other.any()):
             return

@@ -27,7 +27,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
@@ -35,15 +35,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from bitbrush.errors import Notice
+from bitbrush.kernels import triton_correction
+from bitbrush.kernels.triton_correction import OFF, Corrector
 from bitbrush.network.arrivals import Arrivals
 from bitbrush.network.dtypes import moving_only
 
-if TYPE_CHECKING:
-    from bitbrush.kernels.triton_correction import Corrector
-
 NAME = "bitbrush_correction"
 TABLES = ("scale", "bias", "shift")
-_OFF = -2  # a position from which no row is next
 
 
 class CorrectionSpec(BaseModel):
@@ -105,7 +103,7 @@ class Correction(nn.Module):
         self.register_buffer("bias", torch.zeros(shape))
         self.register_buffer("shift", torch.zeros(shape))
         self.register_buffer("timesteps", torch.tensor(spec.timesteps, dtype=torch.float32), persistent=False)
-        self.register_buffer("state", torch.tensor([_OFF, -torch.inf]), persistent=False)
+        self.register_buffer("state", torch.empty(2, dtype=torch.float32), persistent=False)
         self.scale: Tensor
         self.bias: Tensor
         self.shift: Tensor
@@ -116,6 +114,7 @@ class Correction(nn.Module):
         self._arrivals = Arrivals()
         self._owner: weakref.ref[Any] | None = None
         self._hooks: list[RemovableHandle] = []
+        self.restart()
 
     def watch(self, pipeline: Any) -> None:
         """Compare the scheduler's class with this pipeline's from now on. Copies of the model do not."""
@@ -123,7 +122,7 @@ class Correction(nn.Module):
 
     def restart(self) -> None:
         """Be as before any trajectory."""
-        self.state.copy_(torch.tensor([_OFF, -torch.inf]))
+        self.state.copy_(torch.tensor([OFF, -torch.inf]))
 
     def enter(self, sample: Tensor, timestep: Any) -> Tensor:
         """Begin a call: find the row, and answer the sample that the network is to see."""
@@ -131,7 +130,7 @@ class Correction(nn.Module):
         if self.state.device != sample.device:  # offloading may have left it behind
             self.to(sample.device)
         self._entered = True
-        fused = _fused(sample, now, self.timesteps)
+        fused = _fused(sample, max(len(now), len(self.timesteps)))
         if not torch.compiler.is_compiling() and self.leaves_out():
             self._out_of_turn(now)
         elif fused is not None:
@@ -148,7 +147,7 @@ class Correction(nn.Module):
         if not self._entered:
             return estimate
         self._entered = False
-        fused = _fused(estimate, self.state, self.timesteps)
+        fused = _fused(estimate)
         if fused is not None:
             return fused.corrected(estimate, self.state, self.scale, self.bias)
         scale, bias = self._row("scale", estimate, 1.0), self._row("bias", estimate)
@@ -160,10 +159,10 @@ class Correction(nn.Module):
         row, (position, last) = match.int().argmax(), self.state.unbind()
         in_turn = ((row == 0) & (last <= now[0])) | (row == position) | (row == position + 1)
         on = match.any() & (now == now[0]).all() & in_turn
-        self.state.copy_(torch.stack([torch.where(on, row, _OFF).float(), now[0]]))
+        self.state.copy_(torch.stack([torch.where(on, row, OFF).float(), now[0]]))
 
     def _out_of_turn(self, now: Tensor) -> None:
-        self.state.copy_(torch.stack([torch.full_like(self.state[0], _OFF), now[0].float()]))
+        self.state.copy_(torch.stack([torch.full_like(self.state[0], OFF), now[0].float()]))
 
     def _row(self, name: str, like: Tensor, neutral: float = 0.0) -> Tensor:
         """The row of a table that is in force, to broadcast against ``like [B, C, ..]``."""
@@ -262,14 +261,12 @@ def of(model: nn.Module) -> Correction:
     return correction
 
 
-def _fused(x: Tensor, timestep: Tensor, timesteps: Tensor) -> Corrector | None:
+def _fused(x: Tensor, most: int = 0) -> Corrector | None:
     """The kernels for tensors like ``x``; None on the CPU, without Triton, and while compiling."""
     if not x.is_cuda or torch.compiler.is_compiling():
         return None
-    from bitbrush.kernels import triton_correction
-
     made = triton_correction.build()
-    return made if made is not None and made.fits(x, timestep, timesteps) else None
+    return made if made is not None and made.fits(x, most) else None
 
 
 def _wide(row: Tensor, like: Tensor) -> Tensor:
