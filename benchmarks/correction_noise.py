@@ -1,6 +1,6 @@
 """What corrections along the chain do to the noise in pictures, on few pictures of an unconditional model and a CPU.
 
-    python benchmarks/correction_noise.py cifar10-ddpm --zoo ZOO [--bits w6a4] [--arms tac tac-state tac-even]
+    python benchmarks/correction_noise.py cifar10-ddpm --zoo ZOO [--bits w6a4] [--arms tac tac-state tac-even tac-mean]
     python benchmarks/correction_noise.py --smoke                 # a random network, seconds
 
 Plain rounding (``rtn-dynamic``), DDIM with eta 0 and clipping. Each correction is fitted on some trajectories of the
@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="cifar10-ddpm", help="unconditional, a folder of --zoo")
     parser.add_argument("--zoo", type=Path, default=Path("zoo"), help="folder of the reference models")
     parser.add_argument("--bits", default="w6a4")
-    parser.add_argument("--arms", nargs="*", default=["tac", "tac-state", "tac-even"], choices=list(CORRECTIONS))
+    parser.add_argument("--arms", nargs="*", default=list(CORRECTIONS), choices=list(CORRECTIONS))
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--fit", type=int, default=16, help="trajectories that are fitted on")
     parser.add_argument("--n", type=int, default=24, help="pictures that are judged")

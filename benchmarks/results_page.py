@@ -97,8 +97,9 @@ def bars(model: str, recipe: str, weights: int, activations: int, rows: Results)
         return []
     lines = ["| bar | measured | |", "|---|---:|---|"]
     for bar in asked:
-        value, met = bar.measure(rows, load())
+        value, met, *common = bar.measure(rows, load())
         shown = "not measured" if value is None else bar.form.format(value)
+        shown += f" ({common[0]} of 3 seeds)" if common and common[0] < 3 else ""
         lines.append(f"| {bar.text} | {shown} | {'' if value is None else 'met' if met else '**missed**'} |")
     missing = sorted({0, 1, 2} - {r["seed"] for r in rows})
     if missing:

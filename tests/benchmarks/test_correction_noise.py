@@ -31,6 +31,6 @@ def test_every_arm_runs(script: Script, monkeypatch: pytest.MonkeyPatch, tmp_pat
     with torch.enable_grad():  # what the script switches off is on again afterwards
         module.main()
     found = json.loads((tmp_path / "out.json").read_text())
-    assert list(found["arms"]) == ["plain", "tac", "tac-even", "tac-state"] and found["steps"] == 4
+    assert list(found["arms"]) == ["plain", "tac", "tac-even", "tac-mean", "tac-state"] and found["steps"] == 4
     assert found["arms"]["plain"]["gain"] == 0 and not found["arms"]["tac-even"]["shifted"]
     assert all(len(arm["energy"]) == 4 for arm in found["arms"].values())

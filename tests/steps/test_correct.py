@@ -479,17 +479,17 @@ def test_a_run_fits_for_the_next_state_where_it_can(
     assert bool(((found.scale >= 1 / 1.0501) & (found.scale <= 1.0501)).all())
 
 
-@pytest.mark.parametrize("clips", [False, True])
-def test_a_balanced_run_leaves_the_input_alone(tmp_path: Path, clips: bool) -> None:
+@pytest.mark.parametrize(("clips", "name"), [(False, "tac-even"), (True, "tac-even"), (True, "tac-mean")])
+def test_a_balanced_run_leaves_the_input_alone(tmp_path: Path, clips: bool, name: str) -> None:
     """Also where the scheduler clips: the step is the scheduler's own, and nothing has to be folded."""
-    settings = {f"correct.{key}": value for key, value in CORRECTIONS["tac-even"].items()}
+    settings = {f"correct.{key}": value for key, value in CORRECTIONS[name].items()}
     pipe = tiny.text_pipeline()
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=clips, clip_sample_range=3.0)
     settings |= {"correct.significance": 0.0}
     facts = small.execute(tmp_path, pipe, CORRECTED, settings=settings).done[-1]["correction"]
     found = correction.of(pipe.unet)
     assert (facts["fit"], facts["input_term"], facts["why"], facts["shifts"]) == ("even", "none", "", 0)
-    assert facts["factors"] == int((found.scale != 1).sum()) > 0
+    assert facts["factors"] == int((found.scale != 1).sum()) and (facts["factors"] > 0) == (name == "tac-even")
     assert facts["constants"] == int((found.bias != 0).sum()) > 0 and not found.shift.any()
     assert bool(((found.scale >= 1 / 1.2001) & (found.scale <= 1.2001)).all())
 
@@ -532,13 +532,14 @@ def test_a_correction_joins_every_recipe_that_has_data() -> None:
 
 def test_the_names_of_corrections() -> None:
     """``tac`` is the published form, ``tac-state`` sets what differs, and settings come on top of both."""
-    tac, state, even, without = (
+    tac, state, even, mean, without = (
         load_recipe("rtn", STEPS, correct=name, settings=settings).steps[-1].model_dump()
         for name, settings in (
-            ("tac", {}), ("tac-state", {}), ("tac-even", {}), ("tac-state", {"correct.input_term": False}))
+            ("tac", {}), ("tac-state", {}), ("tac-even", {}), ("tac-mean", {}),
+            ("tac-state", {"correct.input_term": False}))
     )
     published = {"l1": 0.5, "l2": 0.1, "tau": 0.5, "fit": "branches", "significance": 0.0, "clamp": 2.0}
     ours = {"l1": 0.0, "l2": 0.0, "tau": 0.0, "fit": "state", "significance": 2.0, "clamp": 1.05}
     assert {key: tac[key] for key in published} == published
-    assert even == {**tac, "fit": "even", "significance": 2.0, "clamp": 1.2}
+    assert even == {**tac, "fit": "even", "significance": 2.0, "clamp": 1.2} and mean == {**even, "clamp": 1.0}
     assert state == {**tac, **ours} and without == {**state, "input_term": False}
