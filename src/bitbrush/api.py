@@ -139,7 +139,8 @@ def quantize(
         progress: Where to report; None: tqdm bars.
         correct: ``tac``: add a correction a timestep to the recipe, fitted on the packed network; ``tac-state``: one
             fitted for the next state, without what is within its errors; ``tac-even``: the same, balanced instead of
-            least, so that noise in the estimate does not shrink it (`docs/methods/tac.md`).
+            least, so that noise in the estimate does not shrink it; ``tac-mean``: constants alone, no factor
+            (`docs/methods/tac.md` says which to take).
         cache: Folder of results that runs which begin alike share (same model, prompts, seed, bits, layers and first
             steps): arms of a comparison need not calibrate and round again. What is taken from it is not in ``costs``.
 

@@ -531,7 +531,7 @@ def test_what_cannot_be_asked_for(tmp_path: Path) -> None:
 
 def test_the_recipe_and_its_presets() -> None:
     forms = {}
-    for preset in (None, "uniform", "random", "adaround", "clusters", "groups-2", "groups-4", "groups-16", "table",
+    for preset in (None, "uniform", "random", "nearest", "clusters", "groups-2", "groups-4", "groups-16", "table",
                    "static"):
         asked = read_recipe("adpdm", preset=preset)
         tuned = next(step for step in asked.steps if isinstance(step, Finetune))
@@ -539,9 +539,9 @@ def test_the_recipe_and_its_presets() -> None:
         forms[preset] = (tuned.scale_form, tuned.groups, tuned.iterations, tuned.order, rounded.iterations)
         make_plan(survey(tiny.text_unet(), tokens=tiny.TOKENS), asked)
     assert forms == {
-        None: ("groups", 8, 2000, "risk", 0), "uniform": ("groups", 8, 2000, "shuffled", 0),
-        "random": ("groups", 8, 2000, "random", 0), "adaround": ("groups", 8, 2000, "risk", 2500),
-        "clusters": ("groups", 8, 0, "risk", 0), "groups-2": ("groups", 2, 2000, "risk", 0),
-        "groups-4": ("groups", 4, 2000, "risk", 0), "groups-16": ("groups", 16, 2000, "risk", 0),
-        "table": ("table", 8, 2000, "shuffled", 0), "static": ("table", 8, 2000, "shuffled", 0),
+        None: ("groups", 8, 2000, "risk", 2500), "uniform": ("groups", 8, 2000, "shuffled", 2500),
+        "random": ("groups", 8, 2000, "random", 2500), "nearest": ("groups", 8, 2000, "risk", 0),
+        "clusters": ("groups", 8, 0, "risk", 2500), "groups-2": ("groups", 2, 2000, "risk", 2500),
+        "groups-4": ("groups", 4, 2000, "risk", 2500), "groups-16": ("groups", 16, 2000, "risk", 2500),
+        "table": ("table", 8, 2000, "shuffled", 2500), "static": ("table", 8, 2000, "shuffled", 2500),
     }
