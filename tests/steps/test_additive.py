@@ -425,6 +425,14 @@ def test_the_search_gains_most() -> None:
     assert phases["beam", 5] < 0.9 * phases["beam", 1]
 
 
+def test_feedback_before_every_search_ends_lower() -> None:
+    """What it changes is kept row by row only where it is better, so the loss of epochs never rises either."""
+    few, many = (traced(feedback_epochs=count, epochs=6, tolerance=0.0)[1] for count in (0, 6))
+    assert many["beam", 6] < 0.99 * few["beam", 6] and many["start", 0] == few["start", 0]
+    epochs = [many["start", 0]] + [many["beam", epoch] for epoch in range(1, 7)]
+    assert all(later <= earlier for earlier, later in itertools.pairwise(epochs)) and len(epochs) == 7
+
+
 def test_the_metric_matters() -> None:
     """With H = I the weight error is smaller, the output error larger."""
     target = problem(SIZE, SIZE)

@@ -36,7 +36,6 @@ from bitbrush.steps.feedback import Feeder, encode, encode_block
 _FLOOR = 1e-9  # added to scales: a row of zeros stays a row of zeros
 _CHUNK = 64  # groups that one thread adds up
 _FEED = 8  # hypotheses of a group with error feedback: few kernels, whatever the beam
-_FED = 2  # epochs with error feedback, besides the start; later it finds next to nothing
 _CHECK = 10  # k-means looks for convergence every so many iterations: the check waits for the device
 
 
@@ -63,8 +62,8 @@ class Settings:
     ``count`` K, ``bits`` B, ``group`` g; ``weighted``: k-means points count by their effect on the output (pitfall 6 of
     the paper's initialization) or alike; ``points``: of each codebook's fit, a centre (None: all points; all are
     assigned in any case); ``steps`` of Adam an epoch; ``tolerance``: relative improvement of an epoch below which the
-    next one is not begun; ``feedback``: damping of H where codes are chosen with error feedback (0: they are not);
-    ``budget``: bytes for the search's state and for k-means' distances.
+    next one is not begun; ``feedback``: damping of H where codes are chosen with error feedback (0: they are not), at the
+    start and in the first ``feedback_epochs``; ``budget``: bytes for the search's state and for k-means' distances.
     """
 
     count: int = 3
@@ -80,6 +79,7 @@ class Settings:
     epochs: int = 30
     tolerance: float = 0.01
     feedback: float = 0.01
+    feedback_epochs: int = 2
     block_groups: int = BLOCK_GROUPS
     budget: int = BUDGET
 
@@ -130,7 +130,7 @@ def fit(
     for epoch in range(1, settings.epochs + 1):
         solution, value = adam.phase(solution)
         tell("adam", epoch, float(value))
-        if epoch <= _FED:
+        if epoch <= settings.feedback_epochs:
             solution = feed(targets, solution, settings, feeder)
         solution = reassign(targets, solution, settings, generator, visitor)
         losses.append(float(loss(targets, energies, solution)))
