@@ -97,7 +97,7 @@ def bars() -> list[Run]:
     ):  # fmt: skip
         plain = Run(model, recipe, bits, "plain", flags)
         found += [plain] + [Run(model, recipe, bits, arm, f"{flags} --correct {arm}".strip(), after=plain.name)
-                            for arm in ("tac", "tac-state", "tac-even", "tac-mean")]  # fmt: skip
+                            for arm in ("tac", "tac-state", "tac-even", "tac-mean", "tac-auto")]  # fmt: skip
     grouped = Run("emoji-sd", "dgq", "w4a8", "bar")
     softmax = [f"{kind}-softmax-{bits}" for bits in (4, 6, 8) for kind in ("log", "uniform")]
     softmax.remove("log-softmax-8")  # is the recipe's own
@@ -126,7 +126,8 @@ def ablations() -> list[Run]:
                                 "tac-absolute": f"--correct tac {fast} --set correct.l1=0.0",
                                 "tac-state": f"--correct tac-state {fast}",
                                 "tac-even": f"--correct tac-even {fast}",
-                                "tac-mean": f"--correct tac-mean {fast}"}),
+                                "tac-mean": f"--correct tac-mean {fast}",
+                                "tac-auto": f"--correct tac-auto {fast}"}),
         ("dgq", "w4a6", {"full": ""} | {arm: preset(arm) for arm in (
             "groups-2", "groups-16", "pixel", "channel", "batch", "tensor", "tensor-mse", "token", "groups-64")}),
         ("vqdm", "w3a16", {arm: f"--preset small --set tune.iterations={tune} {more}".strip() for arm, tune, more in (

@@ -35,11 +35,13 @@ from bitbrush.evaluation.sampling import draw, draw_with_trajectory, with_ddim
 from bitbrush.network import correction
 from bitbrush.network.correction import CorrectionSpec
 from bitbrush.steps import chain
-from bitbrush.steps.correct import Correct
+from bitbrush.steps.correct import rule_of
 
 BANDS = (0.0, 1 / 16, 1 / 6, 1 / 3, 1.0)
 """Bounds of the bands, in cycles a pixel; the mean is left out."""
 FIT_SEED, SEED = 1, 0
+NAMES = [name for name in CORRECTIONS if name != "tac-auto"]
+"""Which is one of the others."""
 OPTIONS = {"eta": 0.0, "use_clipped_model_output": True}
 
 
@@ -72,7 +74,7 @@ class Recorded:
 
 def fitted(name: str, pipeline: Any, recorded: Recorded, steps: int) -> chain.Walk:
     """The tables of ``--correct NAME``; as the step has it, the input term only where it helps, if it is not folded."""
-    rule = Correct(do="correct", **CORRECTIONS[name]).rule
+    rule = rule_of(name)
     rules = [rule]
     if rule.shifts_input and chain.folding(pipeline.scheduler, steps)[0] is None:
         rules.append(replace(rule, input_term=False))
@@ -152,7 +154,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="cifar10-ddpm", help="unconditional, a folder of --zoo")
     parser.add_argument("--zoo", type=Path, default=Path("zoo"), help="folder of the reference models")
     parser.add_argument("--bits", default="w6a4")
-    parser.add_argument("--arms", nargs="*", default=list(CORRECTIONS), choices=list(CORRECTIONS))
+    parser.add_argument("--arms", nargs="*", default=NAMES, choices=NAMES)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--fit", type=int, default=16, help="trajectories that are fitted on")
     parser.add_argument("--n", type=int, default=24, help="pictures that are judged")

@@ -421,7 +421,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="sampling seeds")
     parser.add_argument("--quantization-seed", type=int, default=0)
     parser.add_argument("--preset")
-    parser.add_argument("--correct", help="tac, tac-state, tac-even, tac-mean: a correction a timestep on top")
+    parser.add_argument("--correct", help="tac, tac-state, tac-even, tac-mean, tac-auto: a correction on top")
     parser.add_argument("--set", action="append", default=[], metavar="step.key=value")
     parser.add_argument("--n", type=int, help="pictures (default: the protocol's)")
     parser.add_argument("--batch", type=int)

@@ -262,6 +262,15 @@ def stopped(out: Path, target: Any, at: int = 150, **choices: Any) -> None:
     assert complete(caught.value) and "resume" in (caught.value.try_ or "")
 
 
+def test_what_is_refused_before_the_first_unit_leaves_nothing_to_resume(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    few = {"calibrate.samples": 10**6, "calibrate.trajectories": 1}
+    with pytest.raises(InputError, match="cannot come from 1 traject") as caught:
+        quantize(tiny.pipeline("text"), output=out, settings=few)
+    assert complete(caught.value) and list(out.iterdir()) == []
+    assert quantize(tiny.pipeline("text"), output=out).proof["ok"]
+
+
 def test_resume(saved_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quantize(str(saved_pipeline), output=tmp_path / "whole", device="cpu")
     monkeypatch.chdir(saved_pipeline.parent)

@@ -139,8 +139,9 @@ def quantize(
         progress: Where to report; None: tqdm bars.
         correct: ``tac``: add a correction a timestep to the recipe, fitted on the packed network; ``tac-state``: one
             fitted for the next state, without what is within its errors; ``tac-even``: the same, balanced instead of
-            least, so that noise in the estimate does not shrink it; ``tac-mean``: constants alone, no factor
-            (`docs/methods/tac.md` says which to take).
+            least, so that noise in the estimate does not shrink it; ``tac-mean``: constants alone, no factor;
+            ``tac-auto``: the one of these three that helps most on trajectories that no fit saw, or none
+            (`docs/methods/tac.md`).
         cache: Folder of results that runs which begin alike share (same model, prompts, seed, bits, layers and first
             steps): arms of a comparison need not calibrate and round again. What is taken from it is not in ``costs``.
 
@@ -239,6 +240,10 @@ def _run(
             save(result.pipeline, folder, result.plan, result.extras(), disk=disk, source=result.source)
             journal.close()
         return result
+    except InputError:
+        if not resume and journal.begun:
+            journal.abandon()
+        raise
     finally:
         journal.release()
         if output is None:

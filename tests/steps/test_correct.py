@@ -26,7 +26,8 @@ from bitbrush.engine.recipe import CORRECTIONS, load_recipe
 from bitbrush.errors import InputError, NumericsError
 from bitbrush.network import correction, wrap
 from bitbrush.network.correction import CorrectionSpec
-from bitbrush.steps import STEPS, chain
+from bitbrush.steps import STEPS, beside, chain
+from bitbrush.steps.correct import TRIED
 from chains import BETAS, DDIM, ONE_STEP, SCHEDULERS, STEPS_TAKEN, Chain, coarse, estimate
 
 Fit = Literal["branches", "guided", "state", "even"]
@@ -492,6 +493,43 @@ def test_a_balanced_run_leaves_the_input_alone(tmp_path: Path, clips: bool, name
     assert facts["factors"] == int((found.scale != 1).sum()) and (facts["factors"] > 0) == (name == "tac-even")
     assert facts["constants"] == int((found.bias != 0).sum()) > 0 and not found.shift.any()
     assert bool(((found.scale >= 1 / 1.2001) & (found.scale <= 1.2001)).all())
+
+
+def drifting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The packed network, as it is fitted, answers with a constant too much."""
+    network = beside.Recorded.network
+    monkeypatch.setattr(beside.Recorded, "network", lambda self, step, x: network(self, step, x) + 0.1)
+
+
+def test_the_form_is_found_on_trajectories_that_no_fit_saw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drifting(monkeypatch)
+    said: list[str] = []
+    monkeypatch.setattr(Silent, "say", lambda self, text: said.append(text))
+    pipe = tiny.text_pipeline()
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    settings = {f"correct.{key}": value for key, value in CORRECTIONS["tac-auto"].items()} | {"trajectories.samples": 8}
+    facts = small.execute(tmp_path, pipe, CORRECTED, settings=settings).done[-1]["correction"]
+    gains = {name: found["gain"] for name, found in facts["tried"].items()}
+    assert set(gains) == set(TRIED) == {"tac-mean", "tac-state", "tac-even"} and max(gains.values()) > 0.1
+    best = max(gains, key=lambda name: gains[name])
+    assert facts["fit"] == CORRECTIONS[best]["fit"] and facts["samples"] == 8
+    assert facts["error_with"][-1] < 0.95 * facts["error_without"][-1]
+    assert any(f"{best} is taken" in text and "tac-state" in text for text in said)
+
+
+def test_no_form_is_taken_where_none_is_known_to_help(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One trajectory to judge on says nothing of chance."""
+    drifting(monkeypatch)
+    said: list[str] = []
+    monkeypatch.setattr(Silent, "say", lambda self, text: said.append(text))
+    pipe = tiny.text_pipeline()
+    settings: dict[str, Any] = {"correct.fit": "auto", "trajectories.samples": 2}
+    facts = small.execute(tmp_path, pipe, CORRECTED, settings=settings).done[-1]["correction"]
+    found = correction.of(pipe.unet)
+    assert (facts["fit"], facts["factors"], facts["shifts"], facts["constants"]) == ("none", 0, 0, 0)
+    assert bool((found.scale == 1).all()) and not found.bias.any() and not found.shift.any()
+    assert any("no form of the correction helps" in text for text in said) and len(facts["tried"]) == 3
+    assert facts["in_words"].startswith("none") and all(found["error"] is None for found in facts["tried"].values())
 
 
 def test_the_order_of_steps(tmp_path: Path) -> None:

@@ -97,7 +97,8 @@ def quantize(
         typer.Option("--correct", help="tac: also fit constants a timestep that correct the estimate, as published; "
                                        "tac-state: for the next state's error, without what is within its errors; "
                                        "tac-even: the same, and noise in the estimate does not count; "
-                                       "tac-mean: that without the factor.")
+                                       "tac-mean: that without the factor; "
+                                       "tac-auto: the best of these three on trajectories that no fit saw, or none.")
     ] = None,
     cache: Annotated[
         Path | None, typer.Option("--cache", help="Folder of results that runs which begin alike share.")

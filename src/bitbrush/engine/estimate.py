@@ -186,8 +186,10 @@ def estimate(survey: Survey, plan: Plan, recipe: Recipe, guided: bool, device: s
         elif step.do == "trajectories":  # sampled once in float; `correct` walks them twice, packed
             base = next(s.model_dump() for s in recipe.steps if s.do == "calibrate")
             calls = data["samples"] * (data["steps"] or base["steps"])
-            forwards += 3 * calls * (2 if guided else 1)
-            launches += 3 * calls / data["batch"] * CALL
+            tried = any(s.do == "correct" and s.model_dump()["fit"] == "auto" for s in recipe.steps)
+            walks = 3 + 3.5 * tried  # three forms on one half, and they and none on the other
+            forwards += walks * calls * (2 if guided else 1)
+            launches += walks * calls / data["batch"] * CALL
         elif step.do == "fit" and data["what"] == "activations":
             forwards += 1.3 * min(data["samples"], tape or data["samples"])
             if data["inputs"] == "progressive":  # a pass to fit and a pass to go on

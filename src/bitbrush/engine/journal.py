@@ -65,6 +65,11 @@ class Journal:
             self._truncate(len(self.entries))
             undo.pop_all()
 
+    @property
+    def begun(self) -> bool:
+        """Whether the run directory is this process's: it holds the lock."""
+        return self._lock is not None
+
     def lock(self) -> None:
         """Take the run's lock; fails at once when another process holds it."""
         path = self.folder / "lock"
@@ -85,6 +90,15 @@ class Journal:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+    def abandon(self) -> None:
+        """A run that was refused before its first unit ended leaves nothing to resume: what was asked cannot be done."""
+        if self.entries:
+            return
+        for name in ("run.json", *(path.name for path in sorted(self.folder.iterdir()))):
+            if (self.folder / name).exists():
+                self.disk.remove(self.folder / name)
+        self.folder.rmdir()
 
     def close(self) -> None:
         """After success: keep the journal as evidence, remove everything else. ``run.json`` goes first: without it

@@ -51,6 +51,7 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
     },
     "tac-even": {"method": "tac", "fit": "even", "significance": 2.0, "clamp": 1.2},
     "tac-mean": {"method": "tac", "fit": "even", "significance": 2.0, "clamp": 1.0},
+    "tac-auto": {"method": "tac", "fit": "auto"},
 }
 """What ``--correct NAME`` sets in the step ``correct``; the rest is as its defaults say."""
 
@@ -179,7 +180,7 @@ def load_recipe(
         weights, activations: Bits that override the recipe's; 1 to 8, or 16 for float.
         preset: Name of a ``[preset.NAME]`` table.
         settings: ``{"step.key": value}``, applied last.
-        correct: Correction to add (``tac``, ``tac-state``, ``tac-even``, ``tac-mean``): its steps join the recipe's.
+        correct: Correction to add (a name in `CORRECTIONS`): its steps join the recipe's.
     """
     data = _inherited(source, ())
     presets = data.pop("preset", {})

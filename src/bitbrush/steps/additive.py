@@ -62,8 +62,8 @@ class Settings:
     ``count`` K, ``bits`` B, ``group`` g; ``weighted``: k-means points count by their effect on the output (pitfall 6 of
     the paper's initialization) or alike; ``points``: of each codebook's fit, a centre (None: all points; all are
     assigned in any case); ``steps`` of Adam an epoch; ``tolerance``: relative improvement of an epoch below which the
-    next one is not begun; ``feedback``: damping of H where codes are chosen with error feedback (0: they are not), at the
-    start and in the first ``feedback_epochs``; ``budget``: bytes for the search's state and for k-means' distances.
+    next one is not begun; ``feedback``: damping of H where codes are chosen with error feedback (0: they are not),
+    at the start and in the first ``feedback_epochs``; ``budget``: bytes for the search's state and k-means' distances.
     """
 
     count: int = 3

@@ -82,12 +82,16 @@ class Rule:
 
 @dataclass
 class Walk:
-    """Tables ``[T, C]`` (float32), and the chain's error: root mean square of xq_t - x_t at each step."""
+    """Tables ``[T, C]`` (float32), and the chain's error: root mean square of xq_t - x_t at each step.
+
+    ``last`` ``[n]``: its mean square for each trajectory, at the last step's input.
+    """
 
     scale: Tensor
     bias: Tensor
     shift: Tensor
     error: list[float] = field(default_factory=list)
+    last: Tensor = field(default_factory=lambda: torch.zeros(0))
 
     def tables(self) -> dict[str, Tensor]:
         """The tables by name."""
@@ -273,6 +277,7 @@ def walk(
         given_x, given_q = (chain.scale_model_input(s, time) for chain, s in zip(chains, (x, state), strict=True))
         difference = given_q - given_x
         out.error.append(float(difference.square().mean().sqrt()) / scale)
+        out.last = (difference / scale).square().flatten(1).mean(1).cpu()
         if rule is not None and rule.shifts_input and i > 0:
             out.shift[i] = input_bias(difference, rule).cpu()
             if factors is not None:

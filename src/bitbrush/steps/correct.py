@@ -7,23 +7,25 @@ it is fitted on the packed network, which is what will be deployed (`bitbrush.st
 
 from __future__ import annotations
 
-import inspect
-from dataclasses import replace
+import math
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
+from bitbrush.engine.recipe import CORRECTIONS
 from bitbrush.engine.run import Run
 from bitbrush.engine.step import Step, UnitResult
-from bitbrush.engine.tape import Tape
-from bitbrush.errors import InputError
+from bitbrush.errors import InternalError
 from bitbrush.network import correction
 from bitbrush.network.correction import CorrectionSpec
 from bitbrush.network.pipelines import takes_prompt
 from bitbrush.steps import chain
+from bitbrush.steps.beside import Chains
 from bitbrush.steps.calibrate import Calibrate, calibration
+
+TRIED = ("tac-mean", "tac-state", "tac-even")
+"""Forms that ``fit = "auto"`` chooses from; the published one was never the best of them."""
 
 
 class Trajectories(Step):
@@ -95,6 +97,8 @@ class Correct(Step):
             factor K and a constant k on the estimate leave the next error r = step(K q + k, xq) - step(e, x) with
             mean r = 0 and mean r (e - mean e) = 0 in every channel, for any scheduler. There ``l1``, ``l2`` and ``tau``
             say nothing, and ``input_term`` says whether k is fitted: it is the next input's shift, told a step earlier.
+            ``auto`` tries those of `TRIED` on trajectories that they were not fitted to, and takes the best or none;
+            other settings than ``samples`` then say nothing.
         significance: Factor less 1 and input shift (or k) are shrunk towards 0 by this many of their standard errors
             over trajectories, and are 0 within them; 0: the factor is taken as it is, the shift where it exceeds two.
         granularity: One number a channel, or one for all.
@@ -108,7 +112,7 @@ class Correct(Step):
     tau: float = Field(default=0.5, ge=0)
     rel_reduction: Literal["mean", "sum"] = "mean"
     input_term: bool = True
-    fit: Literal["branches", "guided", "state", "even"] = "branches"
+    fit: Literal["branches", "guided", "state", "even", "auto"] = "branches"
     significance: float = Field(default=0.0, ge=0)
     granularity: Literal["channel", "scalar"] = "channel"
     clamp: float = Field(default=2.0, ge=1)
@@ -125,46 +129,55 @@ class Correct(Step):
 
     @property
     def rule(self) -> chain.Rule:
-        """How the walk along the chain fits."""
+        """How the walk along the chain fits. Raises InternalError where that is still to be found (``auto``)."""
+        if self.fit == "auto":
+            raise InternalError("a correction has no rule yet", where="step correct", why='fit = "auto" finds it')
         return chain.Rule(self.l1, self.l2, self.tau, self.rel_reduction, self.granularity, self.clamp, self.input_term,
                           self.fit, self.significance)
 
     def run_unit(self, run: Run, unit: str, generator: torch.Generator) -> UnitResult:
-        """Walk the chain without a correction, to know its error, and fitting.
-
-        Where the scheduler cannot be told of the input term, the fit is made with and without that term, and the one
-        with the smaller error at the last input is kept.
-        """
+        """Walk the chain without a correction, to know its error, and fitting."""
         source = _source(run)
-        sampler = source.sampler(run)
-        recorded = _Recorded(run, source, self.samples)
-        scheduler, steps = run.pipeline.scheduler, sampler.steps
-        rule = self.rule
-
-        def walk(chosen: chain.Rule | None) -> chain.Walk:
-            return chain.walk(recorded.moments, recorded.network, scheduler, steps, rule=chosen,
-                              options=_step_options(run.pipeline), guidance=sampler.guidance)
-
-        plain, fitted = walk(None), walk(rule)
-        factors, why = chain.folding(scheduler, steps)
-        fit = "branches" if self.fit == "state" and factors is None else self.fit
-        if fit != self.fit:
-            run.progress.say(f"The correction is fitted for the estimate, not for the next state: {why}.")
-        if rule.shifts_input and factors is None:  # half of the input term: the network alone sees it
-            without = walk(replace(rule, input_term=False))
-            fitted = min(without, fitted, key=lambda walk: walk.error[-1])
-            why += "; without its part for the scheduler the input term does not help" * (fitted is without)
-        spec = self._spec(run, fitted, sampler, factors is not None, why if rule.shifts_input else "")
+        rule, tried = self._found(run, source) if self.fit == "auto" else (self.rule, {})
+        chains = Chains(run, source, slice(self.samples))
+        plain = chains.walk()
+        fitted, why = (plain, "") if rule is None else chains.fitted(rule)
+        fit = "none" if rule is None else "branches" if rule.fit == "state" and chains.factors is None else rule.fit
+        if rule is not None and fit != rule.fit:
+            run.progress.say(f"The correction is fitted for the estimate, not for the next state: {chains.why}.")
+        spec = self._spec(run, fitted, source.sampler(run), chains.factors is not None, why)
         facts = {
-            "in_words": spec.in_words(), "samples": recorded.count,
+            "in_words": "none: no form of it was found to help" if rule is None else spec.in_words(),
+            "samples": chains.recorded.count,
             "fit": fit, "factors": int((fitted.scale != 1).sum()), "shifts": int((fitted.shift != 0).sum()),
-            "constants": int((fitted.bias != 0).sum()),
+            "constants": int((fitted.bias != 0).sum()), "tried": tried,
             "error_without": [round(v, 6) for v in plain.error], "error_with": [round(v, 6) for v in fitted.error],
         }
         if fitted.error[-1] > plain.error[-1]:
             run.progress.say("The correction does not help here: the error of the last input is "
                              f"{fitted.error[-1]:.4g} with it and {plain.error[-1]:.4g} without.")
         return UnitResult(fitted.tables(), notes={"correction": {**spec.model_dump(mode="json"), **facts}})
+
+    def _found(self, run: Run, source: Trajectories) -> tuple[chain.Rule | None, dict[str, Any]]:
+        """The form to take, and what each is worth: fitted on half of the trajectories, judged on the other half.
+
+        A gain is how much the mean square of the last input's error falls, in mean over the trajectories of the second
+        half, with its standard error. Taken is the largest gain, if it exceeds two errors; None: no form's does.
+        """
+        count = Chains(run, source, slice(self.samples)).recorded.count
+        first, rest = (Chains(run, source, part) for part in (slice(count // 2), slice(count // 2, count)))
+        plain, gains = rest.walk().last, dict[str, tuple[float, float]]()
+        for name in TRIED:
+            found, _ = first.fitted(rule_of(name))
+            less = (plain - rest.walk(given=found).last) / plain.mean()
+            error = float(less.std() / len(less) ** 0.5) if len(less) > 1 else math.inf
+            gains[name] = float(less.mean()), error
+        best = max(gains, key=lambda name: gains[name][0])
+        tried = {name: {"gain": round(gain, 6), "error": round(error, 6) if math.isfinite(error) else None}
+                 for name, (gain, error) in gains.items()}  # fmt: skip
+        taken = best if gains[best][0] > 2 * gains[best][1] else None
+        run.progress.say(_told(taken, tried))
+        return None if taken is None else rule_of(taken), tried
 
     def apply(self, run: Run, unit: str, result: UnitResult) -> None:
         """Hook the correction to the denoiser."""
@@ -183,58 +196,18 @@ class Correct(Step):
         )
 
 
-class _Recorded:
-    """The recorded trajectories as `chain.walk` asks for them."""
+def rule_of(name: str) -> chain.Rule:
+    """The rule of a correction that ``--correct`` knows by name."""
+    return Correct(do="correct", **CORRECTIONS[name]).rule
 
-    def __init__(self, run: Run, source: Trajectories, limit: int | None) -> None:
-        sampler = source.sampler(run)
-        times = chain.timesteps_of(run.pipeline.scheduler, sampler.steps)
-        self.run = run
-        self.tape = Tape(run.tape.scratch, run.device, run.tape.budget, run.tape.dtype)
-        for unit in source.units(run):
-            self.tape.add(run.journal.path_of(source.label, unit), source.label)
-        table = self.tape.table()
-        if table.shape[1] != len(times) or bool((table < 0).any()):
-            raise InputError("the recorded trajectories are not whole", where="step correct",
-                             why=f"expected {len(times)} timesteps in each, found {table.shape[1]}",
-                             try_="use a scheduler that visits each timestep once, such as DDIMScheduler")
-        self.table = table[:limit]
-        self.count = len(self.table)
 
-    def moments(self, step: int) -> tuple[Tensor, Tensor]:
-        """(input, estimate) of the float network."""
-        halves = [self._read(step, half) for half in range(self.table.shape[2])]
-        sample = torch.cat([batch["sample"] for batch in halves[0]])
-        estimates = torch.cat([batch["output"] for half in halves for batch in half])
-        found = sample.to(self.run.device).float(), estimates.to(self.run.device).float()
-        if found[0].shape[1:] != found[1].shape[1:]:
-            raise InputError("the estimate has another shape than the sample", where="step correct",
-                             why="the network also predicts a variance", try_="leave the correction out")
-        return found
-
-    def network(self, step: int, x: Tensor) -> Tensor:
-        """The packed network's estimate for other inputs, under the recorded conditions."""
-        parts = []
-        with torch.no_grad():
-            for half in range(self.table.shape[2]):
-                start = 0
-                for batch in self._read(step, half):
-                    stop = start + len(batch["timestep"])
-                    args, kwargs = self.tape.inputs({**batch, "sample": x[start:stop]})
-                    parts.append(self.run.model(*args, **kwargs).sample.float())
-                    start = stop
-        return torch.cat(parts)
-
-    def _read(self, step: int, half: int) -> list[dict[str, Tensor]]:
-        return list(self.tape.select(self.table[:, step, half].tolist(), size=self.tape.batch))
+def _told(name: str | None, tried: dict[str, Any]) -> str:
+    """What was found, for whoever watches."""
+    known = {form: f" +- {found['error']:.1%}" if found["error"] is not None else "" for form, found in tried.items()}
+    gains = ", ".join(f"{form} {found['gain']:+.1%}{known[form]}" for form, found in tried.items())
+    taken = "no form of the correction helps, so it does nothing" if name is None else f"{name} is taken"
+    return f"On trajectories that no fit saw, {taken}. Less error of the last input: {gains}."
 
 
 def _source(run: Run) -> Trajectories:
     return next(step for step in run.recipe.steps if isinstance(step, Trajectories))
-
-
-def _step_options(pipeline: Any) -> dict[str, Any]:
-    """What the pipeline's call passes on to the scheduler's step, as `pipelines.sample_latents` asks for it."""
-    accepted = inspect.signature(type(pipeline).__call__).parameters
-    wanted = {"eta": 0.0, "use_clipped_model_output": True} if not takes_prompt(pipeline) else {}
-    return {name: value for name, value in wanted.items() if name in accepted}
