@@ -92,7 +92,7 @@ class Journal:
             self._lock = None
 
     def abandon(self) -> None:
-        """A run that was refused before its first unit ended leaves nothing to resume: what was asked cannot be done."""
+        """A run that was refused before its first unit ended leaves nothing to resume: it would be refused again."""
         if self.entries:
             return
         for name in ("run.json", *(path.name for path in sorted(self.folder.iterdir()))):
