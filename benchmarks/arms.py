@@ -110,6 +110,9 @@ def bars() -> list[Run]:
         ("cifar10-ddpm", "w6a6")) for recipe in ("rtn", "rtn-dynamic", "qdiffusion")]  # fmt: skip
     found += [Run("cifar10-ddpm", "dgq", "w4a6", "bar"),
               Run("cifar10-ddpm", "vqdm", "w3a16", "bar", "--set tune.iterations=1500")]  # fmt: skip
+    longer = "--set codebooks.epochs=16 --set codebooks.tolerance=0.001 --set codebooks.feedback_epochs=16"
+    found += [Run("emoji-sd", "vqdm", bits, "feedback", f"{two}--set tune.iterations=1500 {longer}")
+              for bits, two in (("w3a16", ""), ("w2a16", "--preset two "))]  # fmt: skip
     return found
 
 
