@@ -33,11 +33,22 @@ class Chains:
         self.recorded, self.scheduler, self.steps = Recorded(run, source, part), run.pipeline.scheduler, sampler.steps
         self.options, self.guidance = _step_options(run.pipeline), sampler.guidance
         self.factors, self.why = chain.folding(self.scheduler, self.steps)
+        self.progress = run.progress
 
     def walk(self, rule: chain.Rule | None = None, given: chain.Walk | None = None) -> chain.Walk:
-        """Fitting, with given tables, or without a correction."""
-        return chain.walk(self.recorded.moments, self.recorded.network, self.scheduler, self.steps, rule=rule,
-                          given=given, options=self.options, guidance=self.guidance)
+        """Fitting, with given tables, or without a correction; a bar of its steps is shown."""
+        label = "fitting" if rule is not None else "without" if given is None else "judging"
+        self.progress.start(label, self.steps)
+        try:
+            return chain.walk(self.recorded.moments, self._network, self.scheduler, self.steps, rule=rule,
+                              given=given, options=self.options, guidance=self.guidance)
+        finally:
+            self.progress.finish()
+
+    def _network(self, step: int, x: Tensor) -> Tensor:
+        answers = self.recorded.network(step, x)
+        self.progress.advance(1)
+        return answers
 
     def fitted(self, rule: chain.Rule) -> tuple[chain.Walk, str]:
         """A walk that fits, and why its input term is the network's alone.
