@@ -36,19 +36,18 @@ class Chains:
         self.progress = run.progress
 
     def walk(self, rule: chain.Rule | None = None, given: chain.Walk | None = None) -> chain.Walk:
-        """Fitting, with given tables, or without a correction; a bar of its steps is shown."""
-        label = "fitting" if rule is not None else "without" if given is None else "judging"
-        self.progress.start(label, self.steps)
-        try:
-            return chain.walk(self.recorded.moments, self._network, self.scheduler, self.steps, rule=rule,
-                              given=given, options=self.options, guidance=self.guidance)
-        finally:
-            self.progress.finish()
+        """Fitting, with given tables, or without a correction; the innermost bar moves with each step."""
+        return chain.walk(self.recorded.moments, self._network, self.scheduler, self.steps, rule=rule,
+                          given=given, options=self.options, guidance=self.guidance)
 
     def _network(self, step: int, x: Tensor) -> Tensor:
         answers = self.recorded.network(step, x)
         self.progress.advance(1)
         return answers
+
+    def fits(self, rule: chain.Rule) -> int:
+        """How many walks `fitted` takes."""
+        return 2 if rule.shifts_input and self.factors is None else 1
 
     def fitted(self, rule: chain.Rule) -> tuple[chain.Walk, str]:
         """A walk that fits, and why its input term is the network's alone.
@@ -57,7 +56,7 @@ class Chains:
         with the smaller error at the last input is kept.
         """
         found = self.walk(rule)
-        if not rule.shifts_input or self.factors is not None:
+        if self.fits(rule) == 1:
             return found, ""
         without = self.walk(replace(rule, input_term=False))  # half of the input term: the network alone sees it
         if without.error[-1] <= found.error[-1]:
