@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 Results = list[dict[str, Any]]
-Measured = tuple[float | None, bool] | tuple[float | None, bool, int]
-"""Value, whether it meets the bar, and of comparisons the number of seeds that both runs have."""
 Key = tuple[str, str, int, int]
 """(model, recipe, weight bits, activation bits)."""
+
+
+class Measured(NamedTuple):
+    """Value, whether it meets the bar, and of comparisons the number of seeds that both runs have."""
+
+    value: float | None
+    met: bool
+    seeds: int | None = None
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ def at_least(bound: float, *keys: str) -> Callable[[Results, Results], Measured]
 
     def measure(rows: Results, _all: Results) -> Measured:
         value = mean(rows, *keys)
-        return value, value is not None and value >= bound
+        return Measured(value, value is not None and value >= bound)
 
     return measure
 
@@ -57,7 +63,7 @@ def at_most(bound: float, *keys: str, factor: float = 1.0) -> Callable[[Results,
 
     def measure(rows: Results, _all: Results) -> Measured:
         value = mean(rows[:1], *keys)
-        return (None, False) if value is None else (value * factor, value * factor <= bound)
+        return Measured(None, False) if value is None else Measured(value * factor, value * factor <= bound)
 
     return measure
 
@@ -78,9 +84,9 @@ def fid(bound: float, *, over_fp: bool = False) -> Callable[[Results, Results], 
     def measure(rows: Results, _all: Results) -> Measured:
         value, base = mean(rows, "metrics", "fid", "value"), mean(rows, "fp", "fid", "value")
         if value is None or base is None:
-            return None, False
+            return Measured(None, False)
         value = value - base if over_fp else value
-        return value, value <= bound
+        return Measured(value, value <= bound)
 
     return measure
 
@@ -114,10 +120,10 @@ def against(
             rows = [r for r in every if r["recipe"] == first["recipe"] and r["arm"] == mine and _same(r, first)]
         common = [r for r in rows if r["seed"] in like]
         if not common:
-            return None, False
+            return Measured(None, False)
         deltas = [r["metrics"][name]["value"] - like[r["seed"]]["metrics"][name]["value"] for r in common]
         value, noise = sum(deltas) / len(deltas), [r["fp"][name]["value"] for r in common if name in r["fp"]]
-        return value, judge(value, max(noise) - min(noise) if noise else 0.0), len(common)
+        return Measured(value, judge(value, max(noise) - min(noise) if noise else 0.0), len(common))
 
     return measure
 
@@ -161,7 +167,7 @@ def memory_over_model(rows: Results, _all: Results) -> Measured:
     """Peak GPU memory less the float32 model's, in GB; it must not pass 6."""
     row = rows[0]
     value = (row["peak_memory"] - 2 * row["unet_bytes"] / row["share_of_bf16"]) / 1e9
-    return value, value <= 6
+    return Measured(value, value <= 6)
 
 
 def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
@@ -280,6 +286,7 @@ BARS: dict[Key, list[Bar]] = {
     ("cifar10-ddpm", "mpqdm", 2, 4): [Bar("FID <= 11", "{:.2f}", fid(11.0)), _bits(2.4)],
 }
 
+_BESIDE_STATIC = Note("bar", "`static`: one scale for all steps, the same weights, trained alike.")
 NOTES: dict[Key, Note] = {
     ("emoji-sd-tiny", "qdiffusion", 4, 8): Note(
         "block",
@@ -333,8 +340,8 @@ NOTES: dict[Key, Note] = {
         "`nearest`: weights rounded to nearest, as in the authors' code, and not as in `qdiffusion`; `conv-in-8`: so, "
         "and the input of the first convolution, x_t itself, in 8 bits.",
     ),
-    ("cifar10-ddpm", "adpdm", 4, 6): Note("bar", "`static`: one scale for all steps, the same weights, trained alike."),
-    ("cifar10-ddpm", "adpdm", 4, 4): Note("bar", "`static`: one scale for all steps, the same weights, trained alike."),
+    ("cifar10-ddpm", "adpdm", 4, 6): _BESIDE_STATIC,
+    ("cifar10-ddpm", "adpdm", 4, 4): _BESIDE_STATIC,
     ("cifar10-ddpm", "mpqdm", 2, 4): Note(
         "bar", "`lean`: `--preset lean`, 3 bits instead of 4 for time projections and shortcuts.",
     ),

@@ -43,17 +43,17 @@ def page(results: Results) -> str:
         "",
     ]
     main = [r for r in results if r["arm"] == "bar"]
-    for model, recipe, weights, activations in sorted({_key(r) for r in main}, key=str):
-        chosen = [r for r in main if _key(r) == (model, recipe, weights, activations)]
-        lines += section(model, recipe, weights, activations, chosen)
+    for key in sorted({_key(r) for r in main}, key=str):
+        lines += section([r for r in main if _key(r) == key], results)
     lines += ablations(results)
     lines += codebooks()
     lines += spike()
     return "\n".join(lines) + "\n"
 
 
-def section(model: str, recipe: str, weights: int, activations: int, rows: Results) -> list[str]:
+def section(rows: Results, results: Results) -> list[str]:
     """One model and recipe: table of arms, bars, cost."""
+    model, recipe, weights, activations = _key(rows[0])
     seeds = ", ".join(str(r["seed"]) for r in rows)
     lines = [
         f"## {model}, `{recipe}` W{weights}A{activations}",
@@ -65,7 +65,7 @@ def section(model: str, recipe: str, weights: int, activations: int, rows: Resul
     names = ["clip", "psnr", "psnr_worst5", "ssim", "r1_heldout", "r1_seen", "fid"]
     arms = {"full precision": "fp", "rtn": "rtn", "rtn-dynamic": "rtn_dynamic", f"**{recipe}**": "metrics"}
     names = [n for n in names if any(n in r[key] for r in rows for key in arms.values())]
-    found = {key: [rounded(r, key) for r in rows] for key in arms.values()}
+    found = {key: [rounded(r, key, results) for r in rows] for key in arms.values()}
     lines += ["| arm | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
     for label, key in arms.items():
         cells = []
@@ -75,31 +75,31 @@ def section(model: str, recipe: str, weights: int, activations: int, rows: Resul
             cells.append(f"{sum(values) / len(values):.4f}{note}" if values else "")
         if any(cells):
             lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    lines += ["", *bars(model, recipe, weights, activations, rows), *cost(rows[0])]
+    lines += ["", *bars(rows, results), *cost(rows[0])]
     return lines
 
 
-def rounded(row: dict[str, Any], key: str) -> dict[str, Any]:
+def rounded(row: dict[str, Any], key: str, results: Results) -> dict[str, Any]:
     """Metrics of one row of the table: of a plain rounding also from another run of the same model, bits and seed."""
     found: dict[str, Any] = row[key]
     if found or key not in ("rtn", "rtn_dynamic"):
         return found
-    same = [r for r in load() if _key(r)[0] == row["model"] and _key(r)[2:] == _key(row)[2:]
+    same = [r for r in results if _key(r)[0] == row["model"] and _key(r)[2:] == _key(row)[2:]
             and (r["seed"], r["n"]) == (row["seed"], row["n"])]  # fmt: skip
     own = [r["metrics"] for r in same if (r["recipe"], r["arm"]) == (key.replace("_", "-"), "bar")]
     return next((one for one in own + [r[key] for r in same] if one), {})
 
 
-def bars(model: str, recipe: str, weights: int, activations: int, rows: Results) -> list[str]:
+def bars(rows: Results, results: Results) -> list[str]:
     """What was asked and what came out."""
-    asked = BARS.get((model, recipe, weights, activations), [])
+    asked = BARS.get(_key(rows[0]), [])
     if not asked:
         return []
     lines = ["| bar | measured | |", "|---|---:|---|"]
     for bar in asked:
-        value, met, *common = bar.measure(rows, load())
+        value, met, seeds = bar.measure(rows, results)
         shown = "not measured" if value is None else bar.form.format(value)
-        shown += f" ({common[0]} of 3 seeds)" if common and common[0] < 3 else ""
+        shown += f" ({seeds} of 3 seeds)" if seeds is not None and seeds < 3 else ""
         lines.append(f"| {bar.text} | {shown} | {'' if value is None else 'met' if met else '**missed**'} |")
     missing = sorted({0, 1, 2} - {r["seed"] for r in rows})
     if missing:
