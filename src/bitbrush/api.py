@@ -241,7 +241,7 @@ def _run(
             journal.close()
         return result
     except InputError:
-        if not resume and journal.begun:
+        if not resume:
             journal.abandon()
         raise
     finally:

@@ -65,11 +65,6 @@ class Journal:
             self._truncate(len(self.entries))
             undo.pop_all()
 
-    @property
-    def begun(self) -> bool:
-        """Whether the run directory is this process's: it holds the lock."""
-        return self._lock is not None
-
     def lock(self) -> None:
         """Take the run's lock; fails at once when another process holds it."""
         path = self.folder / "lock"
@@ -92,24 +87,28 @@ class Journal:
             self._lock = None
 
     def abandon(self) -> None:
-        """A run that was refused before its first unit ended leaves nothing to resume: it would be refused again."""
-        if self.entries:
+        """A run that was refused before its first unit ended leaves nothing to resume: it would be refused again.
+
+        Does nothing where units ended, or the folder is not this process's.
+        """
+        if self._lock is None or self.entries:
             return
-        for name in ("run.json", *(path.name for path in sorted(self.folder.iterdir()))):
-            if (self.folder / name).exists():
-                self.disk.remove(self.folder / name)
+        self._sweep()
         self.folder.rmdir()
 
     def close(self) -> None:
-        """After success: keep the journal as evidence, remove everything else. ``run.json`` goes first: without it
-        there is nothing to resume, and what a kill leaves behind is swept up by the next call."""
-        kept = self.folder / "journal.jsonl"
+        """After success: keep the journal as evidence, remove everything else."""
+        self._sweep(keep="journal.jsonl")
+        self.release()
+
+    def _sweep(self, keep: str = "") -> None:
+        """Empty the run directory. ``run.json`` goes first: without it there is nothing to resume, and what a kill
+        leaves behind is swept up by the next call."""
         if (self.folder / "run.json").exists():
             self.disk.remove(self.folder / "run.json")
         for path in sorted(self.folder.iterdir()) if self.folder.exists() else []:
-            if path != kept:
+            if path.name != keep:
                 self.disk.remove(path)
-        self.release()
 
     # ---- units -------------------------------------------------------------------------------------------------
     def find(self, step: str, unit: str) -> UnitResult | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -20,20 +21,27 @@ if TYPE_CHECKING:
 
 
 class Chains:
-    """Walks beside some of the recorded trajectories.
+    """Walks beside recorded trajectories.
 
     Args:
         run: With the packed network and the scheduler.
         source: What recorded them.
-        part: Which.
+        limit: How many of them; None: all.
     """
 
-    def __init__(self, run: Run, source: Trajectories, part: slice) -> None:
+    def __init__(self, run: Run, source: Trajectories, limit: int | None) -> None:
         sampler = source.sampler(run)
-        self.recorded, self.scheduler, self.steps = Recorded(run, source, part), run.pipeline.scheduler, sampler.steps
+        self.recorded, self.scheduler, self.steps = Recorded(run, source, limit), run.pipeline.scheduler, sampler.steps
         self.options, self.guidance = _step_options(run.pipeline), sampler.guidance
         self.factors, self.why = chain.folding(self.scheduler, self.steps)
         self.progress = run.progress
+
+    def halves(self) -> tuple[Chains, Chains]:
+        """Beside the first half of the trajectories, and beside the others."""
+        count = self.recorded.count // 2
+        first, others = copy.copy(self), copy.copy(self)
+        first.recorded, others.recorded = self.recorded.part(slice(count)), self.recorded.part(slice(count, None))
+        return first, others
 
     def walk(self, rule: chain.Rule | None = None, given: chain.Walk | None = None) -> chain.Walk:
         """Fitting, with given tables, or without a correction; the innermost bar moves with each step."""
@@ -65,9 +73,9 @@ class Chains:
 
 
 class Recorded:
-    """Some recorded trajectories as `chain.walk` asks for them."""
+    """The recorded trajectories as `chain.walk` asks for them."""
 
-    def __init__(self, run: Run, source: Trajectories, part: slice) -> None:
+    def __init__(self, run: Run, source: Trajectories, limit: int | None) -> None:
         sampler = source.sampler(run)
         times = chain.timesteps_of(run.pipeline.scheduler, sampler.steps)
         self.run = run
@@ -79,8 +87,18 @@ class Recorded:
             raise InputError("the recorded trajectories are not whole", where="step correct",
                              why=f"expected {len(times)} timesteps in each, found {table.shape[1]}",
                              try_="use a scheduler that visits each timestep once, such as DDIMScheduler")
-        self.table = table[part]
-        self.count = len(self.table)
+        self.table = table[:limit]
+
+    @property
+    def count(self) -> int:
+        """How many trajectories."""
+        return len(self.table)
+
+    def part(self, rows: slice) -> Recorded:
+        """Some of them."""
+        some = copy.copy(self)
+        some.table = self.table[rows]
+        return some
 
     def moments(self, step: int) -> tuple[Tensor, Tensor]:
         """(input, estimate) of the float network."""

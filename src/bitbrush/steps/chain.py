@@ -178,7 +178,7 @@ def even_terms(
     """
     one, scalar = torch.ones(e.shape[1], device=e.device), rule.granularity == "scalar"
     scale, none = one, torch.zeros_like(one)
-    if e[:, 0].numel() >= FEWEST:
+    if rule.clamp > 1 and e[:, 0].numel() >= FEWEST:
         dims = (0, 1, 2, 3) if scalar else (0, 2, 3)
 
         def centred(v: Tensor) -> Tensor:  # what a constant does must not look like a factor's uncertainty
@@ -277,7 +277,6 @@ def walk(
         given_x, given_q = (chain.scale_model_input(s, time) for chain, s in zip(chains, (x, state), strict=True))
         difference = given_q - given_x
         out.error.append(float(difference.square().mean().sqrt()) / scale)
-        out.last = (difference / scale).square().flatten(1).mean(1).cpu()
         if rule is not None and rule.shifts_input and i > 0:
             out.shift[i] = input_bias(difference, rule).cpu()
             if factors is not None:
@@ -296,6 +295,7 @@ def walk(
             carried = None if factors is None else float(factors[i]) * left
             out.scale[i] = _factor(rule, (q, e), (q_guided, e_guided), carried, len(sample)).cpu()
         state = _after(chains[1], q_guided, time, state, options, keep=True)(out.scale[i], out.bias[i])
+    out.last = (difference / scale).square().flatten(1).mean(1).cpu()
     return out
 
 

@@ -138,17 +138,21 @@ class Correct(Step):
     def run_unit(self, run: Run, unit: str, generator: torch.Generator) -> UnitResult:
         """Walk the chain without a correction, to know its error, and fitting."""
         source = _source(run)
-        chains = Chains(run, source, slice(self.samples))
-        tries = sum(chains.fits(rule_of(name)) + 1 for name in TRIED) + 1 if self.fit == "auto" else 0
-        walks = 1 + tries + (1 if tries else chains.fits(self.rule))
-        run.progress.start("walks", walks * chains.steps)
+        chains = Chains(run, source, self.samples)
+        run.progress.start("walks", self._walks(chains) * chains.steps)
         try:
             return self._fitted(run, source, chains)
         finally:
             run.progress.finish()
 
+    def _walks(self, chains: Chains) -> int:
+        """How many there will be: without a correction, and fitting it."""
+        if self.fit != "auto":
+            return 1 + chains.fits(self.rule)
+        return 3 + sum(chains.fits(rule_of(name)) + 1 for name in TRIED)  # without: on all, and on those that judge
+
     def _fitted(self, run: Run, source: Trajectories, chains: Chains) -> UnitResult:
-        rule, tried = self._found(run, source, chains.recorded.count) if self.fit == "auto" else (self.rule, {})
+        rule, tried = self._found(run, chains) if self.fit == "auto" else (self.rule, {})
         plain = chains.walk()
         fitted, why = (plain, "") if rule is None else chains.fitted(rule)
         fit = "none" if rule is None else "branches" if rule.fit == "state" and chains.factors is None else rule.fit
@@ -167,13 +171,13 @@ class Correct(Step):
                              f"{fitted.error[-1]:.4g} with it and {plain.error[-1]:.4g} without.")
         return UnitResult(fitted.tables(), notes={"correction": {**spec.model_dump(mode="json"), **facts}})
 
-    def _found(self, run: Run, source: Trajectories, count: int) -> tuple[chain.Rule | None, dict[str, Any]]:
+    def _found(self, run: Run, chains: Chains) -> tuple[chain.Rule | None, dict[str, Any]]:
         """The form to take, and what each is worth: fitted on half of the trajectories, judged on the other half.
 
         A gain is how much the mean square of the last input's error falls, in mean over the trajectories of the second
         half, with its standard error. Taken is the largest gain, if it exceeds two errors; None: no form's does.
         """
-        first, rest = (Chains(run, source, part) for part in (slice(count // 2), slice(count // 2, count)))
+        first, rest = chains.halves()
         plain, gains = rest.walk().last, dict[str, tuple[float, float]]()
         for name in TRIED:
             found, _ = first.fitted(rule_of(name))
