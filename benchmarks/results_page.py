@@ -14,13 +14,15 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from bars import BARS, NOTES
+from bars import BARS, NOTES, Note
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "results.md"
 
 Results = list[dict[str, Any]]
 FORMS = {"psnr": ".2f", "clip": ".4f", "fid": ".2f"}
+UNCORRECTED = ("plain", "none")
+"""Names of arms that differ from those with a correction in that alone."""
 TITLES = {"psnr": "PSNR", "clip": "CLIP", "fid": "FID"}
 
 
@@ -123,29 +125,53 @@ def cost(row: dict[str, Any]) -> list[str]:
 
 
 def ablations(results: Results) -> list[str]:
-    """Arms other than the bar, one table a model and recipe; differences to a base arm, or to the bar's run."""
+    """Arms other than the bar, one table a model and recipe (differences to a base arm, or to the bar's run); after
+    it one of the arms with a correction, each beside the very network that it was fitted to."""
     lines: list[str] = []
     arms = [r for r in results if r["arm"] != "bar"]
-    for model, recipe, weights, activations in sorted({_key(r) for r in arms}, key=str):
-        note = NOTES.get((model, recipe, weights, activations))
-        base = note.base if note else "bar"
-        rows = [r for r in results if _key(r) == (model, recipe, weights, activations)
-                and (r["arm"] != "bar" or base == "bar")]
-        by_arm: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
-        for r in rows:
-            by_arm[r["arm"]][r["seed"]] = r
-        lines += [f"## Ablations on {model}, `{recipe}` W{weights}A{activations}", ""]
-        lines += [note.text, ""] if note else []
-        shown = [name for name in FORMS if any(name in r["metrics"] for r in rows)]
-        titles = [TITLES[n] for n in shown] + [f"{TITLES[n]} - {base}" for n in shown]
-        lines += [f"| arm | seeds | {' | '.join(titles)} |", "|---|---|" + "---:|" * len(titles)]
-        for arm, found in sorted(by_arm.items(), key=lambda item: (item[0] != base, item[0])):
-            means = [f"{_mean(found, name):{FORMS[name]}}" for name in shown]
-            changes = [_change(found, by_arm.get(base, {}), name) for name in shown]
-            lines.append(f"| {arm} | {', '.join(map(str, sorted(found)))} | {' | '.join(means + changes)} |")
-        commands = [f"    {r['command']}" for r in rows if r["seed"] == min(by_arm[r["arm"]])]
-        lines += ["", *shortcuts(by_arm), *commands, ""]
+    for key in sorted({_key(r) for r in arms}, key=str):
+        model, recipe, weights, activations = key
+        name = f"{model}, `{recipe}` W{weights}A{activations}"
+        note = NOTES.get(key, Note("bar", ""))
+        rows = [r for r in results if _key(r) == key and (r["arm"] != "bar" or note.base == "bar")]
+        corrected = [r for r in rows if _pair(r)]
+        rows = [r for r in rows if not _pair(r)]
+        if any(r["arm"] != "bar" for r in rows):
+            bases = {r["arm"]: note.base for r in rows}
+            lines += [f"## Ablations on {name}", "", *table(note.text, rows, bases, note.base)]
+        if corrected:
+            bases = {r["arm"]: _uncorrected(r["arm"], corrected) for r in corrected}
+            lines += [f"## Corrections of {name}", "", *table(note.corrections, corrected, bases, "without")]
     return lines
+
+
+def table(text: str, rows: Results, bases: dict[str, str], base: str) -> list[str]:
+    """One row an arm, means over its seeds and differences to the arm that ``bases`` names; the commands below."""
+    by_arm: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
+    for r in rows:
+        by_arm[r["arm"]][r["seed"]] = r
+    shown = [name for name in FORMS if any(name in r["metrics"] for r in rows)]
+    titles = [TITLES[n] for n in shown] + [f"{TITLES[n]} - {base}" for n in shown]
+    lines = [text, ""] if text else []
+    lines += [f"| arm | seeds | {' | '.join(titles)} |", "|---|---|" + "---:|" * len(titles)]
+    for arm, found in sorted(by_arm.items(), key=lambda item: (item[0] not in bases.values(), item[0])):
+        means = [f"{_mean(found, name):{FORMS[name]}}" for name in shown]
+        changes = [_change(found, by_arm.get(bases[arm], {}), name) for name in shown]
+        lines.append(f"| {arm} | {', '.join(map(str, sorted(found)))} | {' | '.join(means + changes)} |")
+    commands = [f"    {r['command']}" for r in rows if r["seed"] == min(by_arm[r["arm"]])]
+    return [*lines, "", *shortcuts(by_arm), *commands, ""]
+
+
+def _pair(row: dict[str, Any]) -> bool:
+    """Whether it has a correction, or is what one is compared to."""
+    return bool(row["settings"].get("correct")) or row["arm"].split("-run")[0] in UNCORRECTED
+
+
+def _uncorrected(arm: str, rows: Results) -> str:
+    """The arm of the same quantization (``-run1``, or no ending) without a correction."""
+    run = "-run" + arm.split("-run")[1] if "-run" in arm else ""
+    arms = {r["arm"] for r in rows}
+    return next((name + run for name in UNCORRECTED if name + run in arms), "")
 
 
 def _change(found: dict[int, dict[str, Any]], base: dict[int, dict[str, Any]], name: str) -> str:
