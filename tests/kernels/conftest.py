@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 
 import builder as layers
-from bitbrush.kernels import cpu, cpu_onednn
+from bitbrush.kernels import cpu, cpu_float, cpu_onednn
 
 
 @pytest.fixture(scope="session")
@@ -16,12 +16,15 @@ def builder() -> ModuleType:
     return layers
 
 
-@pytest.fixture(params=["many rows", "few rows", "split"])
+@pytest.fixture(params=["many rows", "few rows", "split", "floats"])
 def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """This machine with either product, and one whose pairs of products saturate, with weights halved as there."""
+    """This machine with either product, and one whose pairs of products saturate, with weights halved as there, or in
+    float32 where that is exact."""
     monkeypatch.setattr(cpu_onednn, "few", lambda m, k, n: request.param == "few rows")
-    if request.param == "split":
+    if request.param in ("split", "floats"):
         monkeypatch.setattr(cpu_onednn, "engine", lambda: "saturates")
+    if request.param == "split":
+        monkeypatch.setattr(cpu_float, "wanted", lambda shape, x, n: False)
     if request.param == "few rows" and not cpu.int_mm_is_exact():
         pytest.skip("torch._int_mm is not exact here")
     return str(request.param)

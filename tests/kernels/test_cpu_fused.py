@@ -186,19 +186,22 @@ SATURATING = """
 import os
 os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX2"
 import builder, torch
-from bitbrush.kernels import cpu_onednn, proof
-found = cpu_onednn.engine()
-for case in CASES:
-    _, packed, codes = builder.build(case, 3)
-    with packed.input._clock[0].at(builder.timestep(case)):
-        result = proof.prove_layer(codes, packed, builder.make_input(case, 3))
-    assert result["ok"] and "skipped" not in result["kernels"]["cpu-int8"], (case, result)
+from bitbrush.kernels import cpu_float, cpu_onednn, proof
+found, wanted = cpu_onednn.engine(), cpu_float.wanted
+for way in (wanted, lambda shape, x, n: False):
+    cpu_float.wanted = way
+    for case in CASES:
+        _, packed, codes = builder.build(case, 3)
+        with packed.input._clock[0].at(builder.timestep(case)):
+            result = proof.prove_layer(codes, packed, builder.make_input(case, 3))
+        assert result["ok"] and "skipped" not in result["kernels"]["cpu-int8"], (case, result)
 print(found)
 """
 
 
 def test_a_processor_without_dot_products() -> None:
-    """oneDNN restricted to AVX2, in a process of its own: its products saturate, layers are exact all the same."""
+    """oneDNN restricted to AVX2, in a process of its own: its products saturate, layers are exact all the same, in
+    float32 and in halves."""
     cases = [CONV, EIGHT, {**EIGHT, "mode": "token", "kernel": (1, 1)}, {"kind": "linear", "weight_bits": 7}]
     if platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip("ONEDNN_MAX_CPU_ISA is for x86 processors")

@@ -117,11 +117,25 @@ def test_the_better_end_is_kept(ranges: str, tmp_path: Path) -> None:
     """Both ends are measured on equal noise; the kept one ends with the bytes of asking for it."""
     run = made(tmp_path, "measured", START + ranges + relax("measured"))
     found = note(run)
-    errors = {which: found[f"error_{which}"] for which in ("start", "end")}
-    assert found["which"] == min(errors, key=lambda k: errors[k]) and min(errors.values()) < found["error_none"]
+    errors = {which: found[f"error_{which}_db"] for which in ("start", "end")}
+    assert found["which"] == min(errors, key=lambda k: errors[k]) and min(errors.values()) < found["error_none_db"]
+    late = found["end_over_start"]
+    assert late["gain_db"] == pytest.approx(errors["start"] - errors["end"], abs=1e-3) and late["error_db"] > 0
     asked = made(tmp_path, "asked", START + ranges + relax(found["which"]))
     one, two = (tables(quantizers(r, "static")) for r in (run, asked))
     assert len(one) > 20 and all(torch.equal(one[n], two[n]) for n in one) and run.plan == asked.plan
+
+
+def test_one_trajectory_does_not_outweigh_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end is better in three of four by 4 dB, worse in one by 1 dB, where nothing is left of the picture: the mean
+    of the errors would say start."""
+    errors = iter([[-9.0, -9, -9, 0], [-10.0, -10, -10, -1], [-14.0, -14, -14, 0]])  # none, start, end
+    powers = [10 ** (torch.tensor(e) / 10) for e in ([-10.0, -10, -10, -1], [-14.0, -14, -14, 0])]
+    monkeypatch.setattr(Relax, "_error", lambda self, run, truth: torch.tensor(next(errors)))
+    found = note(made(tmp_path, "measured", START + RANGES + relax("measured")))
+    assert found["which"] == "end" and powers[0].mean() < powers[1].mean()
+    assert (found["error_none_db"], found["error_start_db"], found["error_end_db"]) == (-6.75, -7.75, -10.5)
+    assert found["end_over_start"] == {"gain_db": 2.75, "error_db": 1.25}
 
 
 def test_random_steps_are_as_many(tmp_path: Path) -> None:

@@ -74,6 +74,7 @@ def join(layers: list[QuantLayer]) -> Facts | None:
             stored=rows, weight_zero=torch.cat([known.weight_zero for known in parts]),
             weight_scale=torch.cat([known.weight_scale for known in parts]),
             rescale=torch.cat(rescales) if rescales else None, sums=torch.cat([known.sums for known in parts]),
+            reach=max(known.reach for known in parts),
             bias=torch.cat(biases) if biases else None, source=sum((known.source for known in parts), ()),
         )  # fmt: skip
     for layer in layers:

@@ -5,7 +5,8 @@ Where one scale serves a sample (tables over time, K segments and scales found a
     codes    uint8 rows (kh, kw, channel) of pictures in channels-last order, padded with the zero-point's code
     weights  int8 columns, unpacked for this call (`cpu_weights`)
     product  `cpu_onednn.product`: int32 sums, then scales and bias in the same pass; a product a segment. Of few rows
-             `cpu_onednn.few_product`, which wants codes less 128, and weights as they are stored
+             `cpu_onednn.few_product`, which wants codes less 128, and weights as they are stored. Without VNNI often
+             `cpu_float`, which wants codes less the zero-point, as floats
 
 Samples whose scales differ (a batch of mixed timesteps) are computed one after the other. Pictures leave in
 channels-last order, whatever they came in: the next layer then has nothing to transpose, and norms, activations and
@@ -19,12 +20,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from bitbrush.kernels import cpu_onednn, cpu_plain
+from bitbrush.kernels import cpu_float, cpu_onednn, cpu_plain
 from bitbrush.kernels.cpu_layout import Shape, batched, framed, kept_shape, shape_of, unbatched, windows
 from bitbrush.kernels.cpu_weights import columns, rows, tensors
 
@@ -33,10 +34,15 @@ if TYPE_CHECKING:
     from bitbrush.network.layers import QuantLayer
 
 
+Way = Literal["few", "many", "floats"]
+"""How products are made: `cpu_onednn.few_product`, `cpu_onednn.product`, `cpu_float`."""
+
+
 class Part(NamedTuple):
     """Samples with the same scales: their slice of the batch, and scale, zero-point of each segment.
 
-    ``codes``: of each segment, ``[B, H, W, padded channels]``, framed: uint8, or int8 less 128 where rows are few.
+    ``codes``: of each segment, ``[B, H, W, padded channels]``, framed: uint8, or int8 less 128 where rows are few. In
+    floats ``[B, H, W, channels]``, less the zero-point.
     """
 
     start: int
@@ -82,12 +88,16 @@ def arguments(layer: QuantLayer, prepared: Tensor, dtype: torch.dtype, shape: Sh
 def codes(layer: QuantLayer, x: Tensor) -> Tensor:
     """The activation codes that `run` multiplies, uint8, shape of ``x``."""
     prepared, shape = layer.prepare(x), shape_of(layer)
-    pictures = batched(layer, prepared)
+    pictures, found = batched(layer, prepared), tables(layer, prepared)
+    way, _ = _way(pictures, found[2], found[3], shape, layer.out_channels_, tensors(layer))
     left, right, top, bottom = shape.frame
     out = torch.empty_like(pictures, dtype=torch.uint8, memory_format=torch.contiguous_format)
-    for part in _parts(pictures, *tables(layer, prepared), shape, few=False):
-        inner = [c[:, top : c.shape[1] - bottom, left : c.shape[2] - right, :n]
-                 for c, n in zip(part.codes, shape.segments, strict=True)]  # fmt: skip
+    for part in _parts(pictures, *found, shape, "floats" if way == "floats" else "many"):
+        if way == "floats":
+            inner = [c + zero for c, zero in zip(part.codes, part.zero, strict=True)]
+        else:
+            inner = [c[:, top : c.shape[1] - bottom, left : c.shape[2] - right, :n]
+                     for c, n in zip(part.codes, shape.segments, strict=True)]  # fmt: skip
         out[part.start : part.stop] = torch.cat(inner, dim=3)
     return unbatched(layer, out, x)
 
@@ -96,18 +106,24 @@ def accumulators(layer: QuantLayer, x: Tensor) -> list[Tensor]:
     """int32 sums of ``(code_a - zero_a) * (code_w - zero_w)`` of each segment, channels last, from the products that
     `run` multiplies; ``[..., N]``, pictures ``[B, H', W', N]``."""
     prepared, shape = layer.prepare(x), shape_of(layer)
-    pictures = batched(layer, prepared)
-    few = shape.few(pictures, layer.out_channels_)
-    weights = (rows if few else columns)(*tensors(layer))
+    pictures, given = batched(layer, prepared), tables(layer, prepared)
+    way, weights = _way(pictures, given[2], given[3], shape, layer.out_channels_, tensors(layer))
     found: list[list[Tensor]] = [[] for _ in shape.segments]
-    for part in _parts(pictures, *tables(layer, prepared), shape, few):
+    for part in _parts(pictures, *given, shape, way):
         for s, (codes, weight) in enumerate(zip(part.codes, weights, strict=True)):
-            seen = windows(codes, shape.kernel, shape.stride, shape.dilation)
-            operands = seen.flatten(0, 2), part.zero[s], weight
-            made = cpu_onednn.few_sums(*operands) if few else cpu_onednn.sums(*operands, *shape.extremes)
-            found[s].append(made.view(*seen.shape[:3], -1))
+            found[s].append(_sums(way, codes, part.zero[s], weight, shape))
     whole = [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in found]
     return whole if isinstance(layer, nn.Conv2d) else [acc.view(*x.shape[:-1], -1) for acc in whole]
+
+
+def _sums(way: Way, codes: Tensor, zero: int, weight: Tensor, shape: Shape) -> Tensor:
+    """int32 ``[B, H', W', N]`` of one segment."""
+    if way == "floats":
+        return cpu_float.sums(codes, weight, shape).to(torch.int32)
+    seen = windows(codes, shape.kernel, shape.stride, shape.dilation)
+    operands = seen.flatten(0, 2), zero, weight
+    made = cpu_onednn.few_sums(*operands) if way == "few" else cpu_onednn.sums(*operands, *shape.extremes)
+    return made.view(*seen.shape[:3], -1)
 
 
 def _compute(
@@ -118,23 +134,42 @@ def _compute(
 ) -> Tensor:
     """Output ``[B, H', W', N]`` for an input ``[B, H, W, C]``, channels last in both; tables ``[R, S]``, R = 1 or B."""
     shape = Shape(segments, kernel, stride, dilation, frame, bits, halved, extremes)
-    few, split, last = shape.few(x, weight_scale.shape[0]), cpu_onednn.must_split(*extremes), len(segments) - 1
-    taps = kernel[0] * kernel[1]
-    weights = (rows if few else columns)(stored, bits, halved, order, weight_zero_point, segments, taps)
+    packed = stored, bits, halved, order, weight_zero_point, segments, kernel[0] * kernel[1]
+    way, weights = _way(x, zero, top, shape, weight_scale.shape[0], packed)
+    split, last = cpu_onednn.must_split(*extremes), len(segments) - 1
     scales, bias = weight_scale.t().contiguous(), None if bias is None else bias.detach().float()
     found = []
-    for part in _parts(x, scale, inverse, zero, top, shape, few):
+    for part in _parts(x, scale, inverse, zero, top, shape, way):
         made = []
         for s, codes in enumerate(part.codes):
+            added, rescale = bias if s == last else None, scales[s] * part.scale[s]
+            if way == "floats":
+                made.append(cpu_onednn.rescaled(cpu_float.sums(codes, weights[s], shape), rescale, added))
+                continue
             seen = windows(codes, kernel, stride, dilation)
-            operands, added = (seen.flatten(0, 2), part.zero[s], weights[s]), bias if s == last else None
-            if few:
-                y = cpu_onednn.few_product(*operands, scales[s] * part.scale[s], added)
+            operands = seen.flatten(0, 2), part.zero[s], weights[s]
+            if way == "few":
+                y = cpu_onednn.few_product(*operands, rescale, added)
             else:
                 y = cpu_onednn.product(*operands, part.scale[s], scales[s], added, split)
             made.append(y.view(*seen.shape[:3], -1))
         found.append(functools.reduce(Tensor.add_, made))
     return (torch.cat(found) if len(found) > 1 else found[0]).to(dtype)
+
+
+def _way(
+    x: Tensor, zero_point: Tensor, top: Tensor | None, shape: Shape, n: int, packed: tuple[Any, ...]
+) -> tuple[Way, list[Tensor]]:
+    """How products are made of ``[B, H, W, C]``, and the weight of each segment as that wants it (``packed``: what
+    `cpu_weights.rows` takes)."""
+    if cpu_float.wanted(shape, x, n):
+        weights = rows(*packed)
+        tops = _tops(top, shape, len(zero_point))
+        cases = [(z, t, s) for zeros, t in zip(zero_point.tolist(), tops, strict=True) for s, z in enumerate(zeros)]
+        reaches = [cpu_float.reach(weight) for weight in weights]
+        if all(cpu_float.exact(reaches[s], int(z), t) for z, t, s in cases):
+            return "floats", weights
+    return ("few", rows(*packed)) if shape.few(x, n) else ("many", columns(*packed))
 
 
 # ---- its tensors -----------------------------------------------------------------------------------------------------
@@ -165,19 +200,31 @@ def by_segment(table: Tensor, dim: int, segments: tuple[int, ...]) -> Tensor:
 
 # ---- codes -----------------------------------------------------------------------------------------------------------
 def _parts(
-    x: Tensor, scale: Tensor, inverse_scale: Tensor, zero_point: Tensor, top: Tensor | None, shape: Shape, few: bool
+    x: Tensor, scale: Tensor, inverse_scale: Tensor, zero_point: Tensor, top: Tensor | None, shape: Shape, way: Way
 ) -> Iterator[Part]:
     """``x`` ``[B, H, W, C]`` in codes: all of it at once where all samples have the same scales."""
     found = list(zip(scale.tolist(), zero_point.tolist(), strict=True))
-    tops = [shape.extremes[0]] * len(found) if top is None else [int(t) for t in top.flatten().tolist()]
+    tops = _tops(top, shape, len(found))
     once = all(row == found[0] for row in found) and all(t == tops[0] for t in tops)
     for i in range(1 if once else len(found)):
         start, stop = (0, x.shape[0]) if once else (i, i + 1)
         taken = x[start:stop].split(shape.segments, dim=3) if len(shape.segments) > 1 else (x[start:stop],)
         scales, zeros, inverses = found[i][0], [int(z) for z in found[i][1]], inverse_scale[i].unbind()
-        made = [framed(t, inverse, zero, tops[i], shape.frame, cpu_onednn.OFFSET if few else 0)
+        made = [_encoded(way, t, inverse, zero, tops[i], shape)
                 for t, inverse, zero in zip(taken, inverses, zeros, strict=True)]  # fmt: skip
-        yield Part(start, stop, scales, zeros, [m.view(torch.int8) for m in made] if few else made)
+        yield Part(start, stop, scales, zeros, made)
+
+
+def _encoded(way: Way, part: Tensor, inverse: Tensor, zero: int, top: int, shape: Shape) -> Tensor:
+    if way == "floats":
+        return cpu_float.encode(part, inverse, zero, top)
+    found = framed(part, inverse, zero, top, shape.frame, cpu_onednn.OFFSET if way == "few" else 0)
+    return found.view(torch.int8) if way == "few" else found
+
+
+def _tops(top: Tensor | None, shape: Shape, count: int) -> list[int]:
+    """The largest code of each of ``count`` rows of tables."""
+    return [shape.extremes[0]] * count if top is None else [int(t) for t in top.flatten().tolist()]
 
 
 # ---- under torch.compile ---------------------------------------------------------------------------------------------

@@ -129,8 +129,12 @@ def few_product(
 
     ``rescale``: both scales' product ``[N]``. ``sums``: of the weight's rows, where they are known (`few_sums`).
     """
-    found = few_sums(rows, zero, weight, sums).float()
-    return found.mul_(rescale) if bias is None else torch.addcmul(bias, found, rescale, out=found)
+    return rescaled(few_sums(rows, zero, weight, sums).float(), rescale, bias)
+
+
+def rescaled(sums: Tensor, rescale: Tensor, bias: Tensor | None) -> Tensor:
+    """``sums * rescale + bias`` in place, float32 ``[.., N]``; the others ``[N]``."""
+    return sums.mul_(rescale) if bias is None else torch.addcmul(bias, sums, rescale, out=sums)
 
 
 def few_sums(rows: Tensor, zero: int, weight: Tensor, sums: Tensor | None = None) -> Tensor:

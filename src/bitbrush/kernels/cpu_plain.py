@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bitbrush.kernels import cpu_onednn
+from bitbrush.kernels import cpu_float, cpu_onednn
 from bitbrush.kernels.cpu_layout import Shape, framed, kept_shape, windows
 from bitbrush.kernels.cpu_weights import plain_rows
 from bitbrush.numbers import packing
@@ -30,8 +30,8 @@ class Facts(NamedTuple):
 
     ``scale``, ``zero``, ``inverse``: the input's table, one entry a row. ``stored``: packed rows; of 8 bits, int8 as
     they are wanted. ``rescale``: weight scales ``[N]``, times the input's where that is one for all times. ``sums``:
-    of weight rows, int32 ``[N]``. ``bare``: a product of the input as it lies, nothing around it. ``source``: the
-    tensors that all this was read from or is a view of, and their versions.
+    of weight rows, int32 ``[N]``; ``reach``: their largest sum of magnitudes. ``bare``: a product of the input as it
+    lies, nothing around it. ``source``: the tensors that all this was read from or is a view of, and their versions.
     """
 
     shape: Shape
@@ -45,6 +45,7 @@ class Facts(NamedTuple):
     weight_scale: Tensor
     rescale: Tensor | None
     sums: Tensor
+    reach: int
     bias: Tensor | None
     bare: bool
     source: tuple[tuple[dict[str, Any], str, Tensor, int], ...]
@@ -52,6 +53,10 @@ class Facts(NamedTuple):
     def rows(self) -> Tensor:
         """The weight, int8 ``[N, K]``."""
         return _rows(self.stored, self.shape, self.weight_zero, self.length)
+
+    def rescaled(self, row: int) -> Tensor:
+        """What sums are multiplied by at a row of the table: both scales' products ``[N]``."""
+        return self.weight_scale * self.scale[row] if self.rescale is None else self.rescale
 
     def stale(self) -> bool:
         """Whether a tensor was replaced or written to since."""
@@ -99,10 +104,11 @@ def _found(layer: QuantLayer) -> Facts | None:
     (scale, inverse, zero), stored, length = (t.flatten() for t in tensors_of[:3]), tensors_of[3], layer.row_length
     stored = packing.int8_rows(stored)[:, :length] if shape.bits == [8] else stored
     weight_scale = tensors_of[5].detach().view(-1)
+    weight = _rows(stored, shape, tensors_of[4], length)
     return Facts(
         shape, scale.tolist(), [int(z) for z in zero.tolist()], inverse.unbind(), quantizer.spec.timed, stored, length,
         tensors_of[4], weight_scale, weight_scale * float(scale) if len(scale) == 1 else None,
-        _rows(stored, shape, tensors_of[4], length).sum(dim=1, dtype=torch.int32),
+        weight.sum(dim=1, dtype=torch.int32), cpu_float.reach(weight),
         None if layer.bias is None else layer.bias.detach().float(), _bare(shape), source,
     )  # fmt: skip
 
@@ -159,6 +165,9 @@ def _row(layer: QuantLayer) -> int | None:
 def _pointwise(known: Facts, pixels: Tensor, row: int) -> Tensor:
     """``[.., N]`` of ``[.., C]``."""
     c, n = pixels.shape[-1], known.weight_scale.shape[0]
+    made = _in_floats(known, pixels if pixels.ndim == 4 else pixels.reshape(-1, 1, 1, c), row)
+    if made is not None:
+        return made.view(*pixels.shape[:-1], n)
     few = cpu_onednn.few(pixels.numel() // c, c, n)
     codes = encode_shifted(pixels, known.inverse[row], known.zero[row], known.shape.extremes[0],
                            cpu_onednn.OFFSET if few else 0)  # fmt: skip
@@ -168,6 +177,9 @@ def _pointwise(known: Facts, pixels: Tensor, row: int) -> Tensor:
 def _framed(known: Facts, pixels: Tensor, row: int) -> Tensor:
     """``[B, H', W', N]`` of ``[B, H, W, C]``."""
     shape, n = known.shape, known.weight_scale.shape[0]
+    made = _in_floats(known, pixels, row)
+    if made is not None:
+        return made
     few = shape.few(pixels, n)
     codes = framed(pixels, known.inverse[row], known.zero[row], shape.extremes[0], shape.frame,
                    cpu_onednn.OFFSET if few else 0)  # fmt: skip
@@ -175,11 +187,22 @@ def _framed(known: Facts, pixels: Tensor, row: int) -> Tensor:
     return _product(known, seen.flatten(0, 2), row, few).view(*seen.shape[:3], n)
 
 
+def _in_floats(known: Facts, pixels: Tensor, row: int) -> Tensor | None:
+    """``[B, H', W', N]`` of ``[B, H, W, C]`` by `cpu_float`, where that is exact and faster."""
+    shape, zero, top = known.shape, known.zero[row], known.shape.extremes[0]
+    if not cpu_float.wanted(shape, pixels, known.weight_scale.shape[0]):
+        return None
+    if not cpu_float.exact(known.reach, zero, top):
+        return None
+    sums = cpu_float.sums(cpu_float.encode(pixels, known.inverse[row], zero, top), known.rows(), shape)
+    return cpu_onednn.rescaled(sums, known.rescaled(row), known.bias)
+
+
 def _product(known: Facts, codes: Tensor, row: int, few: bool) -> Tensor:
     """``[M, N]`` of codes ``[M, K]``, as `cpu_onednn.few_product` wants them where outputs are few."""
     zero, scale = known.zero[row], known.scale[row]
     if few:
-        rescale = known.weight_scale * scale if known.rescale is None else known.rescale
-        return cpu_onednn.few_product(codes.view(torch.int8), zero, known.rows(), rescale, known.bias, known.sums)
+        return cpu_onednn.few_product(codes.view(torch.int8), zero, known.rows(), known.rescaled(row), known.bias,
+                                      known.sums)  # fmt: skip
     split = cpu_onednn.must_split(*known.shape.extremes)
     return cpu_onednn.product(codes, zero, known.rows().t(), scale, known.weight_scale, known.bias, split)

@@ -7,7 +7,6 @@ it is fitted on the packed network, which is what will be deployed (`bitbrush.st
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal
 
 import torch
@@ -20,7 +19,7 @@ from bitbrush.errors import InternalError
 from bitbrush.network import correction
 from bitbrush.network.correction import CorrectionSpec
 from bitbrush.network.pipelines import takes_prompt
-from bitbrush.steps import chain
+from bitbrush.steps import chain, nearer
 from bitbrush.steps.beside import Chains
 from bitbrush.steps.calibrate import Calibrate, calibration
 
@@ -174,22 +173,20 @@ class Correct(Step):
     def _found(self, run: Run, chains: Chains) -> tuple[chain.Rule | None, dict[str, Any]]:
         """The form to take, and what each is worth: fitted on half of the trajectories, judged on the other half.
 
-        A gain is how much the mean square of the last input's error falls, in mean over the trajectories of the second
-        half, with its standard error. Taken is the largest gain, if it exceeds two errors; None: no form's does.
+        A gain is by how many decibels the last input's error falls, in mean over the trajectories of the second half,
+        with its standard error. Taken is the largest gain, if it exceeds two errors; None: no form's does.
         """
         first, rest = chains.halves()
-        plain, gains = rest.walk().last, dict[str, tuple[float, float]]()
+        plain, gains = nearer.decibels(rest.walk().last), dict[str, nearer.Gain]()
         for name in TRIED:
             found, _ = first.fitted(rule_of(name))
-            less = (plain - rest.walk(given=found).last) / plain.mean()
-            error = float(less.std() / len(less) ** 0.5) if len(less) > 1 else math.inf
-            gains[name] = float(less.mean()), error
-        best = max(gains, key=lambda name: gains[name][0])
-        tried = {name: {"gain": round(gain, 6), "error": round(error, 6) if math.isfinite(error) else None}
-                 for name, (gain, error) in gains.items()}  # fmt: skip
-        taken = best if gains[best][0] > 2 * gains[best][1] else None
-        run.progress.say(_told(taken, tried))
-        return None if taken is None else rule_of(taken), tried
+            gains[name] = nearer.gain(plain, nearer.decibels(rest.walk(given=found).last))
+        best = max(gains, key=lambda name: gains[name].value)
+        taken = best if gains[best].sure else None
+        told = "no form of the correction helps, so it does nothing" if taken is None else f"{taken} is taken"
+        listed = ", ".join(f"{name} {gain}" for name, gain in gains.items())
+        run.progress.say(f"On trajectories that no fit saw, {told}. Less error of the last input: {listed}.")
+        return None if taken is None else rule_of(taken), {name: gain.note() for name, gain in gains.items()}
 
     def apply(self, run: Run, unit: str, result: UnitResult) -> None:
         """Hook the correction to the denoiser."""
@@ -211,14 +208,6 @@ class Correct(Step):
 def rule_of(name: str) -> chain.Rule:
     """The rule of a correction that ``--correct`` knows by name."""
     return Correct(do="correct", **CORRECTIONS[name]).rule
-
-
-def _told(name: str | None, tried: dict[str, Any]) -> str:
-    """What was found, for whoever watches."""
-    known = {form: f" +- {found['error']:.1%}" if found["error"] is not None else "" for form, found in tried.items()}
-    gains = ", ".join(f"{form} {found['gain']:+.1%}{known[form]}" for form, found in tried.items())
-    taken = "no form of the correction helps, so it does nothing" if name is None else f"{name} is taken"
-    return f"On trajectories that no fit saw, {taken}. Less error of the last input: {gains}."
 
 
 def _source(run: Run) -> Trajectories:

@@ -2,9 +2,9 @@
 
 An interval of timesteps at one end of the trajectory, a given share of all, is relaxed in every layer with scales a
 timestep. Near x_0 it serves the picture's details, near x_T its content; which of the two a model needs is found by
-measurement: the same few trajectories, of equal noise, are sampled by the float network and with either end relaxed,
-and the end whose final latents lie nearer to the float ones is kept. (The paper looks at FID and CLIP score with either
-end at full precision; see docs/methods/pcr.md.)
+measurement: the same trajectories, of equal noise, are sampled by the float network and with either end relaxed, and
+the end whose final latents lie nearer to the float ones is kept (`steps/nearer.py` says what nearer is). The paper
+looks at FID and CLIP score with either end at full precision; see docs/methods/pcr.md.
 
 The rows of relaxed timesteps are fitted again on their new grid, by the recipe's own fit step; after a progressive fit
 the later calls are, too, because their inputs have changed.
@@ -27,6 +27,7 @@ from bitbrush.errors import InputError
 from bitbrush.network import wrap
 from bitbrush.network.survey import Survey
 from bitbrush.numbers.grid import ActivationSpec, LayerSpec, Plan
+from bitbrush.steps import nearer
 from bitbrush.steps.calibrate import calibration
 from bitbrush.steps.fit import Fit, apply_activations, quantizers, tables
 from bitbrush.steps.progressive import walk
@@ -44,13 +45,15 @@ class Relax(Step):
         bits: Of the relaxed steps; layers that have as many already are left alone.
         which: ``measured``: the better end; ``start``: near x_T; ``end``: near x_0; ``random``: steps drawn at random;
             ``none``: nothing.
-        trajectories: Sampled for the measurement, with noise of their own; prompts are the first of the calibration.
+        trajectories: Sampled for the measurement, at most as many as the calibration has, with noise of their own;
+            prompts are the first of the calibration. The difference of the ends varies from picture to picture by
+            several times its mean, so few of them find the end by chance.
     """
 
     share: float = Field(default=0.2, gt=0, le=1)
     bits: int = Field(default=8, ge=1, le=8)
     which: Literal["measured", "start", "end", "random", "none"] = "measured"
-    trajectories: int = Field(default=8, ge=1)
+    trajectories: int = Field(default=64, ge=1)
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -86,18 +89,8 @@ class Relax(Step):
         notes: dict[str, Any] = {}
         which: str = self.which
         if which == "measured":
-            truth = self._sample(run, "float")
-            notes["error_none"] = self._error(run, truth)
-            found = {}
-            for end in ("start", "end"):
-                found[end] = self._fitted(run, ends(count, number, end), start)
-                with self._trial(run, ends(count, number, end), found[end]):
-                    notes[f"error_{end}"] = self._error(run, truth)
-                apply_activations(run, start)
-            which = "start" if notes["error_start"] < notes["error_end"] else "end"
-            run.progress.say(f"Error of the final latents: {notes['error_start']:.4g} relaxed near x_T, "
-                             f"{notes['error_end']:.4g} near x_0, {notes['error_none']:.4g} without.")
-            rows, tensors = ends(count, number, which), found[which]
+            which, tensors, notes = self._measured(run, count, number, start)
+            rows = ends(count, number, which)
         else:
             drawn = torch.randperm(count, generator=generator)[:number].tolist()
             rows = sorted(drawn) if which == "random" else ends(count, number, which)
@@ -111,6 +104,25 @@ class Relax(Step):
             "average_activation_bits": _average(list(plan.values())), "average_activation_bits_before": before,
         }
         return UnitResult(tensors, plan=plan, notes=notes)
+
+    def _measured(
+        self, run: Run, count: int, number: int, start: dict[str, Tensor]
+    ) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
+        """The better end, its tables, and what was measured: errors in decibels."""
+        truth = self._sample(run, "float")
+        errors, found = {"none": self._error(run, truth)}, {}
+        for end in ("start", "end"):
+            found[end] = self._fitted(run, ends(count, number, end), start)
+            with self._trial(run, ends(count, number, end), found[end]):
+                errors[end] = self._error(run, truth)
+            apply_activations(run, start)
+        late = nearer.gain(errors["start"], errors["end"])
+        means = {name: float(error.mean()) for name, error in errors.items()}
+        run.progress.say(f"Error of the final latents: {means['start']:.2f} dB relaxed near x_T, {means['end']:.2f} dB "
+                         f"near x_0 (the latter is better by {late}), {means['none']:.2f} dB without.")
+        notes = {f"error_{name}_db": short(mean) for name, mean in means.items()} | {"end_over_start": late.note()}
+        which = "start" if late.value < 0 else "end"
+        return which, found[which], notes
 
     def apply(self, run: Run, unit: str, result: UnitResult) -> None:
         """Store the tables (the plan has changed before); no output that was remembered holds any more."""
@@ -166,11 +178,12 @@ class Relax(Step):
                 out[key][rows] = found[key][rows]
         return out
 
-    def _error(self, run: Run, truth: Tensor) -> float:
-        """Mean square error of the quantized network's final latents, relative to the float ones' mean square."""
+    def _error(self, run: Run, truth: Tensor) -> Tensor:
+        """Of the quantized network's final latents, relative to the float ones, in decibels ``[trajectories]``."""
         with student(run, {}):
             delta = self._sample(run, "sim") - truth
-        return short(float(delta.square().mean() / truth.square().mean()))
+        error, power = (t.square().flatten(1).mean(1) for t in (delta, truth))
+        return nearer.decibels(error, power)
 
     def _sample(self, run: Run, face: Literal["float", "sim"]) -> Tensor:
         """Final latents of the measured trajectories."""
