@@ -309,7 +309,7 @@ def record(
         | {"quantization_seed": arm.seed, "preset": arm.preset, "correct": arm.correct, "recipe": facts["recipe"]},
         "seconds": facts["seconds"],
         "draw_seconds": own["draw_seconds"],
-        "per_picture": {k: own[k] for k in ("clip", "psnr") if k in own},
+        "per_picture": {k: [float(f"{v:.6g}") for v in own[k]] for k in ("clip", "psnr") if k in own},
         "peak_memory": facts["peak_memory"],
         **{k: facts[k] for k in ("finetune_peak_memory", "training_step_memory", "memory_ratio") if k in facts},
         "unet_bytes": facts["unet_bytes"],
@@ -330,8 +330,14 @@ def record(
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     name = f"{args.model}-{arm.recipe}-w{arm.weights}a{arm.activations}-{arm.name}-s{seed}.json"
-    (folder / name).write_text(json.dumps(out, indent=1, sort_keys=True) + "\n")
+    (folder / name).write_text(text(out))
     return out
+
+
+def text(out: dict[str, Any]) -> str:
+    """Indented JSON, with lists of numbers on one line: thousands of pictures have one each."""
+    lines = json.dumps(out, indent=1, sort_keys=True)
+    return re.sub(r"\[[^][{}\"]*\]", lambda found: " ".join(found[0].split()), lines) + "\n"
 
 
 def command(args: argparse.Namespace) -> str:
