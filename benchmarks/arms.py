@@ -132,7 +132,8 @@ def ablations() -> list[Run]:
                                 "tac-mean": f"--correct tac-mean {fast}",
                                 "tac-auto": f"--correct tac-auto {fast}"}),
         ("dgq", "w4a6", {"full": ""} | {arm: preset(arm) for arm in (
-            "groups-2", "groups-16", "pixel", "channel", "batch", "tensor", "tensor-mse", "token", "groups-64")}),
+            "groups-2", "groups-16", "faithful", "pixel", "channel", "batch", "tensor", "tensor-mse", "token",
+            "groups-64")}),
         ("vqdm", "w3a16", {arm: f"--preset small --set tune.iterations={tune} {more}".strip() for arm, tune, more in (
             ("full", 1500, ""), ("no-tuning", 0, ""), ("beam1", 1500, "--set codebooks.beam=1"),
             ("one-pass", 1500, "--set codebooks.epochs=1"), ("float-inputs", 1500, "--set codebooks.inputs=float"),

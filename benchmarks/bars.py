@@ -362,7 +362,8 @@ NOTES: dict[Key, Note] = {
     ("emoji-sd-tiny", "dgq", 4, 6): Note(
         "full",
         "All arms have the same weights. Quantization seed = sampling seed. `groups-2`, `groups-16`: other numbers of "
-        "groups than 8; `pixel`, `channel`: the dimension forced; `batch`: the softmax's delta of the whole batch; "
+        "groups than 8; `faithful`: the authors' form, groups anew at each step and convolutions unfolded, simulated "
+        "only; `pixel`, `channel`: the dimension forced; `batch`: the softmax's delta of the whole batch; "
         "`tensor`, `tensor-mse`: one scale a tensor, of the range or of least error; `token`: a scale a token (of "
         "convolutions: a sample) found at run time; `groups-64`: a scale a token and 64 channels found at run time.",
     ),

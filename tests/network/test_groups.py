@@ -278,6 +278,8 @@ def test_refusals() -> None:
     wrong: list[dict[str, Any]] = [
         {"granularity": "channel_group"}, {"granularity": "pixel_group", "groups": 2}, {"groups": 2},
         {"granularity": "channel_group", "groups": 2, "pixels": 3}, {"granularity": "channel", "pixels": 3},
+        {"granularity": "channel_group", "groups": 2, "groups_timed": True}, {"timed": True, "groups_timed": True},
+        {"granularity": "channel_group", "groups": 2, "timed": True, "groups_timed": True, "time_groups": (0, 1)},
     ]
     for choices in wrong:
         assert LayerSpec(activation=ActivationSpec(**choices)).unsupported() == ["activation.groups"]
@@ -286,6 +288,36 @@ def test_refusals() -> None:
     for groups in (-1, 257):
         with pytest.raises(ValidationError):
             ActivationSpec(groups=groups)
+    unfolded: list[dict[str, Any]] = [{"mode": "dynamic"}, {"position": "output"}, {"granularity": "channel"}]
+    for choices in unfolded:
+        spec = ActivationSpec(unfolded=True, **choices)
+        assert LayerSpec(activation=spec).unsupported() == ["activation.unfolded"]
+    spec = LayerSpec(activation=ActivationSpec(unfolded=True), input_scale=True)
+    assert [name.split(" ")[0] for name in spec.unsupported()] == ["activation.unfolded"]
+
+
+def test_what_came_later_is_written_only_where_it_says_something() -> None:
+    """Digests of what was saved before stay valid."""
+    plain = Plan(layers={"a": LayerSpec(activation=ActivationSpec(timed=True))}, timesteps=(1.0, 2.0)).to_json()
+    written = plain["specs"][0]["activation"]
+    assert not {"groups", "pixels", "fallback", "groups_timed", "unfolded"} & set(written) and "granularity" in written
+    of = spec_of("channel_group", timed=True).model_copy(update={"groups_timed": True, "unfolded": True})
+    plan = Plan(layers={"a": LayerSpec(activation=of)}, timesteps=(1.0, 2.0))
+    assert plan.to_json()["specs"][0]["activation"]["groups_timed"] is True
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_only_a_plain_convolution_is_unfolded() -> None:
+    for name in ("conv_in", next(n for n, m in tiny.text_unet().named_modules() if n.endswith("to_q"))):
+        plan = Plan(layers={name: LayerSpec(activation=ActivationSpec(unfolded=True))})
+        if name == "conv_in":
+            model = tiny.text_unet()
+            wrap.wrap(model, plan)
+            assert model.conv_in.input.spec.unfolded
+            continue
+        with pytest.raises(InputError, match="plain convolution") as caught:
+            wrap.wrap(tiny.text_unet(), plan)
+        assert caught.value.where == name and complete(caught.value)
 
 
 def test_a_wide_convolution_and_an_operand_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 import bitbrush  # noqa: F401  (registers the plug-in)
 import tiny
 from bitbrush.artifact.save import save
-from bitbrush.engine.estimate import foreseen, model_bytes
+from bitbrush.engine.estimate import foreseen, layer_bytes, model_bytes
 from bitbrush.engine.run import Run
 from bitbrush.errors import InputError
 from bitbrush.network import wrap
@@ -28,7 +29,7 @@ TUNE = '[[step]]\ndo = "finetune"\niterations = 2\nbatch = 2\n'
 
 
 def group(**choices: Any) -> str:
-    return '[[step]]\ndo = "group"\n' + "".join(f"{k} = {v!r}\n" for k, v in choices.items()).replace("'", '"')
+    return '[[step]]\ndo = "group"\n' + "".join(f"{k} = {json.dumps(v)}\n" for k, v in choices.items())
 
 
 def seen(run: Run) -> tuple[dict[str, Tensor], Tensor]:
@@ -252,6 +253,99 @@ def test_a_later_change_of_the_spec_keeps_the_groups(text: Run, tmp_path: Path) 
             if labels is not None]
     assert len(kept) > 8 and all(kept)
     assert any(bool(labels.any()) for labels in before.values() if labels is not None)
+
+
+# ---- the authors' form -------------------------------------------------------------------------------------------
+UNFOLDED = TIMED.replace("timed = true", "timed = true, unfolded = true")
+
+
+def test_groups_found_anew_at_each_timestep(tmp_path: Path) -> None:
+    """Labels [T, members] are those of the timestep's own inputs, and so are the ranges; samples of several timesteps
+    in one batch are kept apart."""
+    run = execute(tmp_path, tiny.pipeline("text"), TIMED + CALIBRATE + SPLIT + FIT + group(groups=3, anew=True)
+                  + RANGES)  # fmt: skip
+    inputs, times = seen(run)
+    compared = differ = 0
+    for name, layer in run.layers().items():
+        activation, quantizer = layer.spec.activation, layer.input
+        if activation is None or activation.granularity not in GROUPED or quantizer is None:
+            continue
+        labels = quantizer.group_of
+        assert activation.groups_timed and labels is not None and labels.shape[0] == 3
+        differ += not torch.equal(labels[0], labels[2])
+        for row, t in enumerate(run.plan.timesteps):
+            low, high = ends(layer, inputs[name][times == t], activation.granularity.removesuffix("_group"))
+            assert torch.equal(labels[row].long(), clustered(low, high, 3)), (name, t)
+            scale, zero = affine_parameters(*hulls(low, high, labels[row].long()), Grid(bits=4))
+            count = len(scale)
+            assert torch.allclose(quantizer.scale[row, :count], scale, rtol=1e-5), (name, t)
+            assert torch.equal(quantizer.zero_point[row, :count].float(), zero)
+            compared += 1
+    assert compared > 60 and differ > 10
+
+
+def test_an_unfolded_input_has_a_row_for_every_place_of_the_kernel(tmp_path: Path) -> None:
+    steps = UNFOLDED + CALIBRATE + SPLIT + FIT + group(groups=3, anew=True) + RANGES
+    run = execute(tmp_path, tiny.pipeline("text"), steps)
+    wide = {n: layer for n, layer in run.layers().items() if layer.kernel_hw == (3, 3)}
+    taken = {"channel_group": 0, "pixel_group": 0, "tensor": 0}
+    for name, layer in run.layers().items():
+        assert layer.spec.activation is not None and layer.input is not None
+        assert layer.spec.activation.unfolded is (name in wide)
+    wrap.set_face(run.model, "sim")
+    for layer in wide.values():
+        quantizer, activation = layer.input, layer.spec.activation
+        assert quantizer is not None and activation is not None
+        taken[activation.granularity] += 1
+        side = round(activation.pixels**0.5) * int(layer.stride[0]) if activation.pixels else 6
+        x = torch.randn(2, layer.in_channels_, side, side)
+        with run.model.bitbrush_clock.at(torch.tensor(run.plan.timesteps[:2])), torch.no_grad():
+            got, columns = layer(x), layer.quantize_input(x)
+            a, b = torch.nn.functional.unfold(x, 3, padding=1, stride=layer.stride), layer.decoded_weight().flatten(1)
+            assert columns.shape == a.shape == (2, 9 * layer.in_channels_, got[0, 0].numel())
+            for sample in range(2):  # by hand, one timestep a sample
+                scale, zero, labels = quantizer.scale[sample], quantizer.zero_point[sample].float(), quantizer.group_of
+                if labels is not None:
+                    own = labels[sample].long()
+                    scale, zero = (t[own] if activation.granularity == "pixel_group" else t[own][:, None]
+                                   for t in (scale, zero))  # fmt: skip
+                want = ((a[sample] / scale).round() + zero).clamp(0, 15).sub(zero) * scale
+                apart = (columns[sample] - want).abs()  # one code where a value lies at an edge
+                assert apart.max() <= 1.01 * scale.max() and (apart > 1e-5).float().mean() < 1e-3
+                bias = 0 if layer.bias is None else layer.bias[:, None]
+                assert torch.allclose(got[sample].flatten(1), b @ columns[sample] + bias, atol=1e-4, rtol=1e-4)
+    assert len(wide) > 8 and taken["channel_group"] > 0 and taken["pixel_group"] > 0
+
+
+def test_unfolding_changes_nothing_with_one_scale(tmp_path: Path) -> None:
+    """One scale and a zero-point that is a code: every copy of a value has its code, padding decodes to 0."""
+    answers = []
+    for i, start in enumerate((TIMED, UNFOLDED)):
+        (tmp_path / str(i)).mkdir()
+        run = execute(tmp_path / str(i), least_pipeline(), start + CALIBRATE + FIT + RANGES.replace("= 32", "= 2"))
+        wrap.set_face(run.model, "sim")
+        answers.append((tiny.run(run.model), {n: q.scale for n, q in quantizers(run).items()}))
+    (one, tables), (two, others) = answers
+    assert torch.allclose(one, two, atol=1e-4) and len(tables) > 10
+    assert all(torch.allclose(tables[n], others[n], rtol=1e-4) for n in tables)
+
+
+def test_the_authors_form_is_packed_proven_and_opened(tmp_path: Path) -> None:
+    """Simulated only: the reference alone runs it, other kernels say why not."""
+    pipe = tiny.pipeline("text")
+    steps = UNFOLDED + CALIBRATE + SPLIT + FIT + group(groups=3, anew=True) + RANGES
+    run = execute(tmp_path, pipe, steps + PACK.replace('"pack"\n', '"pack"\ncrop = 3\n'))
+    proofs = {n: p for done in run.done for n, p in done.get("proof", {}).items()}
+    assert len(proofs) == len(run.layers()) and all(p["ok"] for p in proofs.values())
+    skipped = [p["kernels"]["cpu-int8"].get("skipped", "") for p in proofs.values()]
+    assert sum("simulated" in reason for reason in skipped) > 20
+    of = {site.name: site for site in run.survey.layers()}
+    for name, layer in run.layers().items():  # labels a timestep and a kernel place count
+        found = layer_bytes(of[name].shape, layer.spec, layer.bias is not None, len(run.plan.timesteps))
+        assert found == layer.packed_bytes(), name
+    want = tiny.run(pipe.unet)
+    again = type(pipe.unet).from_pretrained(save(pipe, tmp_path / "made", run.plan) / "unet")
+    assert torch.equal(tiny.run(again), want) and bool(torch.isfinite(want).all())
 
 
 # ---- whole recipes -----------------------------------------------------------------------------------------------

@@ -55,9 +55,11 @@ def layer_bytes(shape: tuple[int, ...], spec: LayerSpec, bias: bool, times: int 
         total += packing.order_dtype(rows).itemsize * rows if spec.weight.row_bits else 0
     if spec.activation is not None and spec.activation.mode == "static":
         wide = channels if spec.activation.position == "input" else rows
+        wide *= kernel[0] * kernel[1] if spec.activation.unfolded else 1
         columns = wide if spec.activation.granularity == "channel" else spec.activation.groups or len(segments)
         total += 9 * columns * spec.activation.table_rows(times)
-        total += (spec.activation.pixels or wide) if spec.activation.groups else 0  # which group each is in
+        members = (spec.activation.pixels or wide) if spec.activation.groups else 0  # which group each is in
+        total += members * (times if spec.activation.groups_timed else 1)
     return total
 
 

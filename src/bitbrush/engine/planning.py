@@ -106,7 +106,7 @@ def _spec(name: str, site: Site, recipe: Recipe) -> tuple[LayerSpec, str]:
             why = _reason(pattern, rule)
     if site.kind == "attention":
         weight = None
-    chosen = _activation(activation, recipe)
+    chosen = _activation(activation, recipe, wide=site.kind == "conv" and site.shape[2:] != (1, 1))
     exempt = activation.exempt if isinstance(activation, ActivationRule) and chosen is not None else ()
     spec = LayerSpec(weight=_weight(name, weight, recipe), activation=chosen, exempt=exempt)
     check_log2(name, spec)
@@ -194,7 +194,7 @@ def _codebooks(name: str, rule: WeightRule, recipe: Recipe) -> int:
     return count
 
 
-def _activation(rule: ActivationRule | str | None, recipe: Recipe) -> ActivationSpec | None:
+def _activation(rule: ActivationRule | str | None, recipe: Recipe, wide: bool) -> ActivationSpec | None:
     if not isinstance(rule, ActivationRule):
         return None
     bits = rule.bits or recipe.activations
@@ -203,5 +203,5 @@ def _activation(rule: ActivationRule | str | None, recipe: Recipe) -> Activation
     return ActivationSpec(
         grid=Grid(kind=rule.grid, bits=bits, signed=rule.signed), mode=rule.mode, granularity=rule.granularity,
         position=rule.position, timed=rule.timed, lookup=rule.lookup, scope=rule.scope,
-        group=(rule.group or GROUP) if rule.granularity == "token_group" else 0,
+        group=(rule.group or GROUP) if rule.granularity == "token_group" else 0, unfolded=rule.unfolded and wide,
     )

@@ -96,6 +96,9 @@ class ActivationRule(BaseModel):
     channel (``mode = "static"``; simulated only, no integer product can factor such scales out); with ``token_group``
     one for every ``group`` consecutive channels of a token or pixel (``mode = "dynamic"``; 64 where it is left out).
 
+    ``unfolded``: inputs of convolutions wider than 1x1 are quantized as their product sees them, a copy for every place
+    of the kernel, as DGQ's authors do (simulated only); other layers do not mind.
+
     Of the softmax of attention (``*:softmax``) with ``mode = "dynamic"``: ``grid = "log2"`` for powers of two times
     delta, the largest value of what ``scope`` names: a ``sample``, a ``head`` of it, or the ``tensor`` (a picture then
     depends on its neighbours in the batch). ``exempt = [0]`` leaves the start token's column float, and out of delta,
@@ -110,6 +113,7 @@ class ActivationRule(BaseModel):
     group: int | None = Field(default=None, ge=1, le=4096)
     position: Literal["input", "output"] = "input"
     timed: bool = False
+    unfolded: bool = False
     lookup: Lookup = "nearest"
     grid: Literal["affine", "log2"] = "affine"
     scope: Scope = "sample"

@@ -49,6 +49,8 @@ def why_not(layer: QuantLayer, device_type: str) -> str | None:
         return "weight only: the input stays float"
     if activation.position == "output":
         return "the output is quantized, not the input"
+    if activation.unfolded:
+        return "the input is quantized unfolded: simulated only"
     if activation.granularity == "channel":
         return "a scale a channel cannot leave the integer sum: simulated only"
     if activation.granularity == "token_group" and layer.segments != groups_of(layer.in_channels_, activation.group):

@@ -42,6 +42,8 @@ def why_not(layer: QuantLayer, device_type: str) -> str | None:
         return f"the kernel runs on the CPU, not on {device_type}"
     if layer.spec.weight is None or not layer.spec.weight.additive:
         return "the weight is not made of additive codebooks"
+    if layer.spec.activation is not None and layer.spec.activation.unfolded:
+        return "the input is quantized unfolded: simulated only"
     if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
         return f"padding mode {layer.padding_mode}"
     return None

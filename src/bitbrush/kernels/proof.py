@@ -157,6 +157,8 @@ class _Probe:
         self.factors = self._factors()
         self.prepared = x.cpu() if self.factors is None else x.cpu().float() * self.factors
         self.prepared = rotate(self.prepared) if layer.rotated else self.prepared
+        self.unfolds = self.input and layer.input is not None and layer.input.spec.unfolded
+        self.prepared = _unfolded(layer, self.prepared) if self.unfolds else self.prepared
         ndim = 4 if self.conv else 2
         if codes is None:
             self.weight = layer.decoded_weight().cpu()
@@ -190,7 +192,8 @@ class _Probe:
             groups = quantizer.spec.time_groups
             rows = [groups[row] if groups else row for row in _rows(quantizer)]
         tables = (quantizer.scale.cpu(), reciprocal(quantizer.scale.cpu()), quantizer.zero_point.cpu().float())
-        a, b, c = (_spread(quantizer, t[rows], x, channel) for t in tables)
+        a, b, c = (_spread(quantizer, t[rows], self.prepared, self.prepared.ndim - 2 if self.unfolds else channel, rows)
+                   for t in tables)  # fmt: skip
         return a, b, c
 
     def _largest_code(self) -> int | Tensor:
@@ -207,6 +210,8 @@ class _Probe:
 
     def product(self, a: Tensor, w: Tensor) -> Tensor:
         """Float64 linear or convolution without bias."""
+        if self.unfolds and isinstance(self.layer, nn.Conv2d):
+            return (w.double().flatten(1) @ a.double()).unflatten(-1, _places(self.layer, self.x))
         if isinstance(self.layer, nn.Conv2d):
             return self.layer._conv_forward(a.double(), w.double(), None)
         return F.linear(a.double(), w.double())
@@ -277,14 +282,34 @@ def _rows(quantizer: Any) -> list[int]:
     return rows
 
 
-def _spread(quantizer: ActivationQuantizer, table: Tensor, x: Tensor, channel: int) -> Tensor:
+def _spread(quantizer: ActivationQuantizer, table: Tensor, x: Tensor, channel: int, rows: list[int]) -> Tensor:
     """Rows ``[B or 1, S]`` shaped to broadcast against ``x``; groups are looked up here a second time."""
     if quantizer.group_of is None:
         return expand_activation_scale(table, quantizer.segments, x.ndim, channel)
-    wide = torch.stack([table[:, group] for group in quantizer.group_of.tolist()], dim=1)
+    of = quantizer.group_of.tolist()
+    labels = [of[row] for row in rows] if quantizer.spec.groups_timed else [of] * len(table)
+    wide = torch.stack([torch.stack([entries[k] for k in own]) for entries, own in zip(table, labels, strict=True)])
     of_channels = quantizer.spec.granularity == "channel_group"
     shape = [n if (d == channel if of_channels else 0 < d != channel) else 1 for d, n in enumerate(x.shape)]
     return wide.reshape([len(wide), *shape[1:]] if channel else shape)
+
+
+def _unfolded(layer: QuantLayer, x: Tensor) -> Tensor:
+    """What each output of a convolution reads, kernel place by kernel place: a second opinion on torch's unfolding."""
+    conv: Any = layer
+    padded = F.pad(x, conv._reversed_padding_repeated_twice)
+    (height, width), (kh, kw) = _places(conv, x), conv.kernel_hw
+    (dh, dw), (sh, sw) = conv.dilation, conv.stride
+    seen = [padded[..., i * dh : i * dh + (height - 1) * sh + 1 : sh, j * dw : j * dw + (width - 1) * sw + 1 : sw]
+            for i in range(kh) for j in range(kw)]  # fmt: skip
+    return torch.stack(seen, dim=-3).flatten(-4, -3).flatten(-2)
+
+
+def _places(conv: nn.Conv2d, x: Tensor) -> tuple[int, int]:
+    """Height and width of a convolution's output: those of a convolution of zeros."""
+    zeros = torch.zeros(1, conv.in_channels, *x.shape[-2:])
+    out = conv._conv_forward(zeros, torch.zeros(1, conv.in_channels, *conv.kernel_size), None)
+    return out.shape[-2], out.shape[-1]
 
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------

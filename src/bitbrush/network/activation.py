@@ -74,7 +74,8 @@ class ActivationQuantizer(nn.Module):
     (`rows`).
 
     With groups of channels or pixels the tables have a column a group, and the buffer ``group_of`` (uint8) says the
-    group of each channel or pixel; see `expand`. Pixels are counted row by row.
+    group of each channel or pixel; see `expand`. Pixels are counted row by row. With ``spec.groups_timed`` it has a row
+    a timestep, like the tables. An unfolded input comes as ``[B, C * kh * kw, places]``, and so has as many channels.
 
     While a step trains them, ``trial_scale`` and ``trial_zero_point`` (float, both ``[T, S]``, either may be None)
     stand in for the tables; the trial zero-point is rounded (straight-through) and clamped to the codes before use.
@@ -118,7 +119,8 @@ class ActivationQuantizer(nn.Module):
         self.place = ""  # the layer's name, where known, for errors
         if spec.granularity in GROUPED:
             members = spec.pixels or channels
-            self.register_buffer("group_of", torch.zeros(members, dtype=torch.uint8, device=device))
+            places = (rows, members) if spec.groups_timed else (members,)
+            self.register_buffer("group_of", torch.zeros(places, dtype=torch.uint8, device=device))
         else:
             self.group_of = None  # no empty buffer: offloading hooks cannot move one
         if spec.mode == "static":
@@ -233,13 +235,23 @@ class ActivationQuantizer(nn.Module):
         """
         if self.group_of is None:
             return expand_activation_scale(table, self.segments, len(shape), channel_dim)
-        wide = table.index_select(1, self.group_of.int())  # [R, channels or pixels]
+        wide = self._by_member(table, self.group_of, front)  # [R, channels or pixels]
         if self.spec.granularity == "channel_group":
             return expand_activation_scale(wide, (wide.shape[1],), len(shape), channel_dim)
         places = [1 if d <= front or d == channel_dim else n for d, n in enumerate(shape)]
         if math.prod(places) != wide.shape[1]:
             raise self._other_pixels(math.prod(places))
-        return wide.reshape([*(table.shape[:1] if channel_dim else places[:1]), *places[1:]])
+        return wide.reshape([*(wide.shape[:1] if channel_dim else places[:1]), *places[1:]])
+
+    def _by_member(self, table: Tensor, labels: Tensor, front: int) -> Tensor:
+        """``[R, channels or pixels]`` of rows ``[R, K]``."""
+        row = self.rows() if self.spec.groups_timed else None
+        if row is None:
+            return table.index_select(1, (labels[0] if self.spec.groups_timed else labels).int())
+        if front:
+            raise InternalError("groups a timestep have no candidates", where=self.place or type(self).__name__)
+        count = max(len(table), len(row))
+        return table.expand(count, -1).gather(1, labels.index_select(0, row).long().expand(count, -1))
 
     def _elsewhere(self, shape: torch.Size, channel_dim: int) -> bool:
         """Whether the input has another number of pixels than the groups were made for, and that is allowed."""
@@ -263,9 +275,9 @@ class ActivationQuantizer(nn.Module):
                  "fallback = \"tensor\" in the group step",
         )
 
-    def parts(self, x: Tensor, channel_dim: int) -> tuple[Tensor, ...]:
+    def parts(self, x: Tensor, channel_dim: int, row: int = 0) -> tuple[Tensor, ...]:
         """The values of ``x`` ``[B, ..]`` that each column of the tables serves, ``[B, ..]`` each (not of granularity
-        ``channel``). A group without members has none."""
+        ``channel``). A group without members has none. With groups a timestep those of the ``row`` given."""
         if self.group_of is None:
             return x.split(list(self.segments), channel_dim) if self.segments else (x,)
         dim = channel_dim
@@ -273,7 +285,8 @@ class ActivationQuantizer(nn.Module):
             x, dim = (x.flatten(2), 2) if channel_dim == 1 else (x.flatten(1, -2), 1)
             if x.shape[dim] != self.spec.pixels:
                 raise self._other_pixels(x.shape[dim])
-        members = [(self.group_of == k).nonzero().flatten() for k in range(self.spec.groups)]
+        labels = self.group_of[row] if self.spec.groups_timed else self.group_of
+        members = [(labels == k).nonzero().flatten() for k in range(self.spec.groups)]
         return tuple(x.index_select(dim, here) for here in members)
 
     def encode(self, x: Tensor, channel_dim: int) -> tuple[Tensor, Tensor, Tensor]:

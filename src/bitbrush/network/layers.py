@@ -41,6 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitbrush.errors import InternalError
+from bitbrush.network import unfolding
 from bitbrush.network.activation import ActivationQuantizer
 from bitbrush.network.clock import Clock
 from bitbrush.network.low_rank import LowRank, branch
@@ -95,6 +96,7 @@ class QuantLayer(nn.Module):
             at_input = spec.activation.position == "input"
             segments = spec.segments if len(spec.segments) > 1 and at_input else ()
             wide = channels * int(getattr(self, "groups", 1)) if at_input else rows
+            wide *= self.kernel_hw[0] * self.kernel_hw[1] if spec.activation.unfolded else 1
             times = times if spec.activation.timed else 1
             self.input = ActivationQuantizer(spec.activation, segments, clock, times, channels=wide)
         if spec.weight is not None:
@@ -441,6 +443,26 @@ class QuantConv2d(QuantLayer, nn.Conv2d):  # type: ignore[override]
     def operation(self, x: Tensor, weight: Tensor) -> Tensor:
         """Convolution; padding with zeros is padding with the zero-point's code, which decodes to 0."""
         return self._conv_forward(x, weight, self.bias_in_use(x))
+
+    def computed(self, x: Tensor, weight: Tensor) -> Tensor:
+        """See `QuantLayer.computed`. An input that is quantized unfolded is multiplied unfolded; while it is not
+        quantized, and nobody looks at it, the convolution is the same and needs less memory."""
+        quantizer = self.input
+        if quantizer is None or not quantizer.spec.unfolded:
+            return super().computed(x, weight)
+        if not quantizer.enabled and not quantizer._forward_pre_hooks:
+            return self.operation(x, weight)
+        y, bias = torch.matmul(weight.flatten(1), self.quantize_input(x)), self.bias_in_use(x)
+        y = y if bias is None else y + bias[:, None]
+        return y.unflatten(-1, unfolding.places(self, x))
+
+    def quantize_input(self, x: Tensor) -> Tensor:
+        """See `QuantLayer.quantize_input`; unfolded ``[B, C * kh * kw, places]`` where the spec says so."""
+        if self.input is None or not self.input.spec.unfolded:
+            return super().quantize_input(x)
+        columns = unfolding.unfolded(self, x)
+        quantized: Tensor = self.input(columns, columns.ndim - 2)
+        return quantized.to(x.dtype)
 
 
 def _adopt(layer: LayerT, module: nn.Module) -> LayerT:

@@ -77,7 +77,7 @@ class Log2Quantizer(ActivationQuantizer):
         """`round_trip` of weights in one piece; ``channel_dim`` is for the interface."""
         return self.round_trip(x) if self.enabled else x
 
-    def parts(self, x: Tensor, channel_dim: int) -> tuple[Tensor, ...]:
+    def parts(self, x: Tensor, channel_dim: int, row: int = 0) -> tuple[Tensor, ...]:
         """What a static delta is fitted to: all columns that are quantized."""
         return (self._split(x)[1],)
 

@@ -215,7 +215,11 @@ def _wrapped(module: nn.Module, name: str, spec: LayerSpec, clock: Clock, times:
         rows, features = module.weight.shape[0], module.weight[0].numel()
         low_rank.check(name, spec, int(getattr(module, "groups", 1)), (rows, features))
     pixels = spec.activation.pixels if spec.activation is not None else 0
-    if pixels and isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):
+    unfolded = spec.activation is not None and spec.activation.unfolded
+    if unfolded and (not isinstance(module, nn.Conv2d) or module.groups > 1 or module.padding_mode != "zeros"):
+        raise InputError("only a plain convolution's input can be unfolded", where=name,
+                         why=f"this is {module}", try_="leave unfolded out of the recipe's rule for this layer")
+    if pixels and not unfolded and isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):
         raise InputError(
             "a convolution wider than 1x1 has no groups of pixels", where=name,
             why=f"a product of {module.kernel_size[0]} x {module.kernel_size[1]} mixes places of several groups",
@@ -264,7 +268,7 @@ def _keep_groups(former: QuantLayer, layer: QuantLayer) -> None:
     if former.input is None or layer.input is None or former.input.group_of is None:
         return
     before, now = former.input.spec, layer.input.spec
-    if (before.granularity, before.groups, before.pixels) == (now.granularity, now.groups, now.pixels):
+    if all(getattr(before, key) == getattr(now, key) for key in ("granularity", "groups", "pixels", "groups_timed")):
         layer.input.set_groups(former.input.group_of)
 
 

@@ -110,6 +110,11 @@ class ActivationSpec(BaseModel):
     place of a 1x1 convolution's input; ``pixels`` is how many of them there are, and ``fallback`` says what happens to
     an input with another number: ``refuse``, or ``tensor``, one scale that spans the ranges of all groups.
 
+    ``groups_timed`` says that the groups, too, are those of a timestep: the tensor beside the tables then has one row
+    for each. ``unfolded`` says that a convolution's input is quantized as its product sees it, a copy for every place
+    of the kernel: a channel is one of (channel, kernel row, kernel column), a pixel one of the output's places, and
+    what pads the picture is quantized with it. Both are how DGQ's authors simulate; no kernel has them.
+
     With granularity ``token_group`` every ``group`` consecutive channels of a token (of a pixel, where the input is a
     picture) have a scale, found at run time; the last group has what is left where the channels are not a multiple.
     """
@@ -121,6 +126,8 @@ class ActivationSpec(BaseModel):
     groups: int = Field(default=0, ge=0, le=256)
     pixels: int = Field(default=0, ge=0)
     fallback: Fallback = "refuse"
+    groups_timed: bool = False
+    unfolded: bool = False
     group: int = Field(default=0, ge=0, le=4096)
     position: Literal["input", "output"] = "input"
     timed: bool = False
@@ -162,10 +169,17 @@ class ActivationSpec(BaseModel):
 
     def runnable_groups(self) -> bool:
         """Whether the groups fit the granularity: at least one where there are groups, of a layer's input; a number of
-        pixels where they are of pixels."""
+        pixels where they are of pixels; a timestep's own only where scales are."""
+        if self.groups_timed and not (self.timed and not self.time_groups):
+            return False
         if self.granularity not in GROUPED:
-            return not (self.groups or self.pixels)
+            return not (self.groups or self.pixels or self.groups_timed)
         return self.groups > 0 and (self.pixels > 0) == (self.granularity == "pixel_group") and self.position == "input"
+
+    def runnable_unfolded(self) -> bool:
+        """Whether what is said of an unfolded input can be computed: static scales of the tensor or of groups."""
+        static = self.mode == "static" and self.granularity in ("tensor", *GROUPED)
+        return not self.unfolded or (static and self.position == "input")
 
     def runnable_group(self) -> bool:
         """Whether a group's size is given where there are groups of a token's channels, of a layer's input, and only
@@ -226,6 +240,9 @@ class LayerSpec(BaseModel):
             ("activation.granularity", self.activation is not None and not self.activation.runnable_granularity()),
             ("activation.groups", self.activation is not None and not self.activation.runnable_groups()),
             ("activation.group", self.activation is not None and not self.activation.runnable_group()),
+            ("activation.unfolded", self.activation is not None and not self.activation.runnable_unfolded()),
+            ("activation.unfolded with segments, an input scale or a low-rank branch", self.activation is not None
+             and self.activation.unfolded and (len(self.segments) > 1 or self.input_scale or self.low_rank > 0)),
             ("activation.groups with segments", self.activation is not None and len(self.segments) > 1
              and self.activation.granularity in GROUPED),
             ("activation.lookup", self.activation is not None and self.activation.lookup == "interpolate"),
@@ -281,7 +298,8 @@ class Plan(BaseModel):
 
 _SINCE = {
     "weight": {"binary": "affine", "codebooks": 0, "group": 8, "shared": ""},
-    "activation": {"time_groups": [], "scope": "sample", "groups": 0, "pixels": 0, "fallback": "refuse", "group": 0},
+    "activation": {"time_groups": [], "scope": "sample", "groups": 0, "pixels": 0, "fallback": "refuse", "group": 0,
+                   "groups_timed": False, "unfolded": False},
 }
 """What format 1 did not have from the start, with its defaults."""
 

@@ -5,7 +5,9 @@ A few channels, or a few pixels, of an input have ranges of their own. In one sc
 all others are rounded coarsely. Here each layer is looked at once, over all timesteps together: the dimension whose
 indices lie farther apart is cut into K groups by K-means on the ranges. What is decided is the same at every timestep,
 so that a kernel can sort the channels beforehand; the scales of the groups are fitted afterwards, by `fit activations`,
-one a group and (where the activation is timed) a timestep. The released code decides everything anew at each step.
+one a group and (where the activation is timed) a timestep. The released code decides everything anew at each step, and
+unfolds convolutions: ``anew`` and the layers' ``unfolded`` are that form, which no kernel runs. Only the dimension
+stays one for all steps.
 
 Ranges are taken behind quantized weights, with activations left float.
 """
@@ -42,7 +44,8 @@ class Group(Step):
 
     Concerned are static inputs with one scale a tensor, of layers with quantized weight. Layers in segments keep
     those, and inputs without pixels (a time embedding) keep one scale. Convolutions wider than 1x1 have groups of
-    channels only, and so has every layer whose number of pixels is not the same in all samples.
+    channels only, unless their input is unfolded, and so has every layer whose number of pixels is not the same in all
+    samples.
 
     Args:
         groups: K, at most; a layer with fewer distinct ranges has fewer.
@@ -50,6 +53,7 @@ class Group(Step):
             cannot have it as they are. Groups of pixels hold for one size of picture and one length of text.
         fallback: What a layer with groups of pixels does with another number of pixels: ``refuse`` it, by name, or take
             one scale a ``tensor``, which spans the ranges of all its groups.
+        anew: The groups of a layer with scales a timestep are found for each timestep by itself (simulated only).
         samples: Calibration samples looked at, spread over the tape.
         layers: Pattern of the layers concerned.
         enabled: ``false`` leaves every layer as it is, for comparison.
@@ -58,6 +62,7 @@ class Group(Step):
     groups: int = Field(default=8, ge=1, le=256)
     dimension: Literal["auto", "channel", "pixel"] = "auto"
     fallback: Fallback = "refuse"
+    anew: bool = False
     samples: int = Field(default=256, ge=LEAST_SAMPLES)
     layers: str = "*"
     enabled: bool = True
@@ -84,10 +89,10 @@ class Group(Step):
             spec, pixels = plan.layers.get(site.name), _pixels(site)
             if spec is None or not self._concerned(site.name, spec) or len(spec.segments) > 1 or pixels < 2:
                 continue
-            if self.dimension == "pixel" and site.shape[2:] in ((), (1, 1)):
-                found[site.name] = grouped(spec, "pixel", self.groups, pixels, self.fallback)
+            if self.dimension == "pixel" and (site.shape[2:] in ((), (1, 1)) or _unfolded(spec)):
+                found[site.name] = self._grouped(spec, "pixel", self.groups, pixels)
             elif self.dimension != "pixel":
-                found[site.name] = grouped(spec, "channel", self.groups)
+                found[site.name] = self._grouped(spec, "channel", self.groups)
         return found
 
     def units(self, run: Run) -> list[str]:
@@ -112,13 +117,13 @@ class Group(Step):
             dimension = self._dimension(spreads)
             if dimension is None:
                 continue
-            labels = clustered(*extremes.ends(dimension), self.groups)
-            count = int(labels.max()) + 1
-            changes[name] = grouped(whole[name].spec, dimension, count, len(labels), self.fallback)
+            labels = self._labels(extremes, dimension, whole[name].spec, run.plan.timesteps)
+            count, members = int(labels.max()) + 1, labels.shape[-1]
+            changes[name] = self._grouped(whole[name].spec, dimension, count, members)
             tensors[f"{name}/group_of"] = labels.to(torch.uint8)
             layers[name] = {"dimension": dimension, "groups": count, **_ratio(spreads)}
             if dimension == "pixel":
-                layers[name]["pixels"] = len(labels)
+                layers[name]["pixels"] = members
         taken = [layer["dimension"] for layer in layers.values()]
         notes: dict[str, Any] = {
             "channel": taken.count("channel"), "pixel": taken.count("pixel"),
@@ -137,6 +142,23 @@ class Group(Step):
             quantizer = layers[key.rpartition("/")[0]].input
             if quantizer is not None:
                 quantizer.set_groups(labels)
+
+    def _anew(self, spec: LayerSpec) -> bool:
+        """Whether a layer's groups are those of a timestep."""
+        return self.anew and spec.activation is not None and spec.activation.timed
+
+    def _labels(self, extremes: Extremes, dimension: Dimension, spec: LayerSpec, times: tuple[float, ...]) -> Tensor:
+        """The group of each index ``[members]``, or ``[T, members]``; a timestep without samples has its neighbour's,
+        whose samples its scales are fitted to."""
+        if not self._anew(spec):
+            return clustered(*extremes.ends(dimension), self.groups)
+        seen = {row: clustered(*extremes.ends(dimension, row), self.groups) for row in sorted(extremes.times)}
+        nearest = [min(seen, key=lambda row, time=time: abs(times[int(row)] - time)) for time in times]  # type: ignore[misc]
+        return torch.stack([seen[row] for row in nearest])
+
+    def _grouped(self, spec: LayerSpec, dimension: Dimension, groups: int, pixels: int = 0) -> LayerSpec:
+        """`grouped`, with the step's choices."""
+        return grouped(spec, dimension, groups, pixels, self.fallback, self._anew(spec))
 
     def _concerned(self, name: str, spec: LayerSpec) -> bool:
         a = spec.activation
@@ -162,11 +184,12 @@ class Group(Step):
                 if x.ndim < 3:
                     return
                 if name not in found:
-                    found[name] = Extremes(pixels=layer.kernel_hw == (1, 1))
+                    found[name] = Extremes(pixels=layer.kernel_hw == (1, 1) or _unfolded(layer.spec))
                     pixels.append(count)
                 if count != pixels[0]:
                     found[name].without_pixels()
-                found[name].add(x, [TIME] * len(x), channel_dim)
+                rows = layer.input.rows() if layer.input is not None and self._anew(layer.spec) else None
+                found[name].add(x, [TIME] * len(x) if rows is None else rows.tolist(), channel_dim)
 
             return hook
 
@@ -178,15 +201,20 @@ class Group(Step):
 
 
 def grouped(
-    spec: LayerSpec, dimension: Dimension, groups: int, pixels: int = 0, fallback: Fallback = "refuse"
+    spec: LayerSpec, dimension: Dimension, groups: int, pixels: int = 0, fallback: Fallback = "refuse",
+    anew: bool = False,
 ) -> LayerSpec:
-    """The spec with ``groups`` groups of the channels or of the ``pixels`` of its input."""
+    """The spec with ``groups`` groups of the channels or of the ``pixels`` of its input, each timestep's own or not."""
     if spec.activation is None:
         return spec
-    of: dict[str, Any] = {"granularity": f"{dimension}_group", "groups": groups}
+    of: dict[str, Any] = {"granularity": f"{dimension}_group", "groups": groups, "groups_timed": anew}
     if dimension == "pixel":
         of |= {"pixels": pixels, "fallback": fallback}
     return spec.model_copy(update={"activation": spec.activation.model_copy(update=of)})
+
+
+def _unfolded(spec: LayerSpec) -> bool:
+    return spec.activation is not None and spec.activation.unfolded
 
 
 def _pixels(site: Site) -> int:

@@ -9,7 +9,7 @@ convolution's input), over calibration inputs:
     range_k   = (min of lo, max of hi over group k), widened to hold 0
 
 All inputs of all timesteps together give the dimension and the groups, so that a kernel can run the result; the range
-of a group is that of one timestep. (In the paper's code all three are found anew at each step.)
+of a group is that of one timestep. (In the paper's code all three are found anew at each step; `Group.anew`.)
 """
 
 from __future__ import annotations
@@ -58,6 +58,11 @@ class Extremes:
                 over = (0, 1) if dimension == "channel" else (0, 2)
                 ends = torch.stack([here.amin(dim=over), here.amax(dim=over)])
                 known[dimension] = ends if dimension not in known else _joined([known[dimension], ends])
+
+    @property
+    def times(self) -> frozenset[float]:
+        """The timesteps of which inputs were taken."""
+        return frozenset(self._found)
 
     def without_pixels(self) -> None:
         """Keep channels only from now on: the number of pixels is not the same in every input."""

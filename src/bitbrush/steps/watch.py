@@ -37,13 +37,25 @@ class Watcher:
             count = max(2, min(self.values, VALUES_BY_CHANNEL // len(rows)))
             self.kept.append(self._sample(rows, count))
         else:
-            parts = self.quantizer.parts(x, channel_dim)
             groups = self.quantizer.spec.groups
             count = max(2, min(self.values, VALUES_BY_CHANNEL // groups)) if groups else self.values
-            flat = [part.reshape(1, x.shape[0], -1) if part.numel() else x.new_zeros(1, len(x), 1) for part in parts]
-            self.kept.append(torch.cat([self._sample(part, count) for part in flat]))
+            self.kept.append(self._of_columns(x, channel_dim, count))
         self.kept_times.append(self.times)
         self.ends.append((self.times, whole.amin(1), whole.amax(1)))  # read later: nothing waits for the device here
+
+    def _of_columns(self, x: Tensor, channel_dim: int, count: int) -> Tensor:
+        """Values ``[S, B, count]`` that each column of the tables serves; groups may be those of a timestep."""
+        rows = self.quantizer.rows() if self.quantizer.spec.groups_timed else None
+        if rows is not None and len(distinct := rows.unique().tolist()) > 1:
+            here = [(rows == row).nonzero().flatten() for row in distinct]
+            parts = [self._at_row(x[index], channel_dim, count, row) for index, row in zip(here, distinct, strict=True)]
+            return torch.cat(parts, dim=1)[:, torch.cat(here).argsort()]
+        return self._at_row(x, channel_dim, count, 0 if rows is None else int(rows[0]))
+
+    def _at_row(self, x: Tensor, channel_dim: int, count: int, row: int) -> Tensor:
+        parts = self.quantizer.parts(x, channel_dim, row)
+        flat = [part.reshape(1, x.shape[0], -1) if part.numel() else x.new_zeros(1, len(x), 1) for part in parts]
+        return torch.cat([self._sample(part, count) for part in flat])
 
     def _sample(self, values: Tensor, count: int) -> Tensor:
         """``count`` values of each row of ``[..., M]``, at the same random places, and the extremes where wanted."""
