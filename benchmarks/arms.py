@@ -9,7 +9,8 @@ NAME keeps the runs whose name contains it (``tdq``, ``tiny-dgq``, ``emoji-sd-pc
 same first steps share them through a cache: the artifact of the one named ``after`` is waited for, and where that one
 failed, nothing is begun that would only repeat its work. ``run`` leaves out what has its results already; it starts
 nothing new once the budget is spent, and waits for what is running. A run that fails is told with the end of its log,
-and the others go on; called again, it goes on from its last finished unit.
+and the others go on; called again, it goes on from its last finished unit. Each slot is one process that does its runs
+one after another, since loading the libraries takes as long as a short run.
 
 Several processes on one GPU gain about half under NVIDIA's MPS (start ``nvidia-cuda-mps-control -d`` before). There,
 never kill one: the death of a client ends all others of the card. ``kill -STOP`` gives its share to the others.
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -156,6 +158,7 @@ class Runner:
         self.waiting, self.args, self.end = list(runs), args, time.monotonic() + args.budget
         self.named = {run.name: run for run in runs}
         self.failed, self.lock = list[str](), threading.Lock()
+        self.workers: dict[int, subprocess.Popen[str]] = {}
 
     def take(self) -> Run | None:
         """The first run that may begin."""
@@ -185,17 +188,30 @@ class Runner:
                 print(*self.log(run).read_text(errors="replace").splitlines()[-8:], sep="\n", flush=True)
 
     def call(self, run: Run, gpu: str) -> int:
-        """The exit code of a run's process."""
-        words = [sys.executable, str(HERE / "quality.py"), *run.words(), "--work", str(self.args.work),
-                 "--cache", str(self.args.work / "cache")]  # fmt: skip
+        """0, or 1 where a run failed or its process ended; the next one then gets another."""
+        words = [*run.words(), "--work", str(self.args.work), "--cache", str(self.args.work / "cache")]
         zoo = self.args.zoo
         words += ["--zoo", str(zoo), "--evaluators", str(zoo / "evaluators")] if zoo is not None else []
         words += ["--out", str(self.args.out)] if self.args.out is not None else []
         words += ["--smoke"] if self.args.smoke else []
-        env = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
         self.log(run).parent.mkdir(parents=True, exist_ok=True)
-        with self.log(run).open("a") as log:
-            return subprocess.run(words, stdout=log, stderr=log, env=env, check=False).returncode
+        worker = self.worker(gpu, self.log(run))
+        try:
+            print(json.dumps({"words": words, "log": str(self.log(run))}), file=worker.stdin, flush=True)
+            return int(worker.stdout.readline() or 1) if worker.stdout is not None else 1
+        except BrokenPipeError:
+            return 1
+
+    def worker(self, gpu: str, log: Path) -> subprocess.Popen[str]:
+        """The process of this thread's slot; what it says outside of a run goes to the log of the first."""
+        mine = self.workers.get(threading.get_ident())
+        if mine is None or mine.poll() is not None:
+            with log.open("a") as errors:
+                mine = subprocess.Popen([sys.executable, str(HERE / "quality.py"), "--serve"], stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, stderr=errors, text=True,
+                                        env={**os.environ, "CUDA_VISIBLE_DEVICES": gpu})  # fmt: skip
+            self.workers[threading.get_ident()] = mine
+        return mine
 
     def log(self, run: Run) -> Path:
         """What a run prints."""
@@ -209,6 +225,8 @@ class Runner:
             thread.start()
         for thread in threads:
             thread.join()
+        for worker in self.workers.values():
+            worker.communicate()  # ends when nothing more comes in
         if self.waiting:
             print("not begun:", *(run.name for run in self.waiting))
         return len(self.failed)

@@ -15,12 +15,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import json
 import os
 import platform
 import re
 import sys
 import time
+import traceback
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -415,7 +418,25 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def serve() -> None:
+    """Run what comes in, one after another in this process, so that libraries are loaded once: a line is
+    ``{"words": arguments, "log": file}``, the answer 0 or 1, on a line, too. What a run prints goes to its file."""
+    for line in sys.stdin:
+        asked = json.loads(line)
+        with open(asked["log"], "a") as log, redirect_stdout(log), redirect_stderr(log):
+            try:
+                main(asked["words"])
+                code = 0
+            except (Exception, SystemExit):  # noqa: BLE001 - the others go on
+                traceback.print_exc()
+                code = 1
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # other runs may share the card
+        print(code, flush=True)
+
+
+def main(words: list[str] | None = None) -> None:
     """Parse the arguments and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
@@ -437,7 +458,7 @@ def main() -> None:
     parser.add_argument("--baseline-seeds", type=int, nargs="*", help="sampling seeds of the baselines (default: all)")
     parser.add_argument("--cache", help="share the first steps with other arms; seconds then say less (ablation arms)")
     parser.add_argument("--smoke", action="store_true", help="a few pictures and iterations on the CPU")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     if args.smoke:
         args.n, args.batch, args.seeds = args.n or 4, args.batch or 4, args.seeds[:1]
     args.out = args.out or str(Path(args.work) / "results" if args.smoke else RESULTS)  # a smoke run is no result
@@ -445,4 +466,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    serve() if sys.argv[1:] == ["--serve"] else main()

@@ -9,6 +9,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
+
 import bitbrush
 
 Script = Callable[[str], ModuleType]
@@ -89,6 +91,34 @@ def test_the_artifact_waited_for_is_the_one_that_is_written(script: Script) -> N
         seed = run.seeds[0] if run.ablation else 0
         arm = quality.Arm(run.recipe, weights, activations, run.arm, seed)
         assert run.facts == f"{run.model}/{arm.key}.facts.json"
+
+
+def test_a_slot_is_one_process_and_survives_what_fails(
+    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs of a slot share a process, a run that fails or kills it does not stop the others, and each has its log."""
+    arms = script("arms")
+    (tmp_path / "quality.py").write_text(SERVER)
+    monkeypatch.setattr(arms, "HERE", tmp_path)
+    runs = [arms.Run("m", "r", "w4a8", arm) for arm in ("a", "fails", "b", "dies", "c")]
+    args = argparse.Namespace(budget=60.0, gpus=["7"], slots=1, work=tmp_path, zoo=None, out=None, smoke=False)
+    runner = arms.Runner(runs, args)
+    assert runner.run() == 2 and runner.failed == [runs[1].name, runs[3].name]
+    said = {run.arm: runner.log(run).read_text().split() for run in runs}
+    assert said["a"] == said["b"] == said["fails"] and said["a"][0] == "7" and said["c"][0] == "7"
+    assert said["c"] != said["a"] and all(worker.poll() == 0 for worker in runner.workers.values())
+
+
+SERVER = """
+import json, os, sys
+for line in sys.stdin:
+    asked = json.loads(line)
+    arm = asked["words"][asked["words"].index("--arm") + 1]
+    open(asked["log"], "a").write(f"{os.environ['CUDA_VISIBLE_DEVICES']} {os.getpid()}")
+    if arm == "dies":
+        os._exit(3)
+    print(int(arm == "fails"), flush=True)
+"""
 
 
 def test_nothing_begins_after_the_budget(script: Script, tmp_path: Path) -> None:
