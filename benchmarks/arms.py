@@ -19,6 +19,7 @@ never kill one: the death of a client ends all others of the card. ``kill -STOP`
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -195,17 +196,20 @@ class Runner:
         words += ["--out", str(self.args.out)] if self.args.out is not None else []
         words += ["--smoke"] if self.args.smoke else []
         self.log(run).parent.mkdir(parents=True, exist_ok=True)
-        worker = self.worker(gpu, self.log(run))
-        try:
-            print(json.dumps({"words": words, "log": str(self.log(run))}), file=worker.stdin, flush=True)
-            return int(worker.stdout.readline() or 1) if worker.stdout is not None else 1
-        except BrokenPipeError:
-            return 1
+        worker, answer = self.worker(gpu, self.log(run)), ""
+        if worker.stdin is not None and worker.stdout is not None:
+            with contextlib.suppress(BrokenPipeError):
+                worker.stdin.write(json.dumps({"words": words, "log": str(self.log(run))}) + "\n")
+                worker.stdin.flush()
+                answer = worker.stdout.readline()
+        if not answer:  # it is about to end, if it has not ended
+            self.workers.pop(threading.get_ident()).wait()
+        return int(answer or 1)
 
     def worker(self, gpu: str, log: Path) -> subprocess.Popen[str]:
         """The process of this thread's slot; what it says outside of a run goes to the log of the first."""
         mine = self.workers.get(threading.get_ident())
-        if mine is None or mine.poll() is not None:
+        if mine is None:
             with log.open("a") as errors:
                 mine = subprocess.Popen([sys.executable, str(HERE / "quality.py"), "--serve"], stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, stderr=errors, text=True,

@@ -421,6 +421,8 @@ def table(results: list[dict[str, Any]]) -> str:
 def serve() -> None:
     """Run what comes in, one after another in this process, so that libraries are loaded once: a line is
     ``{"words": arguments, "log": file}``, the answer 0 or 1, on a line, too. What a run prints goes to its file."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library writes past Python is no answer
     for line in sys.stdin:
         asked = json.loads(line)
         with open(asked["log"], "a") as log, redirect_stdout(log), redirect_stderr(log):
@@ -433,7 +435,7 @@ def serve() -> None:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # other runs may share the card
-        print(code, flush=True)
+        print(code, file=answers, flush=True)
 
 
 def main(words: list[str] | None = None) -> None:

@@ -32,14 +32,13 @@ from torch import Tensor, nn
 
 from bitbrush import kernels
 from bitbrush.errors import InternalError
-from bitbrush.kernels import bounds, cpu, gpu, proof_codebook, tuning
+from bitbrush.kernels import bounds, cpu, gpu, proof_codebook, proof_tables, tuning
 from bitbrush.kernels.bounds import half_ulp
 from bitbrush.numbers import packing
-from bitbrush.numbers.codec import decode, encode, expand_activation_scale, expand_weight_scale, reciprocal
+from bitbrush.numbers.codec import decode, encode, expand_weight_scale, reciprocal
 from bitbrush.numbers.rotation import rotate, unrotate
 
 if TYPE_CHECKING:
-    from bitbrush.network.activation import ActivationQuantizer
     from bitbrush.network.layers import QuantLayer
 
 INTEGER_KERNELS = {"cpu-int8": cpu, "cuda-int8": gpu}
@@ -158,7 +157,7 @@ class _Probe:
         self.prepared = x.cpu() if self.factors is None else x.cpu().float() * self.factors
         self.prepared = rotate(self.prepared) if layer.rotated else self.prepared
         self.unfolds = self.input and layer.input is not None and layer.input.spec.unfolded
-        self.prepared = _unfolded(layer, self.prepared) if self.unfolds else self.prepared
+        self.prepared = proof_tables.unfolded(layer, self.prepared) if self.unfolds else self.prepared
         ndim = 4 if self.conv else 2
         if codes is None:
             self.weight = layer.decoded_weight().cpu()
@@ -190,10 +189,10 @@ class _Probe:
         rows = [0]
         if quantizer.spec.timed:
             groups = quantizer.spec.time_groups
-            rows = [groups[row] if groups else row for row in _rows(quantizer)]
+            rows = [groups[row] if groups else row for row in proof_tables.rows_of(quantizer)]
         tables = (quantizer.scale.cpu(), reciprocal(quantizer.scale.cpu()), quantizer.zero_point.cpu().float())
-        a, b, c = (_spread(quantizer, t[rows], self.prepared, self.prepared.ndim - 2 if self.unfolds else channel, rows)
-                   for t in tables)  # fmt: skip
+        channel = self.prepared.ndim - 2 if self.unfolds else channel
+        a, b, c = (proof_tables.spread(quantizer, t[rows], self.prepared, channel, rows) for t in tables)
         return a, b, c
 
     def _largest_code(self) -> int | Tensor:
@@ -201,7 +200,7 @@ class _Probe:
         quantizer = self.layer.input
         if quantizer is None or not quantizer.spec.time_bits:
             return (1 << _activation_bits(self.layer)) - 1
-        tops = torch.tensor([2.0 ** quantizer.spec.time_bits[row] - 1 for row in _rows(quantizer)])
+        tops = torch.tensor([2.0 ** quantizer.spec.time_bits[row] - 1 for row in proof_tables.rows_of(quantizer)])
         return tops.reshape(-1, *([1] * (self.x.ndim - 1)))
 
     def quantized_values(self) -> Tensor:
@@ -211,7 +210,7 @@ class _Probe:
     def product(self, a: Tensor, w: Tensor) -> Tensor:
         """Float64 linear or convolution without bias."""
         if self.unfolds and isinstance(self.layer, nn.Conv2d):
-            return (w.double().flatten(1) @ a.double()).unflatten(-1, _places(self.layer, self.x))
+            return (w.double().flatten(1) @ a.double()).unflatten(-1, proof_tables.places(self.layer, self.x))
         if isinstance(self.layer, nn.Conv2d):
             return self.layer._conv_forward(a.double(), w.double(), None)
         return F.linear(a.double(), w.double())
@@ -265,51 +264,6 @@ class _Probe:
 
 def _activation_bits(layer: QuantLayer) -> int:
     return layer.spec.activation.grid.bits if layer.spec.activation is not None else 8
-
-
-def _rows(quantizer: Any) -> list[int]:
-    """Row of the time grid for each sample, found one by one: a second opinion on `Clock.rows`."""
-    clock = quantizer._clock[0]
-    if clock is None or clock.now is None:
-        raise InternalError("the clock is not set, so a timed layer cannot be proven")
-    grid: list[float] = clock.timesteps.tolist()
-    rows = []
-    for now in clock.now.tolist():
-        if quantizer.spec.lookup == "ceil":
-            rows.append(next((i for i, t in enumerate(grid) if t >= now), len(grid) - 1))
-        else:
-            rows.append(min(range(len(grid)), key=lambda i, now=now: (abs(grid[i] - now), i)))  # type: ignore[misc]
-    return rows
-
-
-def _spread(quantizer: ActivationQuantizer, table: Tensor, x: Tensor, channel: int, rows: list[int]) -> Tensor:
-    """Rows ``[B or 1, S]`` shaped to broadcast against ``x``; groups are looked up here a second time."""
-    if quantizer.group_of is None:
-        return expand_activation_scale(table, quantizer.segments, x.ndim, channel)
-    of = quantizer.group_of.tolist()
-    labels = [of[row] for row in rows] if quantizer.spec.groups_timed else [of] * len(table)
-    wide = torch.stack([torch.stack([entries[k] for k in own]) for entries, own in zip(table, labels, strict=True)])
-    of_channels = quantizer.spec.granularity == "channel_group"
-    shape = [n if (d == channel if of_channels else 0 < d != channel) else 1 for d, n in enumerate(x.shape)]
-    return wide.reshape([len(wide), *shape[1:]] if channel else shape)
-
-
-def _unfolded(layer: QuantLayer, x: Tensor) -> Tensor:
-    """What each output of a convolution reads, kernel place by kernel place: a second opinion on torch's unfolding."""
-    conv: Any = layer
-    padded = F.pad(x, conv._reversed_padding_repeated_twice)
-    (height, width), (kh, kw) = _places(conv, x), conv.kernel_hw
-    (dh, dw), (sh, sw) = conv.dilation, conv.stride
-    seen = [padded[..., i * dh : i * dh + (height - 1) * sh + 1 : sh, j * dw : j * dw + (width - 1) * sw + 1 : sw]
-            for i in range(kh) for j in range(kw)]  # fmt: skip
-    return torch.stack(seen, dim=-3).flatten(-4, -3).flatten(-2)
-
-
-def _places(conv: nn.Conv2d, x: Tensor) -> tuple[int, int]:
-    """Height and width of a convolution's output: those of a convolution of zeros."""
-    zeros = torch.zeros(1, conv.in_channels, *x.shape[-2:])
-    out = conv._conv_forward(zeros, torch.zeros(1, conv.in_channels, *conv.kernel_size), None)
-    return out.shape[-2], out.shape[-1]
 
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------

@@ -41,10 +41,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitbrush.errors import InternalError
-from bitbrush.network import unfolding
 from bitbrush.network.activation import ActivationQuantizer
 from bitbrush.network.clock import Clock
 from bitbrush.network.low_rank import LowRank, branch
+from bitbrush.network.unfolding import UnfoldedInput
 from bitbrush.numbers import packing
 from bitbrush.numbers.codec import decode, expand_weight_scale
 from bitbrush.numbers.grid import LayerSpec, WeightSpec
@@ -95,8 +95,8 @@ class QuantLayer(nn.Module):
         if spec.activation is not None:
             at_input = spec.activation.position == "input"
             segments = spec.segments if len(spec.segments) > 1 and at_input else ()
-            wide = channels * int(getattr(self, "groups", 1)) if at_input else rows
-            wide *= self.kernel_hw[0] * self.kernel_hw[1] if spec.activation.unfolded else 1
+            places = self.kernel_hw[0] * self.kernel_hw[1] if spec.activation.unfolded else 1
+            wide = channels * int(getattr(self, "groups", 1)) * places if at_input else rows
             times = times if spec.activation.timed else 1
             self.input = ActivationQuantizer(spec.activation, segments, clock, times, channels=wide)
         if spec.weight is not None:
@@ -153,8 +153,7 @@ class QuantLayer(nn.Module):
         spec = self.spec.weight
         if spec is None or not any(spec.halved(bits) for bits in spec.bit_classes()):
             return None
-        bits = spec.row_bits or (spec.grid.bits,) * self.out_channels_
-        return self._by_row("binary", [spec.halved(b) for b in bits])
+        return self._by_row("binary", [spec.halved(b) for b in spec.row_bits or [spec.grid.bits] * self.out_channels_])
 
     def _by_row(self, what: str, values: list[Any]) -> Tensor:
         """A value a row, shaped to broadcast; kept, so that a CUDA graph may be captured after the first call."""
@@ -238,10 +237,8 @@ class QuantLayer(nn.Module):
             return self.codes
         if self.face != "packed" or self.spec.weight is None:
             raise InternalError("the layer has no codes yet", where=type(self).__name__)
-        parts = [
-            packing.unpack_class(getattr(self, f"codes{bits}"), bits, self.row_length, self.spec.weight)
-            for bits in self.spec.weight.bit_classes()
-        ]
+        parts = [packing.unpack_class(getattr(self, f"codes{bits}"), bits, self.row_length, self.spec.weight)
+                 for bits in self.spec.weight.bit_classes()]  # fmt: skip
         rows = torch.cat(parts) if len(parts) > 1 else parts[0]
         if self.spec.weight.row_bits:
             rows = torch.empty_like(rows).index_copy_(0, self.row_order.long(), rows)  # type: ignore[operator]
@@ -413,7 +410,7 @@ class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[misc, override]
         return F.linear(x, weight, self.bias_in_use(x))
 
 
-class QuantConv2d(QuantLayer, nn.Conv2d):  # type: ignore[override]
+class QuantConv2d(UnfoldedInput, QuantLayer, nn.Conv2d):  # type: ignore[override]
     """`torch.nn.Conv2d` with three faces."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -443,26 +440,6 @@ class QuantConv2d(QuantLayer, nn.Conv2d):  # type: ignore[override]
     def operation(self, x: Tensor, weight: Tensor) -> Tensor:
         """Convolution; padding with zeros is padding with the zero-point's code, which decodes to 0."""
         return self._conv_forward(x, weight, self.bias_in_use(x))
-
-    def computed(self, x: Tensor, weight: Tensor) -> Tensor:
-        """See `QuantLayer.computed`. An input that is quantized unfolded is multiplied unfolded; while it is not
-        quantized, and nobody looks at it, the convolution is the same and needs less memory."""
-        quantizer = self.input
-        if quantizer is None or not quantizer.spec.unfolded:
-            return super().computed(x, weight)
-        if not quantizer.enabled and not quantizer._forward_pre_hooks:
-            return self.operation(x, weight)
-        y, bias = torch.matmul(weight.flatten(1), self.quantize_input(x)), self.bias_in_use(x)
-        y = y if bias is None else y + bias[:, None]
-        return y.unflatten(-1, unfolding.places(self, x))
-
-    def quantize_input(self, x: Tensor) -> Tensor:
-        """See `QuantLayer.quantize_input`; unfolded ``[B, C * kh * kw, places]`` where the spec says so."""
-        if self.input is None or not self.input.spec.unfolded:
-            return super().quantize_input(x)
-        columns = unfolding.unfolded(self, x)
-        quantized: Tensor = self.input(columns, columns.ndim - 2)
-        return quantized.to(x.dtype)
 
 
 def _adopt(layer: LayerT, module: nn.Module) -> LayerT:

@@ -5,8 +5,37 @@ DGQ's authors quantize it in this form (`ActivationSpec.unfolded`). It has every
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class UnfoldedInput:
+    """What a quantized convolution does with an input that its spec wants unfolded; any other goes the usual way."""
+
+    def computed(self: Any, x: Tensor, weight: Tensor) -> Tensor:
+        """See `QuantLayer.computed`. What is quantized unfolded is multiplied unfolded; while it is not quantized, and
+        nobody looks at it, the convolution is the same and needs less memory."""
+        quantizer = self.input
+        if quantizer is None or not quantizer.spec.unfolded:
+            usual: Tensor = super().computed(x, weight)  # type: ignore[misc]
+            return usual
+        if not quantizer.enabled and not quantizer._forward_pre_hooks:
+            plain: Tensor = self.operation(x, weight)
+            return plain
+        y, bias = torch.matmul(weight.flatten(1), self.quantize_input(x)), self.bias_in_use(x)
+        return (y if bias is None else y + bias[:, None]).unflatten(-1, places(self, x))
+
+    def quantize_input(self: Any, x: Tensor) -> Tensor:
+        """See `QuantLayer.quantize_input`; unfolded ``[B, C * kh * kw, places]`` where the spec says so."""
+        if self.input is None or not self.input.spec.unfolded:
+            usual: Tensor = super().quantize_input(x)  # type: ignore[misc]
+            return usual
+        columns = unfolded(self, x)
+        quantized: Tensor = self.input(columns, columns.ndim - 2)
+        return quantized.to(x.dtype)
 
 
 def places(layer: nn.Conv2d, x: Tensor) -> tuple[int, int]:
