@@ -167,6 +167,7 @@ def quantized(protocol: Protocol, arm: Arm, work: Path) -> dict[str, Any]:
         "share_of_bf16": size / (2 * result.history["parameters"]),
         "recipe": result.recipe.to_dict(),
         "losses": [u for u in result.history["units"] if "loss_start" in u],
+        "correction": result.history.get("correction"),
         "costs": result.costs,
     }
     costs = result.costs
@@ -320,6 +321,7 @@ def record(
         "proof": facts["proof"],
         "proof_ok": facts["proof_ok"],
         "losses": facts["losses"],
+        **({"correction": facts["correction"]} if facts.get("correction") else {}),
         "costs": facts.get("costs", {}),
         "device": torch.cuda.get_device_name() if protocol.device == "cuda" else platform.processor() or "cpu",
         "versions": {

@@ -100,6 +100,8 @@ def bars(rows: Results, results: Results) -> list[str]:
     lines = ["| bar | measured | |", "|---|---:|---|"]
     for bar in asked:
         value, met, seeds = bar.measure(rows, results)
+        if value is None and bar.optional:
+            continue
         shown = "not measured" if value is None else bar.form.format(value)
         shown += f" ({seeds} of 3 seeds)" if seeds is not None and seeds < 3 else ""
         lines.append(f"| {bar.text} | {shown} | {'' if value is None else 'met' if met else '**missed**'} |")
