@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from bitbrush.network.clock import Clock
 from bitbrush.network.layers import QuantConv2d, QuantLayer, QuantLinear
 from bitbrush.numbers.codec import expand_weight_scale
-from bitbrush.numbers.grid import ActivationSpec, Grid, LayerSpec, WeightSpec
+from bitbrush.numbers.grid import GROUPED, ActivationSpec, Grid, LayerSpec, WeightSpec
 from bitbrush.numbers.ranges import affine_parameters, search
 from bitbrush.numbers.straight_through import encode_weight
 
 TIMES = (1.0, 250.0, 500.0, 999.0)
+GROUPS = 5
 
 FACTORS: dict[str, tuple[Any, ...]] = {
     "kind": ("linear", "conv"),
@@ -37,7 +38,8 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "dilation": ((1, 1), (2, 1)),
     "dtype": (torch.float32, torch.float16, torch.bfloat16),
     "layout": ("contiguous", "channels_last", "strided", "expanded", "unbatched"),
-    "mode": ("static", "timed", "timed_batch", "tensor", "token", "token_group", "channel", "timed channel"),
+    "mode": ("static", "timed", "timed_batch", "tensor", "token", "token_group", "channel", "timed channel",
+             "timed_batch channel_group", "pixel_group"),
     "input_scale": (False, True),
     "low_rank": (0, 3),
     "bias": (True, False),
@@ -83,20 +85,23 @@ def spec_of(case: dict[str, Any]) -> LayerSpec:
     row_bits = tuple(cycle[i % len(cycle)] for i in range(case["rows"])) if mixed else ()
     bits = 4 if mixed else 1 if sign else case["weight_bits"]
     signed = case["weight_signed"] and not mixed
-    mode = case["mode"]
+    mode, groups = case["mode"], str(case["mode"]).rpartition(" ")[2]
+    groups = groups if groups in GROUPED else ""
     activation = ActivationSpec(
         grid=Grid(bits=case["activation_bits"], signed=case["activation_signed"]),
         mode="dynamic" if mode in ("tensor", "token", "token_group") else "static",
         group=40 if mode == "token_group" else 0,
-        granularity=mode if mode.startswith("token") else "channel" if "channel" in mode else "tensor",
+        granularity=groups or (mode if mode.startswith("token") else "channel" if "channel" in mode else "tensor"),
         timed=mode.startswith("timed"),
+        groups=GROUPS if groups else 0,
+        pixels=(7 if case["kind"] == "linear" else 72) if groups == "pixel_group" else 0,
     )
     weight = WeightSpec(
         grid=Grid(bits=bits, signed=signed), row_bits=row_bits, binary="symmetric" if sign else "affine"
     )
     return LayerSpec(
-        weight=weight, activation=activation, segments=case["segments"], input_scale=case["input_scale"],
-        low_rank=min(case["low_rank"], case["rows"]),
+        weight=weight, activation=activation, segments=() if groups else case["segments"],
+        input_scale=case["input_scale"], low_rank=min(case["low_rank"], case["rows"]),
     )
 
 
@@ -161,6 +166,8 @@ def set_ranges(layer: QuantLayer, generator: torch.Generator) -> None:
     low = -torch.rand(shape, generator=generator) * 2.5 - 0.1
     high = torch.rand(shape, generator=generator) * 2.5 + 0.1
     quantizer.set_scale(*affine_parameters(low, high, quantizer.spec.grid))
+    if quantizer.group_of is not None:  # one group stays empty
+        quantizer.set_groups(torch.randint(GROUPS - 1, quantizer.group_of.shape, generator=generator))
 
 
 def build(case: dict[str, Any], seed: int = 0) -> tuple[QuantLayer, QuantLayer, Tensor]:
@@ -190,7 +197,8 @@ def make_input(case: dict[str, Any], seed: int = 0, batch: int = 2) -> Tensor:
     g = torch.Generator().manual_seed(seed + 77)
     shape = (batch, 7, 64) if case["kind"] == "linear" else (batch, 64, 9, 8)
     layout = case["layout"]
-    if layout == "unbatched" and case["kind"] == "linear" and not case["mode"].startswith("timed"):
+    timed = case["mode"].startswith("timed") or case["mode"] == "pixel_group"
+    if layout == "unbatched" and case["kind"] == "linear" and not timed:
         shape = shape[1:]
     x = torch.randn(shape, generator=g)
     x.view(-1)[:: 97] *= 6
@@ -206,4 +214,5 @@ def make_input(case: dict[str, Any], seed: int = 0, batch: int = 2) -> Tensor:
 
 def timestep(case: dict[str, Any]) -> Tensor:
     """The clock's time of a case: two different ones for a batch of mixed times."""
-    return torch.tensor([990.0, 260.0]) if case.get("mode") == "timed_batch" else torch.tensor(480)
+    mixed = str(case.get("mode")).startswith("timed_batch")
+    return torch.tensor([990.0, 260.0]) if mixed else torch.tensor(480)

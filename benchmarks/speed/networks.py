@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bitbrush.network import wrap
+from bitbrush.network.activation import ActivationQuantizer
 from bitbrush.network.layers import QuantLayer
 from bitbrush.numbers import packing
 from bitbrush.numbers.grid import ActivationSpec, Grid, LayerSpec, Plan, WeightSpec
@@ -38,6 +39,7 @@ class Form:
         timed: A row of scales a timestep.
         segments: Most segments of a layer's input.
         codebooks: Whether weights are additive codebooks.
+        groups: Of each input's channels, anywhere among them, with scales of their own (DGQ).
         like: The form that this one is timed beside, besides bf16.
     """
 
@@ -48,6 +50,7 @@ class Form:
     timed: bool = False
     segments: int = 1
     codebooks: bool = False
+    groups: int = 0
     like: str = ""
 
 
@@ -59,6 +62,8 @@ FORMS = {
         Form("vq3", "VQ, 3 bits, weights only", 3, codebooks=True),
         Form("w8a8-times", "W8A8, a scale a timestep", 8, 8, timed=True, like="w8a8"),
         Form("w8a8-segments8", "W8A8, 8 segments", 8, 8, segments=8, like="w8a8"),
+        Form("w4a8-groups8", "W4A8, 8 groups of channels, their scales a timestep (DGQ)", 4, 8, timed=True, groups=8,
+             like="w4a8"),
         Form("w4", "W4, weights only", 4),
     )
 }
@@ -70,7 +75,9 @@ def spec(form: Form, name: str, module: nn.Module) -> LayerSpec:
     channels = module.in_channels if isinstance(module, nn.Conv2d) else module.in_features
     activation = None
     if form.activations < 16:
-        activation = ActivationSpec(grid=Grid(bits=form.activations), timed=form.timed)
+        groups = form.groups if inside and channels >= SEGMENTED // 8 and "time_emb_proj" not in name else 0
+        activation = ActivationSpec(grid=Grid(bits=form.activations), timed=form.timed, groups=groups,
+                                    granularity="channel_group" if groups else "tensor")
     if form.codebooks and inside and channels % 8 == 0 and "time_emb_proj" not in name:
         return LayerSpec(weight=WeightSpec(grid=Grid(kind="codebook", bits=8), codebooks=form.weights, group=8))
     bits = (4 if form.codebooks else form.weights) if inside else 8
@@ -162,13 +169,16 @@ def _packed(layer: QuantLayer, weight: WeightSpec, zero: Tensor, device: str, dr
     return packing.pack_class(packing.weight_rows(codes, layer.segments, zero), bits, weight)
 
 
-def _fill_input(quantizer: nn.Module, device: str, drawn: torch.Generator) -> None:
+def _fill_input(quantizer: ActivationQuantizer, device: str, drawn: torch.Generator) -> None:
     buffers: dict[str, Any] = quantizer._buffers
     size = tuple(buffers["scale"].shape)
     scale = (torch.rand(size, device=device, generator=drawn) * 0.2 + 0.9) * (INPUT_RANGE / 255)
     buffers["scale"], buffers["inverse_scale"] = scale, 1 / scale
     zero = torch.randint(120, 137, size, device=device, generator=drawn)
     buffers["zero_point"] = zero.to(torch.uint8)
+    if quantizer.group_of is not None:
+        members, groups = tuple(quantizer.group_of.shape), quantizer.spec.groups
+        buffers["group_of"] = torch.randint(0, groups, members, dtype=torch.uint8, device=device, generator=drawn)
 
 
 def weight_bytes(net: nn.Module) -> int:

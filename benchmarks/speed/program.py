@@ -35,7 +35,7 @@ KERNEL_PARTS: dict[str, Callable[..., None]] = {
     "layers": kernels.layers,
 }  # fmt: skip
 FORMS = {
-    "sdxl": ("w8a8", "w4a8", "vq3", "w8a8-times", "w8a8-segments8", "w4"), "sd15": ("w8a8", "w4a8"),
+    "sdxl": ("w8a8", "w4a8", "vq3", "w8a8-times", "w8a8-segments8", "w4a8-groups8", "w4"), "sd15": ("w8a8", "w4a8"),
     "dit": ("w8a8", "w4a8"), "flux": ("w8a8", "w4a8"), "emoji": ("w8a8", "w4a8"),
 }  # fmt: skip
 """Forms of each model, the most telling first."""

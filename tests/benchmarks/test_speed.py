@@ -86,7 +86,9 @@ def test_packed_networks_hold_what_their_form_says(script: Script) -> None:
         assert first.spec.weight.grid.bits == 8 and not first.spec.weight.additive
         assert (inner.input is None) == (form.activations == 16)
         if form.timed:
-            assert inner.input.scale.shape == (25, 1)
+            assert inner.input.scale.shape == (25, form.groups or 1)
+        grouped = [m for m in layers.values() if m.spec.activation is not None and m.spec.activation.groups]
+        assert (len(grouped) > len(layers) // 2) == (form.groups > 0)
         assert torch.isfinite(inner.decoded_weight()).all()
         with torch.no_grad():
             out = net(**model.arguments("cpu", torch.float32))[0]

@@ -24,11 +24,11 @@ def _int64(layer: QuantLayer, codes: Tensor, x: Tensor) -> list[Tensor]:
     weight = codes.long() - torch.cat(
         [layer.weight_zero_point[:, s : s + 1].long().expand(-1, c) for s, c in enumerate(layer.segments)], 1
     ).reshape(codes.shape[0], -1, *([1] * (codes.ndim - 2)))
-    out, start = [], 0
-    for count in layer.segments:
-        w = weight[:, start : start + count]
+    out = []
+    for of in _summed(layer):
+        w = weight[:, of]
         if isinstance(layer, nn.Conv2d):
-            part = left[:, start : start + count]
+            part = left[:, of]
             (ph, pw), (sh, sw), (dh, dw) = layer.padding, layer.stride, layer.dilation
             part = nn.functional.pad(part, (pw, pw, ph, ph))
             kh, kw = layer.kernel_size
@@ -40,9 +40,15 @@ def _int64(layer: QuantLayer, codes: Tensor, x: Tensor) -> list[Tensor]:
                     total += (seen.permute(0, 2, 3, 1)[..., None, :] * w[:, :, i, j]).sum(-1)
             out.append(total)
         else:
-            out.append((left[..., start : start + count][..., None, :] * w).sum(-1))
-        start += count
+            out.append((left[..., of][..., None, :] * w).sum(-1))
     return out
+
+
+def _summed(layer: QuantLayer) -> list[Tensor]:
+    """Channels of each sum: of a segment, or of a group."""
+    if layer.input.group_of is None or layer.input.spec.granularity == "pixel_group":
+        return list(torch.arange(layer.in_channels_).split(layer.segments))
+    return [(layer.input.group_of == group).nonzero().flatten() for group in range(layer.input.spec.groups)]
 
 
 def test_accumulators_equal_int64(builder: ModuleType) -> None:
@@ -56,7 +62,7 @@ def test_accumulators_equal_int64(builder: ModuleType) -> None:
         x = builder.make_input(case, i)
         with packed.input._clock[0].at(builder.timestep(case)):
             got, want = cpu.accumulators(packed, x), _int64(packed, codes, x)
-        assert len(got) == len(want) == len(packed.segments)
+        assert len(got) == len(want) == len(_summed(packed))
         for g, w in zip(got, want, strict=True):
             assert g.dtype == torch.int32 and torch.equal(g.long(), w), case
             values += w.numel()

@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounter
 import bitbrush
 from bitbrush import kernels
 from bitbrush.engine.progress import Silent
-from bitbrush.kernels import cpu, cpu_fused, gpu, gpu_decode, int8_ops
+from bitbrush.kernels import cpu, cpu_fused, gpu, gpu_decode, int8_ops, sums
 from bitbrush.network.clock import Clock
 from bitbrush.network.layers import QuantConv2d, QuantLayer
 from bitbrush.numbers.grid import ActivationSpec, LayerSpec, WeightSpec
@@ -134,9 +134,11 @@ def test_auto_chooses_by_device_and_says_why_not(builder: ModuleType, monkeypatc
     assert kernels.chosen(able, "cuda") == "reference"
 
 
-@pytest.mark.parametrize("kind", ["linear", "conv"])
-def test_a_compiled_graph_has_no_break_and_is_compiled_once(builder: ModuleType, kind: str) -> None:
-    case = {"kind": kind, "mode": "timed", "padding": (1, 1), "segments": (40, 24)}
+@pytest.mark.parametrize(("kind", "mode"), [
+    ("linear", "timed"), ("conv", "timed"), ("linear", "timed channel_group"), ("conv", "timed channel_group"),
+    ("linear", "timed pixel_group")])
+def test_a_compiled_graph_has_no_break_and_is_compiled_once(builder: ModuleType, kind: str, mode: str) -> None:
+    case = {"kind": kind, "mode": mode, "padding": (1, 1), "segments": (40, 24)}
     _, packed, _ = builder.build(case)
     packed.kernel, clock, x = "cuda-int8", packed.input._clock[0], builder.make_input(case)
     kernels.prepare(packed)
@@ -172,9 +174,9 @@ def test_shapes_for_tracing_are_those_that_come_out(builder: ModuleType) -> None
         with packed.input._clock[0].at(builder.timestep(case)), torch.no_grad():
             given = gpu.given_input(packed, x)
             a, w = gpu.input_rows(packed, x, given), gpu.int8_weight(packed)
-            tables = (given.scale, given.zero_point, given.times, given.kind, packed.weight_scale,
+            tables = (given.scale, given.zero_point, given.times, given.kind, sums.weight_scale(packed),
                       gpu.weight_sum(packed))
-            rest = (list(int8_ops.packing.padded(packed.segments)), int8_ops.numbers_of(given.frame), given.per_sample,
+            rest = (list(gpu.facts(packed).widths), int8_ops.numbers_of(given.frame), given.per_sample,
                     packed.bias, None, None, x.dtype)
             real = torch.ops.bitbrush.int8_product(a, w, *tables, *rest)
             traced: Tensor = int8_ops._product_shape(a.to("meta"), w.to("meta"), *tables, *rest)
@@ -190,8 +192,8 @@ def test_sums_of_weights_are_those_of_the_integers_that_are_multiplied(builder: 
         if gpu.unable(packed) is not None:
             continue
         taps, found = packed.kernel_hw[0] * packed.kernel_hw[1], gpu.weight_sum(packed)
-        widths = [taps * width for width in int8_ops.packing.padded(packed.segments)]
-        parts = gpu.int8_weight(packed)[:, : packed.row_length].split(widths, 1)
+        widths = [taps * width for width in gpu.facts(packed).widths]
+        parts = gpu.int8_weight(packed)[:, : sum(widths)].split(widths, 1)
         assert torch.equal(found, torch.stack([part.sum(1, dtype=torch.int32) for part in parts]))
         assert found.dtype == torch.int32 and found.is_contiguous()
         ran += 1

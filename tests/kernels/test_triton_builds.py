@@ -213,7 +213,7 @@ def test_one_pass_kernels_move_sixteen_bytes_at_a_time() -> None:
     from bitbrush.kernels import triton_decode_kernels, triton_encode_kernels, triton_int8_kernels
 
     flat = {"PLACES": ((0, 0, 640), (640, 0, 960)), "CHANNELS": 960, "LENGTH": 960, "TABLE": 0, "FACTOR": False,
-            "CHUNKS": 128, "EARLY": False}
+            "COUNT": 2, "CHUNKS": 128, "EARLY": False}
     rows = {"ENDS": (1280,), "BITS": 4, "ORDER": False, "HALVED": False, "BK": 256}
     ptx = {
         "encode": _built(triton_encode_kernels.encode, {**flat, "SPATIAL": False}, out_ptr="*i8"),

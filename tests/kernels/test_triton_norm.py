@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bitbrush.kernels.triton_encode import places
+from bitbrush.kernels.triton_encode import segment_places
 from bitbrush.kernels.triton_norm import column_blocks, row_cut, sum_block
 from bitbrush.kernels.triton_norm_small import Cut, cut
 from interpreter import TRITON, interpreted
@@ -82,5 +82,5 @@ def test_groups_of_small_pictures_are_held_whole() -> None:
 
 def test_segments_have_places_of_their_own() -> None:
     """33 and 7 channels lie at 0 and 64 of the output; blocks of columns do not cross from one to the other."""
-    assert places((33, 7)) == ((0, 0, 33), (64, 31, 40))
+    assert segment_places((33, 7)) == ((0, 0, 33), (64, 31, 40))
     assert column_blocks((33, 7, 130)) == (((0, 0, 0, 33, 64), (1, 64, 33, 40, 96), (2, 96, 40, 170, 256)), 5)

@@ -20,7 +20,7 @@ from bitbrush.artifact.digest import of_model
 from bitbrush.artifact.save import save
 from bitbrush.engine.estimate import layer_bytes
 from bitbrush.errors import ArtifactError, InputError, InternalError
-from bitbrush.kernels import cpu
+from bitbrush.kernels import cpu, gpu
 from bitbrush.kernels.proof import prove_layer
 from bitbrush.network import wrap
 from bitbrush.network.activation import ActivationQuantizer
@@ -371,10 +371,10 @@ def test_packed_and_proven_at_every_time(granularity: str, kind: str) -> None:
         with torch.no_grad(), clock.at(times):
             assert torch.equal(packed(x), layer(x))
             result = prove_layer(layer.stored_codes(), packed, x)
-        assert result["ok"] and "scales a group of" in result["kernels"]["cpu-int8"]["skipped"], result
+        assert result["ok"] and result["kernels"]["cpu-int8"]["largest_sums"]["ok"], result
         proven += 1
     assert proven == 6 and packed.input.group_of.dtype == torch.uint8
-    assert cpu.why_not(packed, "cpu") == kernels.why_not("cpu-int8", packed, "cpu")
+    assert cpu.why_not(packed, "cpu") is kernels.why_not("cpu-int8", packed, "cpu") is None
     whole = layer_bytes((9, 24) if kind == "linear" else (9, 24, *layer.kernel_hw), layer.spec, True, len(TIMES))
     assert packed.packed_bytes() == whole
 
@@ -441,7 +441,12 @@ def test_network_packs_saves_and_loads(network: tuple[Any, dict[float, Tensor], 
     assert all(q.group_of.dtype == torch.uint8 for q in half.modules()
                if isinstance(q, ActivationQuantizer) and q.group_of is not None)
     used = kernels.use(whole.unet, "cpu-int8")
-    assert any("scales a group of pixels" in reason for reason in used.values())
+    left = "reference: a sum for each group of channels takes longer on a CPU than the reference"
+    assert list(kernels.use(pipe.unet, "auto", "cpu").values()).count(left) == kinds.count("channel_group") - 2
+    ran = [used[name.removesuffix(".input")] for name, q in found.items() if q.spec.groups]
+    assert ran.count("cpu-int8") == len(ran) - 2  # conv_in and conv_out have free zero-points
+    errors = [tiny.run(whole.unet, t) - simulated[t] for t in TIMES]  # a code that falls to the other side of an edge
+    assert all(error.norm() < 0.03 * simulated[t].norm() for t, error in zip(TIMES, errors, strict=True))
 
 
 def test_another_resolution_names_the_layer(network: tuple[Any, dict[float, Tensor], Path]) -> None:
@@ -485,3 +490,29 @@ def test_rewrapping_keeps_labels_where_the_groups_are_the_same() -> None:
         wrap.rewrap(model, Plan(layers={"a": spec}), ["a"], Clock(()))
         again: Any = model.a
         assert again is not layer and torch.equal(again.input.group_of, want) is kept
+
+
+def test_other_labels_that_are_loaded_are_those_that_are_summed_by() -> None:
+    """What a kernel keeps of labels is made again: sizes, the order of the channels, sums of weights."""
+    clock, _, packed = layer_of("channel_group", "conv")
+    other = copy.deepcopy(packed.state_dict())
+    other["input.group_of"] = (other["input.group_of"] + 1) % K
+    other["input.scale"] = other["input.scale"] * 1.5
+    other["input.inverse_scale"] = 1 / other["input.scale"]
+    x, seen = torch.randn(2, 24, 3, 5), []
+    for _ in range(2):
+        with torch.no_grad(), clock.at(250.0):
+            seen.append((cpu.run(packed, x), gpu.run(packed, x)))
+            want = packed(x)
+        assert all((y - want).abs().max() < 1e-4 * want.abs().max() for y in seen[-1])
+        packed.load_state_dict(other)
+    assert not torch.allclose(seen[0][0], seen[1][0], rtol=0.05)
+
+
+def test_groups_of_each_timestep_are_refused_by_name() -> None:
+    of = spec_of("channel_group", timed=True).model_copy(update={"groups_timed": True})
+    spec = LayerSpec(weight=WeightSpec(grid=Grid(bits=4)), activation=of)
+    _, _, packed = tiny.packed_pair("linear", spec, lambda q: q.set_groups(torch.zeros_like(q.group_of)))
+    assert gpu.unable(packed) == "groups anew at each timestep would sort the weight anew at each: simulated only"
+    many = spec.model_copy(update={"activation": spec_of("channel_group", groups=20)})
+    assert gpu.unable(tiny.packed_pair("linear", many, fill)[2]) == "20 groups; the kernel takes 16"

@@ -13,7 +13,18 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from bitbrush.errors import InputError
-from bitbrush.kernels import attention_ops, blocks, building, cpu, cpu_blocks, cpu_lookup, gpu, gpu_decode, reference
+from bitbrush.kernels import (
+    attention_ops,
+    blocks,
+    building,
+    cpu,
+    cpu_blocks,
+    cpu_lookup,
+    gpu,
+    gpu_decode,
+    reference,
+    sums,
+)
 
 if TYPE_CHECKING:
     from bitbrush.network.layers import QuantLayer
@@ -85,6 +96,13 @@ def why_not(name: str, layer: QuantLayer | Any, device_type: str) -> str | None:
     return refusals[name](layer, device_type) if name in refusals else None
 
 
+def unwise(name: str, layer: QuantLayer | Any, device_type: str) -> str | None:
+    """Why ``auto`` does not take a kernel for this layer: it cannot run it, or takes longer than the reference."""
+    slow = name == "cpu-int8" and not attention_ops.has_operands(layer) and sums.grouped(layer)
+    reason = why_not(name, layer, device_type)
+    return reason or ("a sum for each group of channels takes longer on a CPU than the reference" if slow else None)
+
+
 def use(model: nn.Module, name: str, device_type: str | None = None) -> dict[str, str]:
     """Choose kernel ``name`` for every packed layer and attention that it can run; the others keep the reference.
 
@@ -111,7 +129,7 @@ def use(model: nn.Module, name: str, device_type: str | None = None) -> dict[str
             continue
         module.kernel_of = best(module) if name == AUTO else {}
         wanted = name if name != AUTO else module.kernel_of.get(device_type, BEST.get(device_type, ("reference",))[0])
-        reason = why_not(wanted, module, device_type)
+        reason = (unwise if name == AUTO else why_not)(wanted, module, device_type)
         module.kernel = name if name == AUTO or reason is None else "reference"
         answer[layer_name.removesuffix(".processor")] = wanted if reason is None else f"reference: {reason}"
         prepare(module)
@@ -126,7 +144,7 @@ def use(model: nn.Module, name: str, device_type: str | None = None) -> dict[str
 
 def best(layer: QuantLayer | Any) -> dict[str, str]:
     """The best kernel that can run a layer, for every kind of device that has one."""
-    able = {kind: [name for name in names if why_not(name, layer, kind) is None] for kind, names in BEST.items()}
+    able = {kind: [name for name in names if unwise(name, layer, kind) is None] for kind, names in BEST.items()}
     return {kind: names[0] for kind, names in able.items() if names}
 
 

@@ -18,19 +18,24 @@ stands here is the plain form: for scales a token, under torch.compile with them
 from __future__ import annotations
 
 import functools
+import math
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from bitbrush.kernels import cpu_fused, cpu_layout, cpu_onednn, reference
+from bitbrush.kernels import cpu_fused, cpu_layout, cpu_onednn, reference, sums
 from bitbrush.kernels.cpu_onednn import OFFSET
 from bitbrush.kernels.cpu_weights import int8_weights, largest
+from bitbrush.numbers import packing
 
 if TYPE_CHECKING:
     from bitbrush.network.activation import ActivationQuantizer
     from bitbrush.network.layers import QuantLayer
 
+BY_PIXEL = ("token", "token_group", "pixel_group")
+"""Granularities with a scale a token or pixel: it leaves the sum where that is over one pixel."""
 FLOAT_BLOCK = 1024
 """Products of int8 values that float32 sums exactly in any order: 1024 * 128 * 128 = 2**24."""
 
@@ -55,13 +60,11 @@ def why_not(layer: QuantLayer, device_type: str) -> str | None:
         return "a scale a channel cannot leave the integer sum: simulated only"
     if activation.granularity == "token_group" and layer.segments != groups_of(layer.in_channels_, activation.group):
         return "groups of a token's channels that are not the segments of the weight: a scale cannot leave the sum"
-    if activation.granularity == "channel_group":
-        return "scales a group of channels need the channels sorted by group, a sum each: simulated so far"
-    if activation.granularity == "pixel_group":
-        return "scales a group of pixels: the kernel takes one scale a sample or a token so far"
+    if activation.groups_timed:
+        return "groups anew at each timestep would sort the weight anew at each: simulated only"
     if 8 in weight.bit_classes() and not weight.grid.signed:
         return "8-bit weights with free zero-points do not fit int8"
-    reason = _conv_reason(layer, activation.granularity in ("token", "token_group"))
+    reason = _conv_reason(layer, activation.granularity in BY_PIXEL)
     widest, bound = max(segment_lengths(layer)), longest(layer)
     if reason is None and widest > bound:
         form = f"W{max(weight.bit_classes())}A{_bits(layer)}"
@@ -117,11 +120,10 @@ def run(layer: QuantLayer, x: Tensor) -> Tensor:
         made = cpu_fused.run(layer, x)
         return made if layer.low_rank is None else layer.with_branch(made, x)
     codes, scale, zero = quantizer.encode(layer.prepare(x), layer.channel_dim % x.ndim)
-    sums = _accumulate(layer, codes, zero)
-    scales = _by_segment(layer, _rows_last(layer, scale))
+    scales, of_weight = _by_segment(layer, _rows_last(layer, scale)), sums.weight_scale(layer)
     y: Tensor | None = None
-    for s, acc in enumerate(sums):
-        part = (acc.float() * _at_output(layer, scales[s])) * layer.weight_scale[:, s]
+    for s, acc in enumerate(_accumulate(layer, codes, zero)):
+        part = (acc.float() * _at_output(layer, scales[s])) * of_weight[:, s]
         y = part if y is None else y + part
     if y is None:
         return reference.run(layer, x)
@@ -170,12 +172,17 @@ def accumulators(layer: QuantLayer, x: Tensor) -> list[Tensor]:
 
 
 def _accumulate(layer: QuantLayer, codes: Tensor, zero: Tensor) -> list[Tensor]:
-    parts = _rows_last(layer, to_int8(codes)).split(list(layer.segments), dim=-1)
+    rows, counts = _rows_last(layer, to_int8(codes)), sums.counts(layer)
+    parts = (rows.index_select(-1, sums.order(layer)) if sums.grouped(layer) else rows).split(list(counts), dim=-1)
     zeros = _by_segment(layer, _rows_last(layer, zero))
+    weights = int8_weights(layer)
+    if sums.grouped(layer):
+        lengths = [math.prod(layer.kernel_hw) * width for width in packing.padded(counts)]
+        weights = list(sums.by_columns(weights[0], sums.columns(layer)).split(lengths, dim=1))
     out = []
-    for s, weight in enumerate(int8_weights(layer)):
+    for s, weight in enumerate(weights):
         rows = _patches(layer, parts[s], zeros[s], weight.shape[1])
-        product = int8_product(rows.reshape(-1, rows.shape[-1]), weight).reshape(*rows.shape[:-1], weight.shape[0])
+        product = int8_product(rows.flatten(0, -2), weight).reshape(*rows.shape[:-1], weight.shape[0])
         out.append(product + correction(_at_output(layer, zeros[s]), weight))
     return out
 
@@ -200,8 +207,10 @@ def _rows_last(layer: QuantLayer, tensor: Tensor) -> Tensor:
 
 
 def _by_segment(layer: QuantLayer, table: Tensor) -> list[Tensor]:
-    """A broadcastable scale or zero-point, one ``[..., 1]`` a segment."""
-    starts = [sum(layer.segments[:s]) if table.shape[-1] > 1 else 0 for s in range(len(layer.segments))]
+    """A broadcastable scale or zero-point, one ``[..., 1]`` a sum; where there is nothing to sum, any."""
+    counts, last = sums.counts(layer), table.shape[-1] - 1
+    table = table.index_select(-1, sums.order(layer)) if sums.grouped(layer) and last else table
+    starts = [min(start, last) for start in accumulate(counts[:-1], initial=0)]
     return [table[..., start : start + 1] for start in starts]
 
 
@@ -239,6 +248,8 @@ def int8_product(a: Tensor, w: Tensor) -> Tensor:
     Where a processor has no dot-product instructions, ``torch._int_mm`` is wrong or a plain loop: oneDNN's other
     product is taken.
     """
+    if not w.shape[1]:  # a group without channels
+        return torch.zeros((a.shape[0], w.shape[0]), dtype=torch.int32, device=a.device)
     if not torch.compiler.is_compiling() and cpu_onednn.engine() == "saturates" and a.numel():
         return cpu_onednn.sums(a.view(torch.uint8) ^ OFFSET, OFFSET, w.t(), 255, 128)
     if int_mm_is_exact():

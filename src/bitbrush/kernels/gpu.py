@@ -8,13 +8,12 @@ product that unpacks within itself costs more (each tile of the output would unp
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from bitbrush.kernels import building, cpu, cpu_fused, direct, gpu_decode, int8_ops, reference, triton_int8
+from bitbrush.kernels import cpu, cpu_fused, direct, gpu_decode, int8_ops, reference, sums, triton_int8
 from bitbrush.kernels.triton_int8 import BY_ROW, BY_SAMPLE, ONE_ROW, Frame, Tables
 from bitbrush.numbers import packing
 from bitbrush.numbers.codec import encode
@@ -37,8 +36,11 @@ def unable(layer: QuantLayer) -> str | None:
     reason = cpu.why_not(layer, "cpu")  # what an int8 product can compute at all
     if reason is not None:
         return reason
-    if len(layer.segments) > MOST_SEGMENTS:
-        return f"{len(layer.segments)} segments; the kernel takes {MOST_SEGMENTS}"
+    count = layer.spec.activation.groups if sums.grouped(layer) and layer.spec.activation else len(layer.segments)
+    if count > MOST_SEGMENTS:
+        return f"{count} {'groups' if sums.grouped(layer) else 'segments'}; the kernel takes {MOST_SEGMENTS}"
+    if layer.spec.activation is not None and layer.spec.activation.time_bits and _by_pixel(layer):
+        return "groups of pixels whose bits change over time"
     return _conv_reason(layer) if isinstance(layer, nn.Conv2d) else None
 
 
@@ -48,9 +50,13 @@ def _conv_reason(layer: Any) -> str | None:
         return "a convolution with dilation, or with padding or stride that differ by side"
     if left and left >= min(layer.kernel_hw):
         return "a convolution with more padding than kernel"
-    if layer.spec.activation.granularity in ("token", "token_group") and layer.stride[0] > 1:
+    if layer.spec.activation.granularity in cpu.BY_PIXEL and layer.stride[0] > 1:
         return "scales a pixel in a convolution with a stride"
     return None
+
+
+def _by_pixel(layer: QuantLayer) -> bool:
+    return layer.spec.activation is not None and layer.spec.activation.granularity == "pixel_group"
 
 
 def leaves(layer: QuantLayer, x: Tensor) -> bool:
@@ -65,7 +71,8 @@ class Facts(NamedTuple):
         spec: Of the layer when this was found.
         conv, pointwise: Whether it is a convolution, and one that is a linear layer of pixels.
         pad, stride, kernel: Of a convolution.
-        counts, widths: Channels of each segment, and padded.
+        counts, widths: Channels of each sum (a segment, or a group), and padded.
+        grouped: Whether sums are over groups.
         static: Whether one row of tables serves all times.
         changing: Whether rows have bits of their own.
         top: Largest code, of the widest row.
@@ -80,6 +87,7 @@ class Facts(NamedTuple):
     kernel: tuple[int, int]
     counts: tuple[int, ...]
     widths: tuple[int, ...]
+    grouped: bool
     static: bool
     changing: bool
     top: int
@@ -89,14 +97,15 @@ class Facts(NamedTuple):
 def facts(layer: QuantLayer) -> Facts:
     """What does not change while the layer has its spec. Kept, but not by a graph that is being compiled."""
     kept: Facts | None = None if torch.compiler.is_compiling() else layer.__dict__.get("kernel_facts")
-    if kept is not None and kept.spec is layer.spec:
+    if kept is not None and kept.spec is layer.spec and not (kept.grouped and kept.counts != sums.counts(layer)):
         return kept
     like: Any = layer
+    counts = sums.counts(layer)
     spec, conv, given = layer.spec, isinstance(layer, nn.Conv2d), layer.spec.activation
     found = Facts(
         spec, conv, conv and _pointwise(layer), int(like._reversed_padding_repeated_twice[0]) if conv else 0,
-        int(like.stride[0]) if conv else 1, layer.kernel_hw, layer.segments, packing.padded(layer.segments),
-        given is not None and given.mode == "static" and not (given.timed or given.time_bits),
+        int(like.stride[0]) if conv else 1, layer.kernel_hw, counts, packing.padded(counts), sums.grouped(layer),
+        given is not None and given.mode == "static" and not (given.timed or given.time_bits or _by_pixel(layer)),
         given is not None and given.mode == "static" and bool(given.time_bits),
         (1 << given.most_bits) - 1 if given is not None else 0,
         spec.weight is not None and spec.weight.bit_classes() == (8,),
@@ -142,12 +151,12 @@ def multiply(
         shared: ``[samples, N]``: the same for all places of a sample.
         residual: Like the output.
     """
-    known, buffers = facts(layer), layer._buffers
-    conv = known.conv
+    known = facts(layer)
+    conv, of_weight = known.conv, sums.weight_scale(layer) if known.grouped else layer._buffers["weight_scale"]
     if residual is not None:
         residual = (residual.permute(0, 2, 3, 1) if conv else residual).contiguous()
     y: Tensor = _OPS.int8_product(
-        codes, int8_weight(layer), given.scale, given.zero_point, given.times, given.kind, buffers["weight_scale"],
+        codes, int8_weight(layer), given.scale, given.zero_point, given.times, given.kind, of_weight,
         weight_sum(layer), known.widths, int8_ops.numbers_of(given.frame), given.per_sample,
         layer._parameters["bias"], shared, residual, x.dtype,
     )
@@ -194,14 +203,19 @@ def _tables(layer: QuantLayer, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
     quantizer = layer.input
     if quantizer is None:
         raise ValueError("the input of this layer is not quantized")
-    if quantizer.spec.mode == "static":
+    by_pixel = quantizer.spec.granularity == "pixel_group"
+    if quantizer.spec.mode == "static" and not by_pixel:
         times = quantizer.times() if not quantizer.spec.time_groups else quantizer.rows()
         times = first_row(layer) if times is None else times
         kind = ONE_ROW if len(times) == 1 else BY_SAMPLE
         return quantizer.scale, quantizer.inverse_scale, quantizer.zero_point, times, kind
     dim = layer.channel_dim % x.ndim
     found = quantizer.parameters_for(layer.prepare(x), dim)
-    scale, inverse, zero = (cpu_fused.by_segment(table, dim, layer.segments) for table in found)
+    if by_pixel:
+        shape = [1 if d == dim else n for d, n in enumerate(x.shape)]
+        scale, inverse, zero = (table.expand(shape).reshape(-1, 1) for table in found)
+    else:
+        scale, inverse, zero = (cpu_fused.by_segment(table, dim, layer.segments) for table in found)
     if len(scale) == 1:
         return scale, inverse, zero, first_row(layer), ONE_ROW
     kind = BY_SAMPLE if quantizer.spec.granularity == "sample" else BY_ROW
@@ -210,7 +224,7 @@ def _tables(layer: QuantLayer, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
 
 def first_row(layer: QuantLayer) -> Tensor:
     """The row of a table that has one: int64 ``[1]``, on the layer's device. Kept: graphs need not fill it."""
-    return _kept(layer, "first_row", _first_row)
+    return sums.kept(layer, "first_row", _first_row)
 
 
 def _first_row(layer: QuantLayer) -> Tensor:
@@ -220,26 +234,12 @@ def _first_row(layer: QuantLayer) -> Tensor:
 def changing_table(layer: QuantLayer) -> Tensor:
     """int32 ``[T, S]``: the zero-points and largest codes of rows with bits of their own (`int8_ops.with_tops`). Kept,
     for graphs that are captured later."""
-    return _kept(layer, "changing_table", _changing_table)
+    return sums.kept(layer, "changing_table", _changing_table)
 
 
 def _changing_table(layer: QuantLayer) -> Tensor:
     quantizer: Any = layer.input
     return int8_ops.with_tops(quantizer.zero_point, quantizer.row_tops())
-
-
-def _kept(layer: QuantLayer, what: str, make: Callable[[QuantLayer], Tensor]) -> Tensor:
-    """A tensor that is made once a device; one that is made while a graph is traced is part of that graph, and one that
-    is made while launches are left out holds nothing."""
-    key = (what, layer._buffers["weight_scale"].device)  # type: ignore[union-attr]
-    kept = layer._row_tables.get(key)
-    if kept is not None:
-        return kept
-    with torch.inference_mode(False), torch.no_grad():
-        found = make(layer)
-    if not torch.compiler.is_compiling() and not building.noting():
-        layer._row_tables[key] = found
-    return found
 
 
 def input_rows(layer: QuantLayer, x: Tensor, given: Given) -> Tensor:
@@ -253,7 +253,7 @@ def input_rows(layer: QuantLayer, x: Tensor, given: Given) -> Tensor:
         rows, factor = layer.prepare(x).reshape(rows.shape), None
     codes: Tensor = _OPS.int8_encode(
         rows, given.inverse, given.encoding, given.times, given.kind, known.counts, known.top,
-        int8_ops.numbers_of(given.frame), given.per_sample, factor,
+        int8_ops.numbers_of(given.frame), given.per_sample, factor, sums.places(layer) if known.grouped else None,
     )
     return codes
 
@@ -271,20 +271,24 @@ def codes_in_graph(layer: QuantLayer, x: Tensor, frame: Frame | None) -> Tensor:
     _, inverse, zero = layer.input.parameters_for(prepared, dim)
     codes = encode(prepared, inverse, zero, layer.input.top_for(x.ndim, dim))
     codes, zero = (cpu._rows_last(layer, t) for t in (codes, zero))
+    if sums.grouped(layer):
+        codes, zero = (t.index_select(-1, sums.order(layer)) for t in (codes, zero))
     if frame is None:
         zero = zero.expand(*codes.shape[:-1], zero.shape[-1]).reshape(-1, zero.shape[-1]) if zero.ndim > 1 else zero
         codes = codes.reshape(-1, codes.shape[-1])
-    return int8_ops.laid_out(codes, zero, list(layer.segments), frame)
+    return int8_ops.laid_out(codes, zero, list(sums.counts(layer)), frame)
 
 
 def input_codes(layer: QuantLayer, x: Tensor) -> Tensor:
     """The activation codes that the products are made from, uint8, shape of ``x``."""
     given = given_input(layer, x)
-    a, parts, start = input_rows(layer, x, given), [], 0
-    for count, width in zip(layer.segments, packing.padded(layer.segments), strict=True):
+    counts, parts, start = sums.counts(layer), [], 0
+    a = input_rows(layer, x, given)
+    for count, width in zip(counts, packing.padded(counts), strict=True):
         parts.append(a[:, start : start + count])
         start += width
     codes = (torch.cat(parts, 1).to(torch.int16) + cpu.OFFSET).to(torch.uint8)
+    codes = codes.index_select(1, sums.order(layer).argsort()) if sums.grouped(layer) else codes
     frame = given.frame
     if frame is not None:
         lines = codes[: frame.batch * frame.height * frame.pitch]
@@ -297,15 +301,16 @@ def input_codes(layer: QuantLayer, x: Tensor) -> Tensor:
 
 def accumulators(layer: QuantLayer, x: Tensor) -> list[Tensor]:
     """int32 sums of ``(code_a - zero_a) * (code_w - zero_w)`` of each segment, shapes as `cpu.accumulators`."""
-    given, widths = given_input(layer, x), packing.padded(layer.segments)
+    given, widths = given_input(layer, x), facts(layer).widths
     a, w = input_rows(layer, x, given), int8_weight(layer)
-    tables = Tables(given.scale, given.zero_point, given.times, given.kind, layer.weight_scale, weight_sum(layer))
+    of_weight = sums.weight_scale(layer), weight_sum(layer)
+    tables = Tables(given.scale, given.zero_point, given.times, given.kind, *of_weight)
     if x.is_cuda:
         count = len(a) if given.frame is None else given.frame.batch * given.frame.out[0] * given.frame.out[1]
-        sums = torch.empty((len(widths), count, len(w)), dtype=torch.int32, device=x.device)
+        made = torch.empty((len(widths), count, len(w)), dtype=torch.int32, device=x.device)
         triton_int8.product(a, w, tables, widths, torch.float32, frame=given.frame, per_sample=given.per_sample,
-                            sums=sums)
-        found = list(sums)
+                            sums=made)
+        found = list(made)
     else:
         found = int8_ops.plain_sums(a, w, tables, list(widths), given.frame, given.per_sample)
     shape = (*x.shape[:-1], -1)
@@ -315,8 +320,10 @@ def accumulators(layer: QuantLayer, x: Tensor) -> list[Tensor]:
 
 
 def int8_weight(layer: QuantLayer) -> Tensor:
-    """``code - zero_point`` int8 ``[N, K]``: the packed bytes themselves where they are 8 bits wide."""
-    if facts(layer).whole:
+    """``code - zero_point`` int8 ``[N, K]``, K sum by sum: the packed bytes themselves where they are 8 bits wide and
+    lie so."""
+    known = facts(layer)
+    if known.whole and not known.grouped:
         return packing.int8_rows(layer._buffers["codes8"])  # type: ignore[arg-type]
     spec = layer.spec.weight
     if spec is None:
@@ -326,19 +333,22 @@ def int8_weight(layer: QuantLayer) -> Tensor:
     found: Tensor = _OPS.int8_weight(
         [getattr(layer, f"codes{bits}") for bits in classes], list(classes), layer.weight_zero_point,
         layer.row_order if spec.row_bits else None, list(layer.segments), kh * kw, spec.halved(1),
+        sums.columns(layer) if known.grouped else None,
     )
     return found
 
 
 def weight_sum(layer: QuantLayer) -> Tensor:
-    """int32 ``[S, N]``: each row's sum over each segment. Kept, for graphs that are captured later."""
-    return _kept(layer, "weight_sum", _weight_sum)
+    """int32 ``[S, N]``: of each row, what its weights come to in each sum. Kept, for graphs that are captured later."""
+    return sums.kept(layer, "weight_sum", _weight_sum)
 
 
 def _weight_sum(layer: QuantLayer) -> Tensor:
     """By torch's own operations: a model that is moved need not wait until kernels that unpack are built."""
-    zero, found = layer.weight_zero_point.to(torch.int32), []
-    for s, part in enumerate(layer.stored_codes().split(layer.segments, 1)):
+    counts, codes, found = sums.counts(layer), layer.stored_codes(), []
+    codes = codes.index_select(1, sums.order(layer)) if sums.grouped(layer) else codes
+    zero = layer.weight_zero_point.to(torch.int32).expand(-1, len(counts))
+    for s, part in enumerate(codes.split(counts, 1)):
         found.append(part.flatten(1).sum(1, dtype=torch.int32) - part[0].numel() * zero[:, s])
     return torch.stack(found)
 
@@ -347,5 +357,9 @@ def prepare(layer: QuantLayer) -> None:
     """Make what is kept of a layer."""
     weight_sum(layer)
     first_row(layer)
-    if facts(layer).changing:
+    known = facts(layer)
+    if known.changing:
         changing_table(layer)
+    if known.grouped:
+        for make in (sums.order, sums.places, sums.columns, sums.weight_scale):
+            make(layer)

@@ -4,7 +4,8 @@
     bitbrush::int8_weight    packed rows below 8 bits to ``code - zero_point``
     bitbrush::int8_product   the integer product of both, scaled, with what is added to it: one rounding
 
-A compiled graph sees each as one operation, so none breaks it; in one, the encode is written out instead
+``places`` and ``columns`` sort the channels of input and weight, where they are summed by group (`kernels.sums`). A
+compiled graph sees each as one operation, so none breaks it; in one, the encode is written out instead
 (`gpu.codes_in_graph`), for the compiler to join with what stands before it. Lists of integers stand for a `Frame`:
 batch, high, wide, kh, kw, pad, stride, shared; empty for linear layers.
 """
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bitbrush.kernels import cpu_weights, direct, triton_encode, triton_int8, tuning
+from bitbrush.kernels.sums import OF_CHANNEL, by_columns
 from bitbrush.kernels.triton_int8 import BY_ROW, BY_SAMPLE, Extra, Frame, Tables
 from bitbrush.numbers import packing
 from bitbrush.numbers.codec import encode as encode_codes
@@ -22,11 +24,11 @@ from bitbrush.numbers.codec import encode as encode_codes
 _LIBRARY = torch.library.Library("bitbrush", "FRAGMENT")
 _LIBRARY.define(
     "int8_encode(Tensor x, Tensor inverse, Tensor zero_point, Tensor times, int kind, int[] counts, int top, "
-    "int[] frame, int per_sample, Tensor? factor) -> Tensor"
+    "int[] frame, int per_sample, Tensor? factor, Tensor? places=None) -> Tensor"
 )
 _LIBRARY.define(
-    "int8_weight(Tensor[] codes, int[] bits, Tensor zero_point, Tensor? order, int[] counts, int taps, bool halved) "
-    "-> Tensor"
+    "int8_weight(Tensor[] codes, int[] bits, Tensor zero_point, Tensor? order, int[] counts, int taps, bool halved, "
+    "Tensor? columns=None) -> Tensor"
 )
 _LIBRARY.define(
     "int8_product(Tensor a, Tensor w, Tensor scale, Tensor zero_point, Tensor times, int kind, Tensor weight_scale, "
@@ -53,21 +55,24 @@ def numbers_of(frame: Frame | None) -> list[int]:
 # ---- encode ----------------------------------------------------------------------------------------------------------
 def _encode_cuda(
     x: Tensor, inverse: Tensor, zero_point: Tensor, times: Tensor, kind: int, counts: list[int], top: int,
-    frame: list[int], per_sample: int, factor: Tensor | None,
+    frame: list[int], per_sample: int, factor: Tensor | None, places: Tensor | None = None,
 ) -> Tensor:
     segments, place = tuple(counts), frame_of(frame)
     x = x.contiguous(memory_format=torch.channels_last) if place is not None else x.contiguous()
     return triton_encode.encode(x, inverse, zero_point, times, kind, segments, top,
-                                frame=place, per_sample=per_sample, factor=factor)
+                                frame=place, per_sample=per_sample, factor=factor, places=places)
 
 
 def _encode_plain(
     x: Tensor, inverse: Tensor, zero_point: Tensor, times: Tensor, kind: int, counts: list[int], top: int,
-    frame: list[int], per_sample: int, factor: Tensor | None,
+    frame: list[int], per_sample: int, factor: Tensor | None, places: Tensor | None = None,
 ) -> Tensor:
     place = frame_of(frame)
     rows = x if place is None else x.permute(0, 2, 3, 1)
     rows = rows.float() if factor is None else rows.float() * factor
+    if places is not None:
+        channels = places // OF_CHANNEL
+        rows = rows.index_select(-1, channels[channels < rows.shape[-1]])
 
     def wide(table: Tensor) -> Tensor:
         found = table if kind == BY_ROW else table.index_select(0, times)
@@ -128,8 +133,10 @@ def laid_out(codes: Tensor, zero: Tensor, counts: list[int], frame: Frame | None
 # ---- weight ----------------------------------------------------------------------------------------------------------
 def _weight_cuda(
     codes: list[Tensor], bits: list[int], zero_point: Tensor, order: Tensor | None, counts: list[int], taps: int,
-    halved: bool,
+    halved: bool, columns: Tensor | None = None,
 ) -> Tensor:
+    if columns is not None:
+        return _sorted_weight(codes, bits, zero_point, order, counts, taps, halved, columns)
     segments = tuple(counts)
     widths = packing.padded(segments)
     out = torch.empty((zero_point.shape[0], taps * sum(widths)), dtype=torch.int8, device=zero_point.device)
@@ -145,12 +152,27 @@ def _weight_cuda(
     return out
 
 
+def _sorted_weight(
+    codes: list[Tensor], bits: list[int], zero_point: Tensor, order: Tensor | None, counts: list[int], taps: int,
+    halved: bool, columns: Tensor,
+) -> Tensor:
+    length = taps * sum(packing.padded(tuple(counts)))
+    out = torch.empty((zero_point.shape[0], len(columns)), dtype=torch.int8, device=zero_point.device)
+    start = 0
+    for data, width in zip(codes, bits, strict=True):
+        mine = None if order is None else order[start : start + data.shape[0]]
+        triton_int8.unpack_sorted(out, data, width, zero_point, mine, columns, length, halved and width == 1)
+        start += data.shape[0]
+    return out
+
+
 def _weight_plain(
     codes: list[Tensor], bits: list[int], zero_point: Tensor, order: Tensor | None, counts: list[int], taps: int,
-    halved: bool,
+    halved: bool, columns: Tensor | None = None,
 ) -> Tensor:
-    return torch.cat(cpu_weights.rows(codes, bits, [int(halved and b == 1) for b in bits], order, zero_point, counts,
+    rows = torch.cat(cpu_weights.rows(codes, bits, [int(halved and b == 1) for b in bits], order, zero_point, counts,
                                       taps), 1)
+    return rows if columns is None else by_columns(rows, columns)
 
 
 # ---- product ---------------------------------------------------------------------------------------------------------
@@ -224,7 +246,7 @@ def _gathered(frame_rows: Tensor, frame: Frame) -> Tensor:
 # ---- shapes ----------------------------------------------------------------------------------------------------------
 def _encode_shape(
     x: Tensor, inverse: Tensor, zero_point: Tensor, times: Tensor, kind: int, counts: list[int], top: int,
-    frame: list[int], per_sample: int, factor: Tensor | None,
+    frame: list[int], per_sample: int, factor: Tensor | None, places: Tensor | None = None,
 ) -> Tensor:
     place = frame_of(frame)
     rows = x.shape[0] if place is None else place.rows
@@ -233,9 +255,10 @@ def _encode_shape(
 
 def _weight_shape(
     codes: list[Tensor], bits: list[int], zero_point: Tensor, order: Tensor | None, counts: list[int], taps: int,
-    halved: bool,
+    halved: bool, columns: Tensor | None = None,
 ) -> Tensor:
-    return zero_point.new_empty((zero_point.shape[0], taps * sum(packing.padded(tuple(counts)))), dtype=torch.int8)
+    length = taps * sum(packing.padded(tuple(counts))) if columns is None else columns.shape[0]
+    return zero_point.new_empty((zero_point.shape[0], length), dtype=torch.int8)
 
 
 def _product_shape(

@@ -220,11 +220,15 @@ class _Probe:
         return values[:, None, None] if self.conv else values
 
     def accumulators(self) -> list[Tensor]:
-        """int64 sums of each segment, shape of the output; integers below 2**53 are exact in float64."""
+        """int64 sums of each segment or group, shape of the output; integers below 2**53 are exact in float64."""
         a, w = self.a_codes - self.a_zero, self.codes.float() - self.zero
         dim = self.layer.channel_dim % self.x.ndim
-        pairs = zip(a.split(list(self.layer.segments), dim), w.split(list(self.layer.segments), 1), strict=True)
-        return [self.product(left, right).round().long() for left, right in pairs]
+        found = []
+        for of in proof_tables.summed(self.layer):
+            some = of if len(of) else torch.zeros(1, dtype=torch.int64)  # torch convolves no channels to no outputs
+            acc = self.product(a.index_select(dim, some), w.index_select(1, some)).round().long()
+            found.append(acc if len(of) else torch.zeros_like(acc))
+        return found
 
     def exact_float(self, magnitude: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(y64, bound before the last rounding) of a float kernel with these operands in the input's dtype, and with
@@ -240,20 +244,19 @@ class _Probe:
 
     def exact_integer(self) -> tuple[Tensor, Tensor]:
         """(y64, bound before the last rounding) of an integer kernel: only the epilogue is float32."""
-        dim = self.layer.channel_dim % self.x.ndim
-        y = torch.zeros((), dtype=torch.float64)
-        size, start = torch.zeros((), dtype=torch.float64), 0
-        for s, acc in enumerate(self.accumulators()):
+        dim, summed = self.layer.channel_dim % self.x.ndim, proof_tables.summed(self.layer)
+        y, size = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        of_weight = self.table_scale.double().expand(-1, len(summed))
+        for s, (of, acc) in enumerate(zip(summed, self.accumulators(), strict=True)):
             act = self.a_scale.double()
-            act = act.narrow(dim, start, 1) if act.shape[dim] > 1 else act
+            act = act.index_select(dim, of[:1]) if len(of) and act.shape[dim] > 1 else act.narrow(dim, 0, 1)
             if isinstance(self.layer, nn.Conv2d) and act.shape[-2:].numel() > 1:
                 act = act[..., :: int(self.layer.stride[0]), :: int(self.layer.stride[1])]
-            part = acc.double() * act * self.per_channel(self.table_scale[:, s].double())
+            part = acc.double() * act * self.per_channel(of_weight[:, s])
             y, size = y + part, size + part.abs()
-            start += self.layer.segments[s]
         if self.bias is not None:
             y, size = y + self.per_channel(self.bias), size + self.per_channel(self.bias).abs()
-        bound = (len(self.layer.segments) + 4) * _unit(self.x.device) * size
+        bound = (len(summed) + 4) * _unit(self.x.device) * size
         return (y, bound) if self.layer.low_rank is None else self._with_branch(y, bound)
 
     def _with_branch(self, y: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
@@ -322,6 +325,8 @@ def stress_input(probe: _Probe) -> Tensor:
     if probe.factors is not None:  # small factors must not keep the input from the ends of its range
         largest = torch.finfo(x.dtype).max
         values = (values / probe.factors).clamp(-largest, largest)
+    if layer.input is not None and layer.input.spec.granularity == "pixel_group":  # of as many pixels as it is for
+        values = values.expand(x.shape)
     return values.to(dtype=x.dtype, device=x.device)
 
 

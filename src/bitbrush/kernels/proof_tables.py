@@ -43,6 +43,16 @@ def spread(quantizer: ActivationQuantizer, table: Tensor, x: Tensor, channel: in
     return wide.reshape([len(wide), *shape[1:]] if channel else shape)
 
 
+def summed(layer: QuantLayer) -> list[Tensor]:
+    """Channels of each integer sum, int64: those of a segment, or those of a group, looked up one by one."""
+    quantizer = layer.input
+    if quantizer is None or quantizer.spec.granularity != "channel_group" or quantizer.group_of is None:
+        return list(torch.arange(layer.in_channels_).split(list(layer.segments)))
+    of = quantizer.group_of.tolist()
+    return [torch.tensor([c for c, k in enumerate(of) if k == group], dtype=torch.int64)
+            for group in range(quantizer.spec.groups)]
+
+
 def unfolded(layer: QuantLayer, x: Tensor) -> Tensor:
     """What each output of a convolution reads, kernel place by kernel place: a second opinion on torch's unfolding."""
     conv: Any = layer

@@ -66,6 +66,26 @@ def codes(
 
 
 @triton.jit
+def codes_at(data, at, k, ok, four, two, one, BITS: tl.constexpr):
+    """Codes uint8 at any places k (uint32) of packed rows that begin at ``data + at``: a load for each plane."""
+    if BITS == 8:
+        code = tl.load(data + at + k, mask=ok, other=0) ^ 128
+    elif BITS & 4:
+        code = _values(data + four, at, k, ok, 4)
+        if BITS & 2:
+            code |= _values(data + two, at, k, ok, 2) << 4
+        if BITS & 1:
+            code |= _values(data + one, at, k, ok, 1) << (BITS - 1)
+    elif BITS & 2:
+        code = _values(data + two, at, k, ok, 2)
+        if BITS & 1:
+            code |= _values(data + one, at, k, ok, 1) << 2
+    else:
+        code = _values(data + one, at, k, ok, 1)
+    return code.to(tl.uint8)
+
+
+@triton.jit
 def affine(
     data, scale_ptr, zero_ptr, order_ptr, out_ptr, rows, length, stride, columns, four, two, one, segments,
     ENDS: tl.constexpr, REAL: tl.constexpr, STARTS: tl.constexpr, BITS: tl.constexpr, ORDER: tl.constexpr,

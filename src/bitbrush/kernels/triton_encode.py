@@ -20,7 +20,7 @@ CHUNKS, WARPS = 128, 4
 """Of a program: one chunk a thread, so that registers allow as many threads as a processor has places for."""
 
 
-def places(counts: tuple[int, ...]) -> tuple[tuple[int, int, int], ...]:
+def segment_places(counts: tuple[int, ...]) -> tuple[tuple[int, int, int], ...]:
     """(where it begins in the output, padding before it, end of its channels in the input) of each segment."""
     found, start, out = [], 0, 0
     for count, width in zip(counts, packing.padded(counts), strict=True):
@@ -37,6 +37,7 @@ def border_lines(frame: Frame) -> int:
 def encode(
     x: Tensor, inverse: Tensor, zero_point: Tensor, times: Tensor, kind: int, counts: tuple[int, ...],
     top: int, *, frame: Frame | None = None, per_sample: int = 1, factor: Tensor | None = None,
+    places: Tensor | None = None,
 ) -> Tensor:
     """Codes less 128, int8 ``[R, sum(padded(counts))]``, or a frame of them.
 
@@ -46,15 +47,16 @@ def encode(
         counts: Channels of each segment.
         top: Largest code, where the table of zero-points does not hold it.
         factor: ``input_scale`` float32 ``[C]``.
+        places: `bitbrush.kernels.sums.places`, where segments are groups of channels that lie anywhere.
     """
-    key = (x.shape, counts, kind, top, frame, per_sample, factor is None, x.device, early(x.device))
+    key = (x.shape, counts, kind, top, frame, per_sample, factor is None, places is None, x.device, early(x.device))
     known = _KNOWN.get(key)
     if known is None:
-        known = _KNOWN[key] = _cut(x, kind, counts, top, frame, per_sample, factor is not None)
+        known = _KNOWN[key] = _cut(x, kind, counts, top, frame, per_sample, factor is not None, places is not None)
     size, launch = known
     out = torch.empty(size, dtype=torch.int8, device=x.device)
     if out.numel():
-        launch((x, out, x if factor is None else factor, inverse, zero_point, times))
+        launch((x, out, x if factor is None else factor, inverse, zero_point, times, x if places is None else places))
     return out
 
 
@@ -62,7 +64,8 @@ _KNOWN: dict[Any, tuple[tuple[int, int], Launch]] = {}
 
 
 def _cut(
-    x: Tensor, kind: int, counts: tuple[int, ...], top: int, frame: Frame | None, per_sample: int, factor: bool
+    x: Tensor, kind: int, counts: tuple[int, ...], top: int, frame: Frame | None, per_sample: int, factor: bool,
+    listed: bool,
 ) -> tuple[tuple[int, int], Launch]:
     from bitbrush.kernels import triton_encode_kernels as kernels
 
@@ -77,7 +80,8 @@ def _cut(
     numbers = (float(top), rows, samples, per_sample, place.pitch, place.height,
                place.pad, place.high, place.wide)  # fmt: skip
     options = {
-        "PLACES": places(counts), "CHANNELS": sum(counts), "LENGTH": length, "TABLE": kind,
+        "PLACES": () if listed else segment_places(counts), "COUNT": len(counts),
+        "CHANNELS": sum(counts), "LENGTH": length, "TABLE": kind,
         "SPATIAL": frame is not None, "FACTOR": factor, "CHUNKS": CHUNKS, "num_warps": WARPS,
         "enable_fp_fusion": False, **launched(x.device),
     }

@@ -62,12 +62,15 @@ def segment_at(column, PLACES: tl.constexpr):
 
 @triton.jit(do_not_specialize=("rows", "samples", "per_sample", "pitch", "height", "pad", "high", "wide"))
 def encode(
-    x_ptr, out_ptr, factor_ptr, inverse_ptr, zero_ptr, times_ptr, top, rows, samples, per_sample, pitch,
+    x_ptr, out_ptr, factor_ptr, inverse_ptr, zero_ptr, times_ptr, places_ptr, top, rows, samples, per_sample, pitch,
     height, pad, high, wide,
-    PLACES: tl.constexpr, CHANNELS: tl.constexpr, LENGTH: tl.constexpr, TABLE: tl.constexpr, SPATIAL: tl.constexpr,
-    FACTOR: tl.constexpr, CHUNKS: tl.constexpr, EARLY: tl.constexpr,
+    PLACES: tl.constexpr, COUNT: tl.constexpr, CHANNELS: tl.constexpr, LENGTH: tl.constexpr, TABLE: tl.constexpr,
+    SPATIAL: tl.constexpr, FACTOR: tl.constexpr, CHUNKS: tl.constexpr, EARLY: tl.constexpr,
 ):
     """``code - 128`` int8 of CHUNKS times 16 channels; padding holds the zero-point's code.
+
+    Without PLACES a table lists ``channel * 256 + segment`` of each column of the output: so layers whose groups have
+    other sizes share a build. All 16 columns of a chunk are of one segment.
 
     Programs count chunks of the rows, or with SPATIAL (chunks of a line of the frame, its lines, samples): so no row is
     divided by anything that is not known here. The input is asked for first, then the tables, whose address waits for
@@ -77,7 +80,15 @@ def encode(
     PER_ROW: tl.constexpr = LENGTH // 16
     chunk = tl.program_id(0) * CHUNKS + tl.arange(0, CHUNKS)
     at, column = chunk // PER_ROW, (chunk % PER_ROW) * 16
-    segment, shift, end = segment_at(column, PLACES)
+    within = column[:, None] + tl.arange(0, 16)[None, :]
+    if len(PLACES) > 0:
+        segment, shift, end = segment_at(column, PLACES)
+        channel = within - shift[:, None]
+        real = channel < end[:, None]
+    else:
+        segment = tl.load(places_ptr + column) & 255
+        channel = tl.load(places_ptr + within) >> 8
+        real = channel < CHANNELS
     if SPATIAL:
         sample, y, x = tl.program_id(2), tl.program_id(1), at - pad
         inside = (x >= 0) & (x < wide) & (y >= pad) & (y < pad + high)
@@ -89,8 +100,6 @@ def encode(
         kept = row < rows
         inside = kept
         sample = row // per_sample if TABLE == 1 else 0
-    channel = (column - shift)[:, None] + tl.arange(0, 16)[None, :]
-    real = channel < end[:, None]
     x = tl.load(x_ptr + source.to(tl.int64)[:, None] * CHANNELS + channel, mask=inside[:, None] & real, other=0.0)
     x = x.to(tl.float32)
     if TABLE == 1:
@@ -99,8 +108,8 @@ def encode(
         time = tl.where(inside, source, 0).to(tl.int64)
     else:
         time = tl.load(times_ptr)
-    if len(PLACES) > 1 or (TABLE == 2 or (TABLE == 1 and not SPATIAL)):
-        entry = (time * len(PLACES) + segment).to(tl.int64)
+    if COUNT > 1 or (TABLE == 2 or (TABLE == 1 and not SPATIAL)):
+        entry = (time * COUNT + segment).to(tl.int64)
         inverse = tl.load(inverse_ptr + entry)[:, None]
         zero, top = zero_and_top(zero_ptr, entry[:, None], top)
     else:
@@ -108,5 +117,5 @@ def encode(
         zero, top = zero_and_top(zero_ptr, time, top)
     if FACTOR:
         x = x * tl.load(factor_ptr + channel, mask=real, other=0.0)
-    where = row.to(tl.int64)[:, None] * LENGTH + (column[:, None] + tl.arange(0, 16)[None, :])
+    where = row.to(tl.int64)[:, None] * LENGTH + within
     tl.store(out_ptr + where, centred(x, inverse, zero, top), mask=kept[:, None])

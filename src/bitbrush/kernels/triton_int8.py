@@ -358,6 +358,35 @@ def unpack(
     launch((data, zero_point, data if order is None else order, out))
 
 
+def unpack_sorted(
+    out: Tensor, data: Tensor, bits: int, zero_point: Tensor, order: Tensor | None, columns: Tensor, length: int,
+    halved: bool,
+) -> None:
+    """`unpack` of any number of bits into the columns of ``out`` int8 ``[N, len(columns)]`` that hold others of the
+    packed row's ``length`` codes: those that ``columns`` says (`bitbrush.kernels.sums`), 0 where that is -1.
+
+    Args:
+        zero_point: uint8 ``[N, 1]``.
+    """
+    key = (out.shape, data.shape, data.stride(), bits, order is None, length, halved)
+    launch = _SORTED.get(key)
+    if launch is None:
+        launch = _SORTED[key] = _cut_sorted(out, data, bits, order is not None, length, halved)
+    launch((data, zero_point, data if order is None else order, columns, out))
+
+
+_SORTED: dict[Any, Launch] = {}
+
+
+def _cut_sorted(out: Tensor, data: Tensor, bits: int, order: bool, length: int, halved: bool) -> Launch:
+    from bitbrush.kernels import triton_int8_kernels as kernels
+
+    rows, columns, height = data.shape[0], 256, 16
+    options = {"BITS": bits, "ORDER": order, "HALVED": halved, "BR": height, "BK": columns, "num_warps": 4}
+    numbers = (rows, out.shape[1], data.stride(0), *plane_starts(length, bits))
+    return Launch(kernels.unpack_sorted, (-(-rows // height), -(-out.shape[1] // columns)), numbers, options)
+
+
 _UNPACKED: dict[Any, Launch] = {}
 
 

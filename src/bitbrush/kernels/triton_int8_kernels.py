@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bitbrush.kernels.triton_decode_kernels import codes
+from bitbrush.kernels.triton_decode_kernels import codes, codes_at
 from bitbrush.kernels.triton_encode_kernels import centred, in_turn, zero_and_top
 from bitbrush.kernels.triton_norm_kernels import gelu, rounded
 
@@ -348,3 +348,26 @@ def unpack(
         zero = tl.load(zero_ptr + (place * segments)[:, None] + segment[None, :], mask=ok, other=0)
     value = tl.where(padding[None, :], 0, code - zero.to(tl.int8)).to(tl.int8)
     tl.store(out_ptr + place.to(tl.int64)[:, None] * length + k[None, :], value, mask=ok)
+
+
+@triton.jit
+def unpack_sorted(
+    data, zero_ptr, order_ptr, columns_ptr, out_ptr, rows, length, stride, four, two, one,
+    BITS: tl.constexpr, ORDER: tl.constexpr, HALVED: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
+):
+    """`unpack` into columns each of which holds any of the packed row's, or 0 where that is -1."""
+    row = tl.program_id(0) * BR + tl.arange(0, BR)
+    column = tl.program_id(1) * BK + tl.arange(0, BK)
+    k = tl.load(columns_ptr + column, mask=column < length, other=-1)
+    ok = (row < rows)[:, None] & (k >= 0)[None, :]
+    at = row.to(tl.int64)[:, None] * stride
+    code = codes_at(data, at, tl.maximum(k, 0).to(tl.uint32)[None, :], ok, four, two, one, BITS).to(tl.int8)
+    if HALVED:
+        code = code * 2
+    place = row
+    if ORDER:
+        place = tl.load(order_ptr + row, mask=row < rows, other=0).to(tl.int32)
+    zero = tl.load(zero_ptr + place, mask=row < rows, other=0)[:, None]
+    value = tl.where(ok, code - zero.to(tl.int8), 0).to(tl.int8)
+    tl.store(out_ptr + place.to(tl.int64)[:, None] * length + column[None, :], value,
+             mask=(row < rows)[:, None] & (column < length)[None, :])

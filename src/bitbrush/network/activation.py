@@ -115,6 +115,7 @@ class ActivationQuantizer(nn.Module):
         self.trial_mixture: Callable[[], tuple[Tensor, Tensor, Tensor]] | None = None
         self.straight_through = True  # otherwise only while a step searches as ADP-DM's released code does
         self._tops: dict[str, Tensor] = {}  # by what and where; see `row_tops`
+        self._sizes: tuple[int, ...] | None = None  # see `group_sizes`
         self.exempt: tuple[int, ...] = ()  # of operands of attention: what is not quantized
         self.place = ""  # the layer's name, where known, for errors
         if spec.granularity in GROUPED:
@@ -175,6 +176,15 @@ class ActivationQuantizer(nn.Module):
             raise InternalError("a label of a group is out of range", where=self.place or type(self).__name__,
                                 why=f"{int(labels.min())} to {int(labels.max())}, of {self.spec.groups} groups")
         self.group_of = labels.detach().to(device=self.group_of.device, dtype=torch.uint8).clone()
+        self._sizes = None
+
+    def group_sizes(self) -> tuple[int, ...]:
+        """Channels or pixels of each group, where they are the same at all times. Kept, for graphs to be compiled."""
+        if self._sizes is None:
+            if self.group_of is None or self.group_of.ndim > 1:
+                raise InternalError("there are no groups for all times", where=self.place or type(self).__name__)
+            self._sizes = tuple(torch.bincount(self.group_of.int(), minlength=self.spec.groups).tolist())
+        return self._sizes
 
     @property
     def clock(self) -> Clock | None:
@@ -202,6 +212,7 @@ class ActivationQuantizer(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move the scales, and have their tables where they are now."""
         super()._apply(fn, recurse)
+        self._sizes = None  # other labels may have been loaded
         self.keep()
         return self
 

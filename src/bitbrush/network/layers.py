@@ -27,8 +27,7 @@ Tensors of a packed layer (these names are the file format, see docs/format.md),
     input.scale        float32 [T, S]           input.inverse_scale float32, input.zero_point uint8
     input.group_of     uint8 [C] or [pixels]    only with groups of channels or pixels, S of them: which one each is in
     input_scale        float32 [C]              only with LayerSpec.input_scale
-    low_rank.up, .down float16                  only with LayerSpec.low_rank, see `bitbrush.network.low_rank`
-    bias               as in the original
+    low_rank.up, .down float16                  only with LayerSpec.low_rank (`network.low_rank`); bias: the original
 """
 
 from __future__ import annotations
@@ -101,6 +100,7 @@ class QuantLayer(nn.Module):
             self.input = ActivationQuantizer(spec.activation, segments, clock, times, channels=wide)
         if spec.weight is not None:
             self._declare_tables(spec.weight)
+        self.register_load_state_dict_post_hook(_made_again)
 
     def _declare_tables(self, spec: WeightSpec) -> None:
         shape = (self.out_channels_, len(self.segments))
@@ -289,10 +289,6 @@ class QuantLayer(nn.Module):
         kernels.prepare(self)
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._apply(lambda tensor: tensor)  # what was kept is made again
-
     def computed(self, x: Tensor, weight: Tensor) -> Tensor:
         """The output that the sim face and the reference kernel give for a decoded weight."""
         return self.finish(self.with_branch(self.operation(self.quantize_input(x), weight), x))
@@ -440,6 +436,11 @@ class QuantConv2d(UnfoldedInput, QuantLayer, nn.Conv2d):  # type: ignore[overrid
     def operation(self, x: Tensor, weight: Tensor) -> Tensor:
         """Convolution; padding with zeros is padding with the zero-point's code, which decodes to 0."""
         return self._conv_forward(x, weight, self.bias_in_use(x))
+
+
+def _made_again(layer: Any, _keys: object) -> None:
+    """What was kept of a layer, when other tensors have been loaded into it and its quantizer."""
+    layer._apply(lambda tensor: tensor)
 
 
 def _adopt(layer: LayerT, module: nn.Module) -> LayerT:
