@@ -33,6 +33,13 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "quality"
 NEAREST = "--set weights.iterations=0"
 """Weights rounded to nearest: what the arms differ in is elsewhere, and each is a minute shorter."""
+VQDM = (
+    ("full", "small", 1500, ""), ("unshared", "small-unshared", 1500, ""), ("no-tuning", "small", 0, ""),
+    ("beam1", "small", 1500, "--set codebooks.beam=1"), ("one-pass", "small", 1500, "--set codebooks.epochs=1"),
+    ("float-inputs", "small", 1500, "--set codebooks.inputs=float"),
+    ("paper-search", "small", 1500, "--set codebooks.feedback=0.0 --set codebooks.damping=0.0"),
+)  # fmt: skip
+"""Arm, preset, iterations of tuning, more."""
 SECONDS = 1.0
 """Between two looks for a run that may begin."""
 
@@ -137,10 +144,8 @@ def ablations() -> list[Run]:
         ("dgq", "w4a6", {"full": ""} | {arm: preset(arm) for arm in (
             "groups-2", "groups-16", "faithful", "pixel", "channel", "batch", "tensor", "tensor-mse", "token",
             "groups-64")}),
-        ("vqdm", "w3a16", {arm: f"--preset small --set tune.iterations={tune} {more}".strip() for arm, tune, more in (
-            ("full", 1500, ""), ("no-tuning", 0, ""), ("beam1", 1500, "--set codebooks.beam=1"),
-            ("one-pass", 1500, "--set codebooks.epochs=1"), ("float-inputs", 1500, "--set codebooks.inputs=float"),
-            ("paper-search", 1500, "--set codebooks.feedback=0.0 --set codebooks.damping=0.0"))}),
+        ("vqdm", "w3a16", {arm: f"--preset {size} --set tune.iterations={tune} {more}".strip()
+                           for arm, size, tune, more in VQDM}),
     ]  # fmt: skip
     return [Run("emoji-sd-tiny", recipe, bits, arm, flags, seeds=(seed,), ablation=True)
             for seed in (0, 1, 2) for recipe, bits, arms in tables for arm, flags in arms.items()]  # fmt: skip

@@ -138,8 +138,10 @@ def unfit_layer(layer: Any, name: str) -> str | None:
     if layer.face != "packed" or layer.input is None or layer.spec.weight is None:
         return f"{name} has a weight or an input that is not quantized"
     spec = layer.input.spec
-    if spec.mode != "static" or layer.input.group_of is not None:
+    if spec.mode != "static":
         return f"{name} has scales that change with the input"
+    if layer.input.group_of is not None:
+        return f"{name} has groups of channels or pixels"
     if layer.spec.rotation != "none" or layer.low_rank is not None:
         return f"{name} has a rotation or a low-rank branch"
     if not isinstance(layer, nn.Conv2d) and len(layer.segments) > 1:
