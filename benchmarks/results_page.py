@@ -40,8 +40,9 @@ def page(results: Results) -> str:
         "mean over the sampling seeds named; intervals (95 %, bootstrap) of every seed stand in the files. Seeds",
         "measured on another day or card were quantized again with the same seed. A search for rounding then ends",
         "elsewhere: FID moves by 0.1, PSNR on cifar10-ddpm by dB. Plain rounding is that of any run at the same bits.",
-        "Runs of `dgq`, of ablations and corrections, and of what stands beside a method at its bits (`rtn`, `rtn-dynamic`",
-        "and `qdiffusion` at W8A4, W6A6, W4A6, W8A6) shared their card with up to six others: their seconds are too many.",
+        "Runs of `dgq`, of ablations and corrections, and of what stands beside a method at its bits (`rtn`,",
+        "`rtn-dynamic` and `qdiffusion` at W8A4, W6A6, W4A6, W8A6) shared their card with up to six others: their",
+        "seconds are too many.",
         "Protocol and command: `benchmarks/quality.py --help`. 16 bits = float.",
         "",
     ]
