@@ -1,0 +1,125 @@
+"""Where the time of a step goes: its kernels by name, with launches and microseconds.
+
+    python benchmarks/profile_step.py sd15 bf16 w8a8              # a CUDA device
+    python benchmarks/profile_step.py sd15 w8a8 --smoke           # a shrunk model on the CPU, to see that it runs
+
+A step is one call of the denoiser as `benchmarks/speed.py` makes it, random weights and codes, eager, replayed from a
+CUDA graph: the sum of the kernels beside the time of a replay is what the gaps between them cost. Names lose their
+template arguments; those of Triton's kernels are the functions'. Results: ``profile-MODEL.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from speed import models, networks, ours
+
+RESULTS = Path(__file__).parent / "results" / "speed"
+STEPS, SHOWN = 5, 24
+
+
+def replayed(call: Callable[[], Any], device: str) -> tuple[Callable[[], Any], float]:
+    """What a profile looks at, and the milliseconds of a replay (0 without a GPU)."""
+    for _ in range(3):
+        call()
+    if device != "cuda":
+        return call, 0.0
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    graph.replay()
+    begin.record()
+    for _ in range(STEPS):
+        graph.replay()
+    end.record()
+    torch.cuda.synchronize()
+    return graph.replay, begin.elapsed_time(end) / STEPS
+
+
+def kernels(call: Callable[[], Any], device: str) -> list[tuple[str, float, float]]:
+    """(name, launches, microseconds) a step, the longest first."""
+    found: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    cuda = device == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as seen:
+        for _ in range(STEPS):
+            call()
+        if cuda:
+            torch.cuda.synchronize()
+    for event in seen.key_averages():
+        time = event.self_device_time_total if cuda else event.self_cpu_time_total
+        entry = found[short(event.key)]
+        entry[0] += event.count / STEPS
+        entry[1] += time / STEPS
+    rows = [(name, count, time) for name, (count, time) in found.items() if time > 0]
+    return sorted(rows, key=lambda row: -row[2])
+
+
+def short(name: str) -> str:
+    """A kernel's name without return type, namespaces' details and arguments."""
+    name = re.sub(r"^void ", "", name)
+    name = re.split(r"[<(]", name, maxsplit=1)[0] or name
+    return name.replace("at::native::", "")[:70]
+
+
+@torch.no_grad()
+def measured(model: Any, name: str, device: str, smoke: bool) -> dict[str, Any]:
+    """One form of one model."""
+    dtype = torch.float32 if smoke else torch.bfloat16
+    form = None if name == "bf16" else networks.FORMS[name]
+    net = networks.build(model, form, device, dtype)
+    if form is not None:
+        ours.choose(net, device, smoke=smoke)
+    given = model.arguments(device, dtype)
+    call, milliseconds = replayed(lambda: net(**given), device)
+    rows = kernels(call, device)
+    return {"ms": round(milliseconds, 3), "kernels_ms": round(sum(row[2] for row in rows) / 1e3, 3),
+            "launches": round(sum(row[1] for row in rows)),
+            "kernels": [{"name": n, "launches": round(c, 1), "us": round(t, 1)} for n, c, t in rows]}  # fmt: skip
+
+
+def table(name: str, found: dict[str, Any]) -> str:
+    """The longest kernels of a form."""
+    head = f"{name}: {found['ms']} ms a replay, {found['kernels_ms']} ms in {found['launches']} kernels"
+    lines = [f"  {row['us']:9.1f} us  {row['launches']:6.1f} x  {row['name']}" for row in found["kernels"][:SHOWN]]
+    return "\n".join([head, *lines])
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("forms", nargs="+", choices=["bf16", *networks.FORMS])
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--smoke", action="store_true")
+    args = parser.parse_args()
+    torch.backends.cudnn.benchmark = True
+    device = "cpu" if args.smoke or not torch.cuda.is_available() else "cuda"
+    model = models.find(args.model)
+    model = model.shrunk() if args.smoke else model
+    found: dict[str, Any] = {}
+    for name in args.forms:
+        found[name] = measured(model, name, device, args.smoke)
+        print(table(name, found[name]), flush=True)
+    device_name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    found |= {"device": device_name, "torch": torch.__version__,
+              "command": f"python benchmarks/profile_step.py {args.model} {' '.join(args.forms)}"}  # fmt: skip
+    if not args.smoke:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / f"profile-{args.model}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
