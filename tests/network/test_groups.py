@@ -516,3 +516,17 @@ def test_groups_of_each_timestep_are_refused_by_name() -> None:
     assert gpu.unable(packed) == "groups anew at each timestep would sort the weight anew at each: simulated only"
     many = spec.model_copy(update={"activation": spec_of("channel_group", groups=20)})
     assert gpu.unable(tiny.packed_pair("linear", many, fill)[2]) == "20 groups; the kernel takes 16"
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_groups_with_bits_of_each_timestep(kind: str) -> None:
+    of = spec_of("channel_group", bits=8, timed=True).model_copy(update={"time_bits": (4, 6, 8, 6, 4)})
+    spec, proven = LayerSpec(weight=WeightSpec(grid=Grid(bits=4)), activation=of), 0
+    clock, layer, packed = tiny.packed_pair(kind, spec, fill)
+    for times in [*TIMES, torch.tensor([999.0, 250.0])]:
+        x = torch.randn(2, 15, 24) * 2 if kind == "linear" else torch.randn(2, 24, 3, 5) * 2
+        with torch.no_grad(), clock.at(times):
+            assert torch.equal(cpu.run(packed, x), gpu.run(packed, x))
+            assert prove_layer(layer.stored_codes(), packed, x)["ok"]
+        proven += 1
+    assert proven == 6
