@@ -11,6 +11,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from bitbrush import kernels
 from bitbrush.kernels import blocks, cpu_attention, cpu_blocks, cpu_onednn
@@ -36,6 +37,35 @@ def network(bits: int = 4, timed: bool = True, linear: bool = False, **options: 
 def attentions(unet: nn.Module) -> list[Any]:
     """Its attentions, a self-attention and a cross-attention in turn."""
     return [module for name, module in unet.named_modules() if name.rpartition(".")[2] in ("attn1", "attn2")]
+
+
+@pytest.fixture(autouse=True)
+def torch_attends(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention in the order of diffusers' own: another one could move a code."""
+    if "attended" not in request.node.name:
+        monkeypatch.setattr(cpu_attention, "FEW_KEYS", 0)
+
+
+@pytest.mark.parametrize("keys", [77, 1, 128])
+def test_attended_over_few_keys(keys: int) -> None:
+    drawn = torch.Generator().manual_seed(keys)
+    q, k, v = (torch.randn(2, n, 4, 12, generator=drawn).transpose(1, 2) * 2 for n in (300, keys, keys))
+    want = scaled_dot_product_attention(*(t.double() for t in (q, k, v)))
+    got = cpu_attention.attended(q, k, v)
+    assert got.shape == want.shape and (got - want).abs().max() < 2e-5
+    torchs = scaled_dot_product_attention(q, k, v)
+    assert keys == 1 or not torch.equal(got, torchs)  # of one key the softmax is 1
+    for few in ((q[:, :, :1], k, v), [t.bfloat16() for t in (q, k, v)]):  # torch's own
+        assert torch.equal(cpu_attention.attended(*few), scaled_dot_product_attention(*few))
+    assert cpu_attention.attended(q[:0], k[:0], v[:0]).shape == (0, 4, 300, 12)
+
+
+def test_attended_inside_a_network() -> None:
+    """The prompt's five words are few."""
+    unet = network()
+    with torch.no_grad():
+        got, want = both(unet, *inputs())
+    assert (got - want).norm() < 0.02 * want.norm()
 
 
 def inputs(batch: int = 2, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,7 +2,8 @@
 
 Queries, keys and values of a self-attention, keys and values of a cross-attention are layers of one input, and
 calibration has given them the same table for it. Then the input is encoded once, the weights are unpacked at once, and
-one product makes all of them, with every number what it is without: small layers wait for operations, not for sums.
+one product makes all of them, with every number what it is without: small layers wait for operations, not for sums. And
+attention over few keys is two products (`attended`).
 
 The packed rows of the layers lie in one buffer of which their own are views, so that nothing is stored twice. A block's
 class is exchanged as in `bitbrush.kernels.blocks`; whatever is not plain goes the class's own way.
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from bitbrush.network.layers import QuantLayer
 
 KERNEL = "cpu-int8"
+FEW_KEYS, MOST_SCORES = 128, 2**24
+"""Up to how many keys, and how many scores (64 MB), attention is two products."""
 _SELF, _CONTEXT = ("to_q", "to_k", "to_v"), ("to_k", "to_v")
 
 
@@ -149,7 +152,20 @@ def _attended(attn: Any, x: Tensor, context: Tensor | None) -> Tensor | None:
     parts = list(made.split([attn._modules[name].out_features for name in names], dim=-1))
     parts = parts if context is None else [attn.to_q(x), *parts]
     q, k, v = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in parts)
-    y = F.scaled_dot_product_attention(q, k, v, dropout_p=0.0, is_causal=False)
     last, drop = attn.to_out
-    found: Tensor = drop(last(y.transpose(1, 2).flatten(2)))
+    found: Tensor = drop(last(attended(q, k, v).transpose(1, 2).flatten(2)))
     return found
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention ``[B, heads, L, size]`` of float tensors of that shape, without mask.
+
+    Over few keys (the words of a prompt, for twice as many queries) as two batched products with all scores between
+    them: torch's attention goes through keys and queries by blocks, and takes longer there. Sums are in another order.
+    """
+    (b, heads, length, size), keys = q.shape, k.shape[2]
+    if keys > min(FEW_KEYS, length // 2) or q.dtype != torch.float32 or b * heads * length * keys > MOST_SCORES:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=0.0, is_causal=False)
+    left, right, values = (t.reshape(b * heads, t.shape[2], size) for t in (q, k, v))
+    scores = torch.baddbmm(q.new_empty(1), left, right.transpose(1, 2), beta=0, alpha=size**-0.5)
+    return torch.bmm(torch.softmax(scores, -1, out=scores), values).view(b, heads, length, size)
