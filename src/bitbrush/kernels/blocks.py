@@ -123,6 +123,7 @@ def unfuse(model: nn.Module) -> None:
         block.__class__ = block.plain_class
         block.loaded.remove()
         del block.joined, block.loaded
+        block.__dict__.pop("readers", None)
 
 
 def fused(model: nn.Module) -> list[str]:

@@ -46,10 +46,11 @@ def _ready(attn: Any, names: tuple[str, ...]) -> bool:
     layers = [held[name] for name in names]
     if not all(hasattr(layer, "declare_packed") and layer.face == "packed" for layer in layers) or watched(layers):
         return False
-    return all(_runs(layer) for layer in layers)
+    return all(runs(layer) for layer in layers)
 
 
-def _runs(layer: Any) -> bool:
+def runs(layer: Any) -> bool:
+    """Whether this kernel runs a layer now."""
     from bitbrush import kernels
 
     quantizer = layer._modules.get("input")
@@ -113,6 +114,8 @@ class JoinedAttention(FusedBlock):
         self.joined = {}
         own = self.to_q.in_features == self.to_k.in_features and not self.is_cross_attention
         names = _SELF if own else _CONTEXT
+        if not own and "readers" in self.__dict__:  # all that read the prompt are one product
+            return
         if not _ready(self, names) or cpu_onednn.engine() == "absent":
             return
         layers = [self._modules[name] for name in names]
@@ -128,7 +131,8 @@ class JoinedAttention(FusedBlock):
     ) -> Tensor:
         """The attention's output; see `diffusers.models.attention_processor.Attention`."""
         x, context = hidden_states, encoder_hidden_states
-        if attention_mask is None and not kwargs and self.joined and not torch.compiler.is_compiling():
+        joined = self.joined or "readers" in self.__dict__
+        if attention_mask is None and not kwargs and joined and not torch.compiler.is_compiling():
             found = _attended(self, x, context)
             if found is not None:
                 return found
@@ -139,22 +143,31 @@ class JoinedAttention(FusedBlock):
 def _attended(attn: Any, x: Tensor, context: Tensor | None) -> Tensor | None:
     """``[B, L, C]``; None where the class's own forward has to do it."""
     names, seen = (_SELF, x) if context is None else (_CONTEXT, context)
-    if names not in attn.joined or x.ndim != 3 or seen.ndim != 3 or x.device.type != "cpu" or not _ready(attn, names):
+    if x.ndim != 3 or seen.ndim != 3 or x.device.type != "cpu" or not _ready(attn, names):
         return None
     if torch.is_grad_enabled() and (x.requires_grad or seen.requires_grad):
         return None
-    if attn.joined[names].stale():
-        attn.join()
-    known: Facts | None = attn.joined.get(names)
-    made = None if known is None else cpu_plain.product(known, attn.to_k, seen)
-    if made is None:
+    readers = None if context is None else attn.__dict__.get("readers")
+    if readers is None:
+        parts = _joined(attn, names, seen)
+    else:
+        parts = readers.take([attn.to_k, attn.to_v], seen, lambda: seen)
+    if parts is None:
         return None
-    parts = list(made.split([attn._modules[name].out_features for name in names], dim=-1))
     parts = parts if context is None else [attn.to_q(x), *parts]
     q, k, v = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in parts)
     last, drop = attn.to_out
     found: Tensor = drop(last(attended(q, k, v).transpose(1, 2).flatten(2)))
     return found
+
+
+def _joined(attn: Any, names: tuple[str, ...], seen: Tensor) -> list[Tensor] | None:
+    """Outputs of an attention's own layers of one input."""
+    if names in attn.joined and attn.joined[names].stale():
+        attn.join()
+    known: Facts | None = attn.joined.get(names)
+    made = None if known is None else cpu_plain.product(known, attn.to_k, seen)
+    return None if made is None else list(made.split([attn._modules[name].out_features for name in names], dim=-1))
 
 
 def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """Blocks of diffusers around int8 layers on the CPU, in fewer passes over pictures; numbers as without.
 
-    Attention                layers that read the same are one product (`cpu_attention`)
+    Attention                layers that read the same are one product (`cpu_attention`), those that read the prompt
+                             one for all attentions (`cpu_readers`)
     ResnetBlock2D            SiLU and additions write where their operand lies, which nobody else holds; nothing is
-                             divided by one
+                             divided by one; all projections of the time embedding are one product (`cpu_readers`)
     BasicTransformerBlock    residuals are added, and GEGLU's gate multiplied, in place
     Transformer2DModel       tokens go to the last projection as the channels-last picture that they are
 
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bitbrush.kernels import cpu_attention
+from bitbrush.kernels import cpu_attention, cpu_readers
 from bitbrush.kernels.blocks import FusedBlock, mix, plain_processor, watched
 
 
@@ -48,12 +49,25 @@ class LeanResnet(InPlace):
             return out
         h = self.conv1(F.silu(self.norm1(x), inplace=True))
         if self.time_emb_proj is not None and temb is not None:
-            h += self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))[:, :, None, None]
+            h += _projected(self, temb)[:, :, None, None]
         elif temb is not None:
             h += temb
         h = self.conv2(F.silu(self.norm2(h), inplace=True))
         h += x if self.conv_shortcut is None else self.conv_shortcut(x)
         return h
+
+
+def _projected(block: Any, temb: Tensor) -> Tensor:
+    """The time embedding as a resnet adds it, ``[B, C]``."""
+
+    def seen() -> Tensor:
+        found: Tensor = temb if block.skip_time_act else block.nonlinearity(temb)
+        return found
+
+    readers = block.__dict__.get("readers")
+    parts = None if readers is None else readers.take([block.time_emb_proj], temb, seen)
+    out: Tensor = block.time_emb_proj(seen()) if parts is None else parts[0]
+    return out
 
 
 class LeanTransformer(InPlace):
@@ -167,3 +181,14 @@ def fuse(model: nn.Module) -> None:
             module.__class__ = made
         else:
             mix(module, made)
+    _share(model)
+
+
+def _share(model: nn.Module) -> None:
+    """One product of all projections of the time embedding, and of all that read the prompt."""
+    found: list[Any] = [module for module in model.modules() if isinstance(module, FusedBlock)]
+    resnets = [block for block in found if isinstance(block, LeanResnet) and block.time_emb_proj is not None]
+    for bare in (True, False):
+        cpu_readers.share([(each, each.time_emb_proj) for each in resnets if each.skip_time_act == bare])
+    cpu_readers.share([(attn, attn.to_k, attn.to_v) for attn in found
+                       if isinstance(attn, cpu_attention.JoinedAttention) and attn.is_cross_attention])

@@ -84,6 +84,8 @@ def _plain(layer: QuantLayer, shape: Shape) -> bool:
     spec, quantizer = layer.spec, layer.input
     if quantizer is None or quantizer.spec.mode != "static" or quantizer.spec.time_bits or spec.weight is None:
         return False
+    if quantizer.spec.granularity != "tensor":  # groups: see `sums`
+        return False
     if spec.input_scale or spec.rotation != "none" or spec.weight.row_bits:
         return False
     return len(shape.segments) == 1 and len(shape.bits) == 1
@@ -123,7 +125,7 @@ def kept_bytes(model: nn.Module) -> int:
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     found: dict[int, int] = {}
     for module in model.modules():
-        joined = module.__dict__.get("joined", {}).values()
+        joined = [*module.__dict__.get("joined", {}).values(), getattr(module.__dict__.get("readers"), "joined", None)]
         for known in (module.__dict__.get("_cpu_facts"), *joined):
             for tensor in known if isinstance(known, Facts) else ():
                 if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in own:

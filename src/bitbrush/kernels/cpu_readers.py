@@ -1,0 +1,146 @@
+"""Layers all over a network that read one tensor, on the CPU: one product, made by the first of them that is called.
+
+Every ResnetBlock2D projects the same time embedding, and every cross-attention the same prompt. Each such product has
+few rows, and waits longer for what stands around it than for its sums: encode, unpack, a dozen calls. Where calibration
+has given the layers one table of the input, all of them are one product, and each takes its columns, with every number
+what it is without.
+
+What was made is kept until every reader has taken its part, and served for the very tensor that it was made from, not
+written to since, at the same row of the table.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bitbrush.kernels import cpu_onednn, cpu_plain
+from bitbrush.kernels.cpu_attention import join, runs
+from bitbrush.kernels.blocks import watched
+
+if TYPE_CHECKING:
+    from bitbrush.kernels.cpu_plain import Facts
+    from bitbrush.network.layers import QuantLayer
+
+
+class Made(NamedTuple):
+    """Parts that nobody has taken yet, by the place of their layer, and what they were made from."""
+
+    source: weakref.ref[Tensor]
+    version: int
+    row: int
+    parts: dict[int, Tensor]
+
+
+class Readers:
+    """Layers that read one tensor, in the order of their columns in the product.
+
+    Attributes:
+        joined: Of all of them as of one; None where they cannot be joined, or have not been yet.
+        tried: Whether that was found out since the layers were last changed.
+    """
+
+    def __init__(self, layers: list[QuantLayer]) -> None:
+        self.layers = layers
+        self.places = {id(layer): place for place, layer in enumerate(layers)}
+        self.joined: Facts | None = None
+        self.tried = False
+        self.made: Made | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy has the copied layers, and what was made belongs to this one."""
+        return Readers, (self.layers,)
+
+    def forget(self) -> None:
+        """Join again at the next call, as weights may lie elsewhere."""
+        self.joined, self.tried, self.made = None, False, None
+
+    def take(self, layers: list[Any], source: Tensor, seen: Callable[[], Tensor]) -> list[Tensor] | None:
+        """Outputs of some of the layers, in the dtype of their input; None where each has to be called.
+
+        Args:
+            source: The tensor that all of them read, as it lies.
+            seen: Gives what they make of it first.
+        """
+        places = [self.places.get(id(layer), -1) for layer in layers]
+        if -1 in places:  # an adapter has taken its place
+            return None
+        if source.is_inference() or source.device.type != "cpu" or torch.compiler.is_compiling():
+            return None
+        if torch.is_grad_enabled() and source.requires_grad:
+            return None
+        row = self._row()
+        if row is None:
+            return None
+        made = self.made
+        if made is None or made.source() is not source or (made.version, made.row) != (source._version, row):
+            made = None
+        if made is None or any(place not in made.parts for place in places):
+            made = self._make(source, row, seen)
+        if made is None:
+            return None
+        parts = [made.parts.pop(place) for place in places]
+        if not made.parts and self.made is made:
+            self.made = None
+        return parts
+
+    def _row(self) -> int | None:
+        quantizer = self.layers[0].input
+        if quantizer is None:
+            return None
+        return cpu_plain._row(self.layers[0]) if quantizer.spec.timed else 0
+
+    def _make(self, source: Tensor, row: int, seen: Callable[[], Tensor]) -> Made | None:
+        known = self._known()
+        x = None if known is None else seen()
+        if known is None or x is None or x.numel() == 0:
+            return None
+        product = cpu_plain.product(known, self.layers[0], x)
+        if product is None:
+            return None
+        parts = product.split([layer.out_channels_ for layer in self.layers], dim=-1)
+        self.made = Made(weakref.ref(source), source._version, row, dict(enumerate(parts)))
+        return self.made
+
+    def _known(self) -> Facts | None:
+        """The layers as one, while all of them are plain, run by this kernel, and watched by nobody."""
+        if not all(layer.face == "packed" and runs(layer) for layer in self.layers) or watched(self.layers):
+            return None
+        if self.joined is not None and self.joined.stale():
+            self.forget()
+        if not self.tried:
+            self.tried = True
+            here = all(layer.weight_scale.device.type == "cpu" for layer in self.layers)
+            self.joined = join(self.layers) if here and cpu_onednn.engine() != "absent" else None
+        return self.joined
+
+
+def share(blocks: list[tuple[Any, ...]]) -> None:
+    """Give blocks ``(block, layer, ..)`` whose layers read one tensor what makes one product of them: as ``readers``,
+    where the input's table and size and the weight's kind are the same in two blocks or more."""
+    found: dict[Any, list[tuple[Any, ...]]] = {}
+    for block, *parts in blocks:
+        keys = {_key(part) for part in parts}
+        if len(keys) == 1 and None not in keys:
+            found.setdefault(keys.pop(), []).append((block, *parts))
+    for alike in found.values():
+        if len(alike) > 1:
+            readers = Readers([layer for _, *layers in alike for layer in layers])
+            for block, *_ in alike:
+                block.readers = readers
+                block.join()  # no pair of its own
+
+
+def _key(layer: Any) -> Any:
+    if not hasattr(layer, "declare_packed") or layer.face != "packed" or layer.weight_scale.device.type != "cpu":
+        return None
+    known = cpu_plain.facts(layer)
+    if known is None or not known.bare or layer.input is None:
+        return None
+    spec = layer.spec.weight
+    return (layer.in_channels_, layer.bias is None, tuple(known.shape.bits), tuple(known.shape.halved), layer.input.spec,
+            tuple(known.scale), tuple(known.zero), id(layer.input.clock), spec.grid if spec is not None else None)
