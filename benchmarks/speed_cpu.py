@@ -225,7 +225,7 @@ def table(result: dict[str, Any]) -> str:
 def main() -> None:
     """Measure, write the JSON, print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--turns", type=int, default=40, help="steps of each network")
+    parser.add_argument("--turns", type=int, default=120, help="steps of each network")
     parser.add_argument("--smoke", action="store_true", help="four turns, the native setting, in this process")
     parser.add_argument("--out", type=Path, help=f"the JSON; by default {RESULTS.name} in the results' folder")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import UNet2DConditionModel
-from torch import nn
+from torch import Tensor, nn
 
 from bitbrush.network import wrap
 from bitbrush.network.layers import QuantLayer
 from bitbrush.numbers import packing
-from bitbrush.numbers.grid import LayerSpec, Plan
+from bitbrush.numbers.grid import ActivationSpec, Grid, LayerSpec, Plan, WeightSpec
 
 TIMES = (1.0, 500.0, 999.0)
 
@@ -49,3 +51,34 @@ def fill(layer: QuantLayer, generator: torch.Generator) -> None:
                     torch.randint(110, 140, table.scale.shape, generator=generator))
     if layer.input_scale is not None:
         layer.input_scale.copy_(torch.rand(layer.input_scale.shape, generator=generator) + 0.5)
+
+
+def network(bits: int = 4, timed: bool = True, linear: bool = False, alike: bool = False, **options: Any) -> Any:
+    """A small UNet with cross-attention, packed with random codes; one table for layers of a block that read the same,
+    with ``alike`` also for all that read the prompt, and for all that read the time embedding."""
+    unet = conditioned(1, 32, 4, linear=linear)
+    spec = LayerSpec(weight=WeightSpec(grid=Grid(bits=bits, signed=bits == 8)), activation=ActivationSpec(timed=timed),
+                     **options)  # fmt: skip
+    pack(unet, spec)
+    for attn in attentions(unet):
+        like = attn.to_k.input
+        for layer in (attn.to_v, *([] if attn.is_cross_attention else [attn.to_q])):
+            layer.input.set_scale(like.scale.clone(), like.zero_point.clone())
+    names = (("attn2.to_k", "attn2.to_v"), ("time_emb_proj",)) if alike else ()
+    for ends in names:
+        layers = [module for name, module in unet.named_modules() if name.endswith(ends)]
+        for layer in layers:
+            layer.input.set_scale(layers[0].input.scale.clone(), layers[0].input.zero_point.clone())
+    return unet
+
+
+def attentions(unet: nn.Module) -> list[Any]:
+    """Its attentions, a self-attention and a cross-attention in turn."""
+    return [module for name, module in unet.named_modules() if name.rpartition(".")[2] in ("attn1", "attn2")]
+
+
+def inputs(batch: int = 2, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents, a timestep, the prompt's embedding."""
+    generator = torch.Generator().manual_seed(2)
+    x, prompt = (torch.randn(size, generator=generator).to(dtype) for size in ((batch, 4, 8, 8), (batch, 5, 32)))
+    return x, torch.tensor(500), prompt

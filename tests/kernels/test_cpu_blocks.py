@@ -8,35 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from bitbrush import kernels
 from bitbrush.kernels import blocks, cpu_attention, cpu_blocks, cpu_onednn
-from bitbrush.numbers.grid import ActivationSpec, Grid, LayerSpec, WeightSpec
-from packed import conditioned, pack
+from packed import attentions, inputs, network
 
 pytestmark = pytest.mark.skipif(cpu_onednn.engine() == "absent", reason="torch has no onednn::qlinear_pointwise here")
-
-
-def network(bits: int = 4, timed: bool = True, linear: bool = False, **options: Any) -> UNet2DConditionModel:
-    """A small UNet with cross-attention, packed with random codes; one table for layers that read the same."""
-    unet = conditioned(1, 32, 4, linear=linear)
-    spec = LayerSpec(weight=WeightSpec(grid=Grid(bits=bits, signed=bits == 8)), activation=ActivationSpec(timed=timed),
-                     **options)  # fmt: skip
-    pack(unet, spec)
-    for attn in attentions(unet):
-        like = attn.to_k.input
-        for layer in (attn.to_v, *([] if attn.is_cross_attention else [attn.to_q])):
-            layer.input.set_scale(like.scale.clone(), like.zero_point.clone())
-    return unet
-
-
-def attentions(unet: nn.Module) -> list[Any]:
-    """Its attentions, a self-attention and a cross-attention in turn."""
-    return [module for name, module in unet.named_modules() if name.rpartition(".")[2] in ("attn1", "attn2")]
 
 
 @pytest.fixture(autouse=True)
@@ -66,13 +46,6 @@ def test_attended_inside_a_network() -> None:
     with torch.no_grad():
         got, want = both(unet, *inputs())
     assert (got - want).norm() < 0.02 * want.norm()
-
-
-def inputs(batch: int = 2, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents, a timestep, the prompt's embedding."""
-    generator = torch.Generator().manual_seed(2)
-    x, prompt = (torch.randn(size, generator=generator).to(dtype) for size in ((batch, 4, 8, 8), (batch, 5, 32)))
-    return x, torch.tensor(500), prompt
 
 
 def both(unet: nn.Module, *given: Any, name: str = "cpu-int8", **more: Any) -> tuple[Tensor, Tensor]:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 KERNEL = "cpu-int8"
 FEW_KEYS, MOST_SCORES = 128, 2**24
 """Up to how many keys, and how many scores (64 MB), attention is two products."""
+VECTOR = 16
+"""Numbers that a processor takes at a time."""
 _SELF, _CONTEXT = ("to_q", "to_k", "to_v"), ("to_k", "to_v")
 
 
@@ -148,10 +150,8 @@ def _attended(attn: Any, x: Tensor, context: Tensor | None) -> Tensor | None:
     if torch.is_grad_enabled() and (x.requires_grad or seen.requires_grad):
         return None
     readers = None if context is None else attn.__dict__.get("readers")
-    if readers is None:
-        parts = _joined(attn, names, seen)
-    else:
-        parts = readers.take([attn.to_k, attn.to_v], seen, lambda: seen)
+    together = [attn.to_k, attn.to_v]
+    parts = _joined(attn, names, seen) if readers is None else readers.take(together, seen, lambda: seen)
     if parts is None:
         return None
     parts = parts if context is None else [attn.to_q(x), *parts]
@@ -179,6 +179,9 @@ def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     (b, heads, length, size), keys = q.shape, k.shape[2]
     if keys > min(FEW_KEYS, length // 2) or q.dtype != torch.float32 or b * heads * length * keys > MOST_SCORES:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=0.0, is_causal=False)
-    left, right, values = (t.reshape(b * heads, t.shape[2], size) for t in (q, k, v))
-    scores = torch.baddbmm(q.new_empty(1), left, right.transpose(1, 2), beta=0, alpha=size**-0.5)
+    more = -keys % VECTOR  # keys of no weight: rows of scores that are whole vectors
+    left = q.reshape(b * heads, length, size)
+    right, values = (F.pad(t, (0, 0, 0, more)).reshape(b * heads, keys + more, size) for t in (k, v))
+    base = F.pad(q.new_zeros(keys), (0, more), value=-torch.inf)
+    scores = torch.baddbmm(base, left, right.transpose(1, 2), alpha=size**-0.5)
     return torch.bmm(torch.softmax(scores, -1, out=scores), values).view(b, heads, length, size)

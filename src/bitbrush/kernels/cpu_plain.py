@@ -140,7 +140,7 @@ def run(layer: QuantLayer, x: Tensor) -> Tensor | None:
     known, conv = facts(layer), isinstance(layer, nn.Conv2d)
     if known is None or (conv and x.ndim != 4):
         return None
-    row = _row(layer) if known.timed else 0
+    row = row_now(layer) if known.timed else 0
     if row is None:
         return None
     if known.bare:
@@ -153,11 +153,11 @@ def run(layer: QuantLayer, x: Tensor) -> Tensor | None:
 
 def product(known: Facts, layer: QuantLayer, x: Tensor) -> Tensor | None:
     """What `run` gives for tokens ``[.., C]``, of facts that hold for several layers, of which ``layer`` is one."""
-    row = _row(layer) if known.timed else 0
+    row = row_now(layer) if known.timed else 0
     return None if row is None or x.numel() == 0 else _pointwise(known, x, row).to(x.dtype)
 
 
-def _row(layer: QuantLayer) -> int | None:
+def row_now(layer: QuantLayer) -> int | None:
     """The row of the table that serves all samples now."""
     at = None if layer.input is None else layer.input.rows()
     every = [0] if at is None else at.tolist()

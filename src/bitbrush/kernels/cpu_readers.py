@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from bitbrush.kernels import cpu_onednn, cpu_plain
-from bitbrush.kernels.cpu_attention import join, runs
 from bitbrush.kernels.blocks import watched
+from bitbrush.kernels.cpu_attention import join, runs
 
 if TYPE_CHECKING:
     from bitbrush.kernels.cpu_plain import Facts
@@ -92,7 +92,7 @@ class Readers:
         quantizer = self.layers[0].input
         if quantizer is None:
             return None
-        return cpu_plain._row(self.layers[0]) if quantizer.spec.timed else 0
+        return cpu_plain.row_now(self.layers[0]) if quantizer.spec.timed else 0
 
     def _make(self, source: Tensor, row: int, seen: Callable[[], Tensor]) -> Made | None:
         known = self._known()
@@ -142,5 +142,6 @@ def _key(layer: Any) -> Any:
     if known is None or not known.bare or layer.input is None:
         return None
     spec = layer.spec.weight
-    return (layer.in_channels_, layer.bias is None, tuple(known.shape.bits), tuple(known.shape.halved), layer.input.spec,
-            tuple(known.scale), tuple(known.zero), id(layer.input.clock), spec.grid if spec is not None else None)
+    kind = (layer.in_channels_, layer.bias is None, tuple(known.shape.bits), tuple(known.shape.halved),
+            spec.grid if spec is not None else None)  # fmt: skip
+    return (*kind, layer.input.spec, tuple(known.scale), tuple(known.zero), id(layer.input.clock))
