@@ -83,10 +83,11 @@ class Readers:
             made = self._make(source, row, seen)
         if made is None:
             return None
-        parts = [made.parts.pop(place) for place in places]
+        parts = [made.parts.pop(place, None) for place in places]
         if not made.parts and self.made is made:
             self.made = None
-        return parts
+        taken = [part for part in parts if part is not None]  # a thread with the same tensor may have been first
+        return taken if len(taken) == len(parts) else None
 
     def _row(self) -> int | None:
         quantizer = self.layers[0].input
