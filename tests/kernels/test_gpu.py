@@ -75,8 +75,8 @@ def test_codes_written_out_in_a_graph_are_those_of_the_operation(builder: Module
 @TRITON
 def test_layers_in_the_interpreter_equal_the_integer_kernel_of_the_cpu() -> None:
     found = interpreted("interpreted_layers.py", timeout=500)
-    assert found["unequal"] == [] and found["linear"] >= 12 and found["conv"] >= 6
-    assert found["decoded"] >= 140
+    assert found["unequal"] == [] and found["linear"] >= 15 and found["conv"] >= 15
+    assert found["decoded"] >= 100
 
 
 def test_decoded_weights_are_those_of_the_reference(builder: ModuleType) -> None:
