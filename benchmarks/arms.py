@@ -216,7 +216,7 @@ class Runner:
         mine = self.workers.get(threading.get_ident())
         if mine is None:
             with log.open("a") as errors:
-                mine = subprocess.Popen([sys.executable, str(HERE / "quality.py"), "--serve"], stdin=subprocess.PIPE,
+                mine = subprocess.Popen([sys.executable, str(HERE / "serving.py")], stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, stderr=errors, text=True,
                                         env={**os.environ, "CUDA_VISIBLE_DEVICES": gpu})  # fmt: skip
             self.workers[threading.get_ident()] = mine

@@ -351,10 +351,7 @@ NOTES: dict[Key, Note] = {
         "pictures: the files hold three, and the PSNR of their seeds goes from 27.2 to 33.3 dB, the FID from 4.82 to "
         "4.96.",
     ),
-    ("cifar10-ddpm", "quest", 4, 4): Note(
-        "bar", "",
-        _RUNS,
-    ),
+    ("cifar10-ddpm", "quest", 4, 4): Note("bar", "", _RUNS),
     ("emoji-sd", "quest", 4, 4): Note("bar", "", _RUNS),
     ("cifar10-ddpm", "adpdm", 6, 6): Note(
         "bar",

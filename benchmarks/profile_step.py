@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from speed import models, networks, ours
+from speed import models, networks, ours, timing
 
 RESULTS = Path(__file__).parent / "results" / "speed"
 STEPS, SHOWN = 5, 24
@@ -32,21 +33,12 @@ STEPS, SHOWN = 5, 24
 
 def replayed(call: Callable[[], Any], device: str) -> tuple[Callable[[], Any], float]:
     """What a profile looks at, and the milliseconds of a replay (0 without a GPU)."""
-    for _ in range(3):
-        call()
     if device != "cuda":
-        return call, 0.0
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
         call()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        return call, 0.0
+    graph, _ = timing.captured(call)
     graph.replay()
-    begin.record()
-    for _ in range(STEPS):
-        graph.replay()
-    end.record()
-    torch.cuda.synchronize()
-    return graph.replay, begin.elapsed_time(end) / STEPS
+    return graph.replay, 1e3 * statistics.median(timing.seconds(graph.replay, device) for _ in range(STEPS))
 
 
 def kernels(call: Callable[[], Any], device: str) -> list[tuple[str, float, float]]:

@@ -15,15 +15,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import gc
 import json
 import os
 import platform
 import re
 import sys
 import time
-import traceback
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -420,26 +417,6 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def serve() -> None:
-    """Run what comes in, one after another in this process, so that libraries are loaded once: a line is
-    ``{"words": arguments, "log": file}``, the answer 0 or 1, on a line, too. What a run prints goes to its file."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library writes past Python is no answer
-    for line in sys.stdin:
-        asked = json.loads(line)
-        with open(asked["log"], "a") as log, redirect_stdout(log), redirect_stderr(log):
-            try:
-                main(asked["words"])
-                code = 0
-            except (Exception, SystemExit):  # noqa: BLE001 - the others go on
-                traceback.print_exc()
-                code = 1
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # other runs may share the card
-        print(code, file=answers, flush=True)
-
-
 def main(words: list[str] | None = None) -> None:
     """Parse the arguments and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -470,4 +447,4 @@ def main(words: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    serve() if sys.argv[1:] == ["--serve"] else main()
+    main()

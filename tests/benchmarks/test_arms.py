@@ -98,7 +98,7 @@ def test_a_slot_is_one_process_and_survives_what_fails(
 ) -> None:
     """Runs of a slot share a process, a run that fails or kills it does not stop the others, and each has its log."""
     arms = script("arms")
-    (tmp_path / "quality.py").write_text(SERVER)
+    (tmp_path / "serving.py").write_text(SERVER)
     monkeypatch.setattr(arms, "HERE", tmp_path)
     runs = [arms.Run("m", "r", "w4a8", arm) for arm in ("a", "fails", "b", "dies", "c")]
     args = argparse.Namespace(budget=60.0, gpus=["7"], slots=1, work=tmp_path, zoo=None, out=None, smoke=False)

@@ -41,6 +41,7 @@ class FusedBlock(nn.Module):
 
     Attributes:
         joined: Layers joined to one product, by what they are for; made where the weights are.
+        readers: Layers all over the network that read what some of this block's do (`cpu_readers`).
         loaded: Of the hook that makes them again when other weights have been loaded.
     """
 
@@ -48,6 +49,7 @@ class FusedBlock(nn.Module):
     passes_codes = True
     """Not a norm alone."""
     joined: dict[str, Any]
+    readers: Any = None
     loaded: RemovableHandle
 
     def join(self) -> None:

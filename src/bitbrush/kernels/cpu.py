@@ -172,8 +172,8 @@ def accumulators(layer: QuantLayer, x: Tensor) -> list[Tensor]:
 
 
 def _accumulate(layer: QuantLayer, codes: Tensor, zero: Tensor) -> list[Tensor]:
-    rows, counts = _rows_last(layer, to_int8(codes)), sums.counts(layer)
-    parts = (rows.index_select(-1, sums.order(layer)) if sums.grouped(layer) else rows).split(list(counts), dim=-1)
+    counts = sums.counts(layer)
+    parts = sums.in_order(layer, _rows_last(layer, to_int8(codes))).split(list(counts), dim=-1)
     zeros = _by_segment(layer, _rows_last(layer, zero))
     weights = int8_weights(layer)
     if sums.grouped(layer):
@@ -209,7 +209,7 @@ def _rows_last(layer: QuantLayer, tensor: Tensor) -> Tensor:
 def _by_segment(layer: QuantLayer, table: Tensor) -> list[Tensor]:
     """A broadcastable scale or zero-point, one ``[..., 1]`` a sum; where there is nothing to sum, any."""
     counts, last = sums.counts(layer), table.shape[-1] - 1
-    table = table.index_select(-1, sums.order(layer)) if sums.grouped(layer) and last else table
+    table = sums.in_order(layer, table) if last else table
     starts = [min(start, last) for start in accumulate(counts[:-1], initial=0)]
     return [table[..., start : start + 1] for start in starts]
 

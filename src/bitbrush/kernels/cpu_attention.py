@@ -63,9 +63,7 @@ def runs(layer: Any) -> bool:
 @torch.no_grad()
 def join(layers: list[QuantLayer]) -> Facts | None:
     """Of several layers as of one, rows below one another; None where their inputs' tables or their kinds differ."""
-    found = [cpu_plain.facts(layer) for layer in layers]
-    if not all(known is not None and known.bare and _alike(layers[0], layers[i], found[0], known)
-               for i, known in enumerate(found)):  # fmt: skip
+    if not all(alike(layers[0], layer) for layer in layers):
         return None
     with torch.inference_mode(False):
         _share(layers)
@@ -88,8 +86,12 @@ def join(layers: list[QuantLayer]) -> Facts | None:
     return made
 
 
-def _alike(one: QuantLayer, other: QuantLayer, a: Facts | None, b: Facts) -> bool:
-    if a is None or one.input is None or other.input is None or one.input.spec != other.input.spec:
+def alike(one: QuantLayer, other: QuantLayer) -> bool:
+    """Whether two packed layers can be one product: plain ones, of one kind, with the same table of the input."""
+    a, b = cpu_plain.facts(one), cpu_plain.facts(other)
+    if a is None or b is None or not (a.bare and b.bare):
+        return False
+    if one.input is None or other.input is None or one.input.spec != other.input.spec:
         return False
     tables = a.scale == b.scale and a.zero == b.zero and a.timed == b.timed and one.input.clock is other.input.clock
     return tables and a.shape == b.shape and a.length == b.length and (a.bias is None) == (b.bias is None)
@@ -116,7 +118,7 @@ class JoinedAttention(FusedBlock):
         self.joined = {}
         own = self.to_q.in_features == self.to_k.in_features and not self.is_cross_attention
         names = _SELF if own else _CONTEXT
-        if not own and "readers" in self.__dict__:  # all that read the prompt are one product
+        if not own and self.readers is not None:  # all that read the prompt are one product
             return
         if not _ready(self, names) or cpu_onednn.engine() == "absent":
             return
@@ -133,7 +135,7 @@ class JoinedAttention(FusedBlock):
     ) -> Tensor:
         """The attention's output; see `diffusers.models.attention_processor.Attention`."""
         x, context = hidden_states, encoder_hidden_states
-        joined = self.joined or "readers" in self.__dict__
+        joined = self.joined or self.readers is not None
         if attention_mask is None and not kwargs and joined and not torch.compiler.is_compiling():
             found = _attended(self, x, context)
             if found is not None:
@@ -149,7 +151,7 @@ def _attended(attn: Any, x: Tensor, context: Tensor | None) -> Tensor | None:
         return None
     if torch.is_grad_enabled() and (x.requires_grad or seen.requires_grad):
         return None
-    readers = None if context is None else attn.__dict__.get("readers")
+    readers = None if context is None else attn.readers
     together = [attn.to_k, attn.to_v]
     parts = _joined(attn, names, seen) if readers is None else readers.take(together, seen, lambda: seen)
     if parts is None:

@@ -64,7 +64,7 @@ def _projected(block: Any, temb: Tensor) -> Tensor:
         found: Tensor = temb if block.skip_time_act else block.nonlinearity(temb)
         return found
 
-    readers = block.__dict__.get("readers")
+    readers = block.readers
     parts = None if readers is None else readers.take([block.time_emb_proj], temb, seen)
     out: Tensor = block.time_emb_proj(seen()) if parts is None else parts[0]
     return out

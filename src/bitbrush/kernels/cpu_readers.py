@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bitbrush.kernels import cpu_onednn, cpu_plain
 from bitbrush.kernels.blocks import watched
-from bitbrush.kernels.cpu_attention import join, runs
+from bitbrush.kernels.cpu_attention import alike, join, runs
 
 if TYPE_CHECKING:
     from bitbrush.kernels.cpu_plain import Facts
@@ -115,34 +115,30 @@ class Readers:
             self.forget()
         if not self.tried:
             self.tried = True
-            here = all(layer.weight_scale.device.type == "cpu" for layer in self.layers)
+            here = all(_here(layer) for layer in self.layers)
             self.joined = join(self.layers) if here and cpu_onednn.engine() != "absent" else None
         return self.joined
 
 
 def share(blocks: list[tuple[Any, ...]]) -> None:
-    """Give blocks ``(block, layer, ..)`` whose layers read one tensor what makes one product of them: as ``readers``,
-    where the input's table and size and the weight's kind are the same in two blocks or more."""
-    found: dict[Any, list[tuple[Any, ...]]] = {}
-    for block, *parts in blocks:
-        keys = {_key(part) for part in parts}
-        if len(keys) == 1 and None not in keys:
-            found.setdefault(keys.pop(), []).append((block, *parts))
-    for alike in found.values():
-        if len(alike) > 1:
-            readers = Readers([layer for _, *layers in alike for layer in layers])
-            for block, *_ in alike:
+    """Give blocks ``(block, layer, ..)`` whose layers read one tensor what makes one product of them, as ``readers``,
+    where they are alike in two blocks or more."""
+    found: list[list[tuple[Any, ...]]] = []
+    for block, *layers in blocks:
+        if not all(_here(layer) and alike(layers[0], layer) for layer in layers):
+            continue
+        group = next((group for group in found if alike(group[0][1], layers[0])), None)
+        if group is None:
+            found.append(group := [])
+        group.append((block, *layers))
+    for group in found:
+        if len(group) > 1:
+            readers = Readers([layer for _, *layers in group for layer in layers])
+            for block, *_ in group:
                 block.readers = readers
                 block.join()  # no pair of its own
 
 
-def _key(layer: Any) -> Any:
-    if not hasattr(layer, "declare_packed") or layer.face != "packed" or layer.weight_scale.device.type != "cpu":
-        return None
-    known = cpu_plain.facts(layer)
-    if known is None or not known.bare or layer.input is None:
-        return None
-    spec = layer.spec.weight
-    kind = (layer.in_channels_, layer.bias is None, tuple(known.shape.bits), tuple(known.shape.halved),
-            spec.grid if spec is not None else None)  # fmt: skip
-    return (*kind, layer.input.spec, tuple(known.scale), tuple(known.zero), id(layer.input.clock))
+def _here(layer: Any) -> bool:
+    """Whether it is a packed layer on the CPU."""
+    return hasattr(layer, "declare_packed") and layer.face == "packed" and layer.weight_scale.device.type == "cpu"

@@ -270,9 +270,7 @@ def codes_in_graph(layer: QuantLayer, x: Tensor, frame: Frame | None) -> Tensor:
     prepared, dim = layer.prepare(x), layer.channel_dim % x.ndim
     _, inverse, zero = layer.input.parameters_for(prepared, dim)
     codes = encode(prepared, inverse, zero, layer.input.top_for(x.ndim, dim))
-    codes, zero = (cpu._rows_last(layer, t) for t in (codes, zero))
-    if sums.grouped(layer):
-        codes, zero = (t.index_select(-1, sums.order(layer)) for t in (codes, zero))
+    codes, zero = (sums.in_order(layer, cpu._rows_last(layer, t)) for t in (codes, zero))
     if frame is None:
         zero = zero.expand(*codes.shape[:-1], zero.shape[-1]).reshape(-1, zero.shape[-1]) if zero.ndim > 1 else zero
         codes = codes.reshape(-1, codes.shape[-1])
@@ -345,8 +343,7 @@ def weight_sum(layer: QuantLayer) -> Tensor:
 
 def _weight_sum(layer: QuantLayer) -> Tensor:
     """By torch's own operations: a model that is moved need not wait until kernels that unpack are built."""
-    counts, codes, found = sums.counts(layer), layer.stored_codes(), []
-    codes = codes.index_select(1, sums.order(layer)) if sums.grouped(layer) else codes
+    counts, codes, found = sums.counts(layer), sums.in_order(layer, layer.stored_codes(), 1), []
     zero = layer.weight_zero_point.to(torch.int32).expand(-1, len(counts))
     for s, part in enumerate(codes.split(counts, 1)):
         found.append(part.flatten(1).sum(1, dtype=torch.int32) - part[0].numel() * zero[:, s])

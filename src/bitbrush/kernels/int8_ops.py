@@ -135,33 +135,21 @@ def _weight_cuda(
     codes: list[Tensor], bits: list[int], zero_point: Tensor, order: Tensor | None, counts: list[int], taps: int,
     halved: bool, columns: Tensor | None = None,
 ) -> Tensor:
-    if columns is not None:
-        return _sorted_weight(codes, bits, zero_point, order, counts, taps, halved, columns)
     segments = tuple(counts)
     widths = packing.padded(segments)
-    out = torch.empty((zero_point.shape[0], taps * sum(widths)), dtype=torch.int8, device=zero_point.device)
+    length = taps * sum(widths)
+    wide = length if columns is None else len(columns)
+    out = torch.empty((zero_point.shape[0], wide), dtype=torch.int8, device=zero_point.device)
     start = 0
     for data, width in zip(codes, bits, strict=True):
         mine = None if order is None else order[start : start + data.shape[0]]
-        if width == 8:
+        if columns is not None:
+            triton_int8.unpack_sorted(out, data, width, zero_point, mine, columns, length, halved and width == 1)
+        elif width == 8:
             values = packing.int8_rows(data)[:, : out.shape[1]]
             out = values if mine is None else out.index_copy_(0, mine.long(), values)
         else:
             triton_int8.unpack(out, data, width, zero_point, mine, segments, widths, taps, halved and width == 1)
-        start += data.shape[0]
-    return out
-
-
-def _sorted_weight(
-    codes: list[Tensor], bits: list[int], zero_point: Tensor, order: Tensor | None, counts: list[int], taps: int,
-    halved: bool, columns: Tensor,
-) -> Tensor:
-    length = taps * sum(packing.padded(tuple(counts)))
-    out = torch.empty((zero_point.shape[0], len(columns)), dtype=torch.int8, device=zero_point.device)
-    start = 0
-    for data, width in zip(codes, bits, strict=True):
-        mine = None if order is None else order[start : start + data.shape[0]]
-        triton_int8.unpack_sorted(out, data, width, zero_point, mine, columns, length, halved and width == 1)
         start += data.shape[0]
     return out
 

@@ -60,6 +60,11 @@ def _order(layer: QuantLayer) -> Tensor:
     return torch.argsort(layer.input.group_of, stable=True)
 
 
+def in_order(layer: QuantLayer, tensor: Tensor, dim: int = -1) -> Tensor:
+    """A tensor with its channels sum by sum."""
+    return tensor.index_select(dim, order(layer)) if grouped(layer) else tensor
+
+
 def places(layer: QuantLayer) -> Tensor:
     """int32 ``[sum(padded(counts))]``: channel and group of each column of the codes; padding has channel C. Kept."""
     return kept(layer, "places", _places)
