@@ -7,10 +7,10 @@ runner that works through them, several side by side on one or more GPUs.
 
 NAME keeps the runs whose name contains it (``tdq``, ``tiny-dgq``, ``emoji-sd-pcr-w8a6-random``). Runs that have the
 same first steps share them through a cache: the artifact of the one named ``after`` is waited for, and where that one
-failed, nothing is begun that would only repeat its work. ``run`` leaves out what has its results already; it starts
-nothing new once the budget is spent, and waits for what is running. A run that fails is told with the end of its log,
-and the others go on; called again, it goes on from its last finished unit. Each slot is one process that does its runs
-one after another, since loading the libraries takes as long as a short run.
+failed, nothing is begun that would only repeat its work. ``run`` leaves out what has its results already, in
+--out; it starts nothing new once the budget is spent, and waits for what is running. A run that fails is told with the
+end of its log, and the others go on; called again, it goes on from its last finished unit. Each slot is one process
+that does its runs one after another, since loading the libraries takes as long as a short run.
 
 Several processes on one GPU gain about half under NVIDIA's MPS (start ``nvidia-cuda-mps-control -d`` before). There,
 never kill one: the death of a client ends all others of the card. ``kill -STOP`` gives its share to the others.
@@ -70,11 +70,10 @@ class Run:
         """Unique; begins as its result files do."""
         return f"{self.model}-{self.recipe}-{self.bits}-{self.arm}" + (f"-q{self.seeds[0]}" if self.ablation else "")
 
-    @property
-    def done(self) -> bool:
-        """Whether every result file is there."""
+    def done(self, results: Path) -> bool:
+        """Whether every result file lies in that folder."""
         stem = f"{self.model}-{self.recipe}-{self.bits}-{self.arm}"
-        return all((RESULTS / f"{stem}-s{seed}.json").exists() for seed in self.seeds)
+        return all((results / f"{stem}-s{seed}.json").exists() for seed in self.seeds)
 
     @property
     def facts(self) -> str:
@@ -249,8 +248,9 @@ def chosen(args: argparse.Namespace) -> list[Run]:
     runs = [run for run in bars() + ablations() if not args.names or any(name in run.name for name in args.names)]
     if not args.missing and args.do == "list":
         return runs
-    wanted = {run.after for run in runs if not run.done}  # results of another day are of another rounding
-    return [run for run in runs if not run.done or run.name in wanted]
+    missing = [run for run in runs if not run.done(args.out or RESULTS)]
+    wanted = {run.after for run in missing}  # results of another day are of another rounding
+    return [run for run in runs if run in missing or run.name in wanted]
 
 
 def main() -> int:

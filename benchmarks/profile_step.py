@@ -5,7 +5,8 @@
 
 A step is one call of the denoiser as `benchmarks/speed.py` makes it, random weights and codes, eager, replayed from a
 CUDA graph: the sum of the kernels beside the time of a replay is what the gaps between them cost. Names lose their
-template arguments; those of Triton's kernels are the functions'. Results: ``profile-MODEL.json``.
+template arguments; those of Triton's kernels are the functions'. Launches are summed by name, and by name and grid,
+which tells the shapes apart. Results: ``profile-MODEL.json``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import re
 import statistics
 import sys
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from speed import models, networks, ours, timing
 
 RESULTS = Path(__file__).parent / "results" / "speed"
-STEPS, SHOWN = 5, 24
+STEPS, SHOWN, GRIDS = 5, 24, 200
+Launch = tuple[str, str, float]
 
 
 def replayed(call: Callable[[], Any], device: str) -> tuple[Callable[[], Any], float]:
@@ -41,22 +44,38 @@ def replayed(call: Callable[[], Any], device: str) -> tuple[Callable[[], Any], f
     return graph.replay, 1e3 * statistics.median(timing.seconds(graph.replay, device) for _ in range(STEPS))
 
 
-def kernels(call: Callable[[], Any], device: str) -> list[tuple[str, float, float]]:
-    """(name, launches, microseconds) a step, the longest first."""
-    found: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+def kernels(call: Callable[[], Any], device: str) -> list[Launch]:
+    """Every launch of `STEPS` steps; on a CPU every operation."""
     cuda = device == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as seen:
         for _ in range(STEPS):
             call()
         if cuda:
             torch.cuda.synchronize()
-    for event in seen.key_averages():
-        time = event.self_device_time_total if cuda else event.self_cpu_time_total
-        entry = found[short(event.key)]
-        entry[0] += event.count / STEPS
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        seen.export_chrome_trace(str(path))
+        return launches(json.loads(path.read_text(encoding="utf-8")), cuda)
+
+
+def launches(trace: dict[str, Any], cuda: bool) -> list[Launch]:
+    """(name, grid, microseconds) of the trace's kernels; with ``cuda`` false of its operations, each with
+    those it calls."""
+    kinds = ("kernel", "gpu_memcpy", "gpu_memset") if cuda else ("cpu_op",)
+    return [(short(event["name"]), " x ".join(map(str, event.get("args", {}).get("grid", []))), float(event["dur"]))
+            for event in trace["traceEvents"] if event.get("cat") in kinds and "dur" in event]  # fmt: skip
+
+
+def summed(found: list[Launch], by_grid: bool) -> list[dict[str, Any]]:
+    """Launches and microseconds a step of each name, or of each name and grid; the longest first."""
+    sums: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for name, grid, time in found:
+        entry = sums[name, grid if by_grid else ""]
+        entry[0] += 1 / STEPS
         entry[1] += time / STEPS
-    rows = [(name, count, time) for name, (count, time) in found.items() if time > 0]
-    return sorted(rows, key=lambda row: -row[2])
+    rows = [{"name": name, "launches": round(count, 1), "us": round(time, 1)} | ({"grid": grid} if by_grid else {})
+            for (name, grid), (count, time) in sums.items()]  # fmt: skip
+    return sorted(rows, key=lambda row: -row["us"])
 
 
 def short(name: str) -> str:
@@ -77,16 +96,17 @@ def measured(model: Any, name: str, device: str, smoke: bool) -> dict[str, Any]:
     given = model.arguments(device, dtype)
     call, milliseconds = replayed(lambda: net(**given), device)
     rows = kernels(call, device)
-    return {"ms": round(milliseconds, 3), "kernels_ms": round(sum(row[2] for row in rows) / 1e3, 3),
-            "launches": round(sum(row[1] for row in rows)),
-            "kernels": [{"name": n, "launches": round(c, 1), "us": round(t, 1)} for n, c, t in rows]}  # fmt: skip
+    return {"ms": round(milliseconds, 3), "kernels_ms": round(sum(row[2] for row in rows) / STEPS / 1e3, 3),
+            "launches": round(len(rows) / STEPS), "kernels": summed(rows, by_grid=False),
+            "grids": summed(rows, by_grid=True)[:GRIDS]}  # fmt: skip
 
 
 def table(name: str, found: dict[str, Any]) -> str:
     """The longest kernels of a form."""
     head = f"{name}: {found['ms']} ms a replay, {found['kernels_ms']} ms in {found['launches']} kernels"
-    lines = [f"  {row['us']:9.1f} us  {row['launches']:6.1f} x  {row['name']}" for row in found["kernels"][:SHOWN]]
-    return "\n".join([head, *lines])
+    rows = [*found["kernels"][:SHOWN], *found["grids"][:SHOWN]]
+    return "\n".join([head, *(f"  {row['us']:9.1f} us  {row['launches']:6.1f} x  {row['name']}  {row.get('grid', '')}"
+                              for row in rows)])  # fmt: skip
 
 
 def main() -> None:

@@ -125,3 +125,16 @@ def test_nothing_begins_after_the_budget(script: Script, tmp_path: Path) -> None
     arms = script("arms")
     runner = runner_of(arms, [arms.Run("m", "r", "w4a8", "a")], tmp_path, budget=-1.0)
     assert runner.run() == 0 and len(runner.waiting) == 1 and not runner.order
+
+
+def test_what_has_its_results_where_they_go_is_not_run_again(script: Script, tmp_path: Path) -> None:
+    """What another run waits for is, if it has them or not."""
+    arms = script("arms")
+    args = argparse.Namespace(names=["emoji-sd-dgq-w4a8"], missing=False, do="run", smoke=False, out=tmp_path)
+    runs = arms.chosen(args)
+    first, second, third = runs[:3]
+    assert third.after == first.name
+    for run in (first, second):
+        for seed in run.seeds:
+            (tmp_path / f"{run.name}-s{seed}.json").write_text("{}")
+    assert arms.chosen(args) == [run for run in runs if run != second]
