@@ -134,14 +134,19 @@ def every() -> Iterator[Case]:
         yield from make()
 
 
-def compared(run: Callable[[str, tuple[Any, ...]], tuple[Tensor, Tensor]]) -> dict[str, dict[str, int]]:
+def compared(
+    run: Callable[[str, tuple[Any, ...]], tuple[Tensor, Tensor]], only: str | None = None
+) -> dict[str, dict[str, int]]:
     """What was compared of each kind: cases, codes, how many differ and by how much, distinct codes.
 
     Args:
         run: (op, arguments) to the codes of a kernel and of the definition.
+        only: The one kind to compare; None: all.
     """
     out: dict[str, dict[str, int]] = {}
     for name, op, args, counts in every():
+        if only not in (None, name):
+            continue
         found, want = (channels_of(codes, counts) for codes in run(op, args))
         entry = out.setdefault(name, {"cases": 0, "codes": 0, "unequal": 0, "most": 0, "distinct": 0})
         off = (found.int() - want.int()).abs()

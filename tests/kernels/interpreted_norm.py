@@ -1,7 +1,8 @@
 """Runs the kernels of norms, GEGLU and encode in Triton's interpreter, compares with the definition, prints JSON.
 
 A process of its own, because the interpreter is chosen when Triton is imported. Codes must be equal where a norm is
-exact (`norm_cases.exact`), elsewhere within one and rarely different. ``fault NAME`` plants one that must show.
+exact (`norm_cases.exact`), elsewhere within one and rarely different. Arguments: a fault to plant, and the kind of
+cases that it must show in, which alone are run then.
 """
 
 from __future__ import annotations
@@ -87,14 +88,16 @@ def plant(name: str) -> None:
 
 def main() -> None:
     """Print what was compared, and the worst of it."""
-    if len(sys.argv) > 1:
-        plant(sys.argv[1])
+    fault, kind = sys.argv[1:] or (None, None)
+    if fault is not None:
+        plant(fault)
 
     def run(op: str, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         home, name = (int8_ops, "encode") if op == "int8_encode" else (norm_ops, op.removesuffix("_encode"))
         return getattr(home, f"_{name}_cuda")(*args), getattr(home, f"_{name}_plain")(*args)
 
-    sys.stdout.write(json.dumps({"results": norm_cases.compared(run), "merged": merged(), "alone": alone()}) + "\n")
+    found: dict[str, Any] = {"results": norm_cases.compared(run, kind)}
+    sys.stdout.write(json.dumps(found if fault else {**found, "merged": merged(), "alone": alone()}) + "\n")
 
 
 if __name__ == "__main__":
