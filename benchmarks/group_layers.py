@@ -40,6 +40,11 @@ SOFTMAX = '"*attn1:softmax" = {{ activation = {{ {rule} }} }}'
 ARMS: dict[str, dict[str, Any] | None] = {
     "tensor": None, "2 groups": {"groups": 2}, "8 groups": {"groups": 8}, "16 groups": {"groups": 16},
     "8 groups, pixel": {"groups": 8, "dimension": "pixel"}, "8 groups, channel": {"groups": 8, "dimension": "channel"},
+    "tensor, by search": None, "8 groups, by search": {"groups": 8}, "16 groups, by search": {"groups": 16},
+}
+RANGES: dict[bool, dict[str, Any]] = {  # by search or by the extremes
+    True: {"method": "mse", "samples": 6400, "values": 256, "extremes_from": 8},
+    False: {"method": "minmax", "samples": 4096, "values": 2},
 }
 
 
@@ -108,7 +113,7 @@ def groups(args: argparse.Namespace, heldout: Run) -> Iterator[dict[str, Any]]:
                               if "channel_over_pixel" in x]
                     notes = {k: result.notes[k] for k in ("channel", "pixel", "per_tensor")}
                     notes["channel_over_pixel"] = quartiles(ratios)
-                ranges = Fit(do="fit", what="activations", method="minmax", samples=4096, values=2)
+                ranges = Fit(do="fit", what="activations", **RANGES["by search" in name])
                 found = ranges.run_unit(run, "all activations", torch.Generator().manual_seed(0))
                 ranges.apply(run, "all activations", found)
                 yield {"bits": bits, "arm": name, "estimate_db": round(estimate(run, heldout), 2), **notes}
