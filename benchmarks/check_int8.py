@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import collections
 import importlib
+import itertools
 import json
 import os
 import sys
@@ -96,7 +97,8 @@ def cuts(device: str) -> dict[str, Any]:
                             gpu.weight_sum(there))
             widths = packing.padded(there.segments)
             want = torch.stack(int8_ops.plain_sums(a, w, tables, list(widths), given.frame, given.per_sample))
-            for cut in (*tuning.CANDIDATES, *tuning.GATHERED):
+            problem = tuning.Problem.of(want.shape[1], a.shape[0], widths, given.frame)
+            for cut in (*tuning.CANDIDATES, *tuning.GATHERED, *tuning.flows(problem)):
                 kept = torch.empty_like(want)
                 try:
                     triton_int8.product(a, w, tables, widths, torch.float32, frame=given.frame,
@@ -164,13 +166,13 @@ def chain(device: str, seed: int, dtype: torch.dtype = torch.bfloat16) -> dict[s
     (w, scale, total, bias), gate, out = (weight_of(*s, device) for s in ((parts * n, k), (2 * n, n), (n, n)))
     inverse, zero, times = torch.full((4, 1), 3.0, device=device), tables[0][1].float(), tables[0][2]
     y = ops.int8_joined(a, w, *map(list, zip(*tables, strict=True)), scale, total, k, parts, bias, dtype)
-    codes = ops.int8_encode(y[:, :n], inverse, zero, times, ONE_ROW, [n], 255, [], 1, None)
+    codes = ops.int8_encode(y[0], inverse, zero, times, ONE_ROW, [n], 255, [], 1, None)
     found = ops.int8_gated(codes, gate[0], *tables[1], *gate[1:3], n, gate[3], inverse, zero, times, 255, None, dtype)
     last = ops.int8_product(found, out[0], *tables[2], ONE_ROW, *out[1:3], [n], [], 1, out[3], None, None, dtype)
-    single = torch.cat([ops.int8_product(
+    single = torch.stack([ops.int8_product(
         a[p * m : (p + 1) * m], w[p * n : (p + 1) * n], *tables[p], ONE_ROW, scale[p * n : (p + 1) * n],
         total[:, p * n : (p + 1) * n], [k], [], 1, bias[p * n : (p + 1) * n], None, None, dtype,
-    ) for p in range(parts)], 1)
+    ) for p in range(parts)])
     hidden, opened = ops.int8_product(codes, gate[0], *tables[1], ONE_ROW, *gate[1:3], [n], [], 1, gate[3], None, None,
                                       dtype).chunk(2, 1)
     value = hidden * torch.nn.functional.gelu(opened)
@@ -181,8 +183,10 @@ def chain(device: str, seed: int, dtype: torch.dtype = torch.bfloat16) -> dict[s
 def fused(device: str) -> dict[str, Any]:
     """Joined and gated products in every cut, in order and launched early."""
     usual, report = tuning.config, {"ran": 0, "codes": 0, "codes_unequal": 0, "wrong": []}
-    for i, cut in enumerate((*tuning.CANDIDATES, *tuning.GATHERED)):
-        tuning.config = lambda problem, device, run, cut=cut: cut  # type: ignore[assignment]
+    both = [(cut, cut) for cut in (*tuning.CANDIDATES, *tuning.GATHERED)]
+    both += list(zip(tuning.FLOWS, itertools.cycle(tuning.GATED_FLOWS)))
+    for i, cut in enumerate(both):
+        tuning.config = lambda problem, device, run, cut=cut: cut[problem.gated]  # type: ignore[assignment]
         found = chain(device, i)
         apart = (found["gated"].int() - found["after"].int()).abs()
         report["ran"], report["codes"] = report["ran"] + 1, report["codes"] + apart.numel()

@@ -165,7 +165,7 @@ def _products(layers: list[Any], join: Joined | None, codes: Tensor, given: list
         own = codes.reshape(len(layers), -1, codes.shape[-1]).unbind(0) if len(layers) > 1 else (codes,)
         return [gpu.multiply(layer, c, g, x) for layer, c, g in zip(layers, own, given, strict=True)]
     out = join.multiply(codes, given, x.dtype)
-    return list(out.reshape(*x.shape[:-1], len(layers), -1).unbind(-2))
+    return list(out.reshape(len(layers), *x.shape[:-1], -1).unbind(0))
 
 
 def _attended(attn: _Attention, parts: list[Tensor], x: Tensor) -> Tensor:

@@ -150,12 +150,12 @@ def build(builds: list[Build], driver: Any) -> int:
     Args:
         driver: Triton's: it knows the GPU, and has a C compiler make what launches a build, also into that cache.
     """
-    from triton.compiler import ASTSource, compile
+    from triton.compiler import compile
 
     target = driver.get_current_target()
 
     def make(one: Build) -> None:
-        source = ASTSource(one.kernel, one.signature, one.constants, one.attributes)
+        source = _source(one.kernel)(one.kernel, one.signature, one.constants, one.attributes)
         made = compile(source, target=target, options=one.options)
         driver.launcher_cls(made.src, made.metadata)
 
@@ -170,6 +170,17 @@ def build(builds: list[Build], driver: Any) -> int:
         pool.shutdown(cancel_futures=True)  # of what was begun the end is waited for, also when a user interrupts
         bar.finish()
     return failed
+
+
+def _source(kernel: Any) -> Any:
+    """What a kernel in Triton, or in Gluon, is compiled from."""
+    from triton.compiler import ASTSource
+
+    if not getattr(kernel, "is_gluon", lambda: False)():
+        return ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource
 
 
 class _Bar:

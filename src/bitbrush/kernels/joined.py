@@ -59,7 +59,7 @@ class Joined:
         return found
 
     def multiply(self, codes: Tensor, given: list[Given], dtype: torch.dtype) -> Tensor:
-        """The outputs side by side, ``[M, parts * N]``.
+        """The outputs, ``[parts, M, N]``.
 
         Args:
             codes: int8 ``[parts * M, K]``, those of one layer below those of another.

@@ -36,18 +36,18 @@ def _joined_cuda(
     weight_sum: Tensor, width: int, parts: int, bias: Tensor | None, dtype: torch.dtype,
 ) -> Tensor:
     _divides(w, scale, parts)
-    kind, (first, *others) = JOINED if len(scale) > 1 else ONE_ROW, list(zip(scale, zero_point, times, strict=True))
-    tables = Tables(*first, kind, weight_scale, weight_sum, tuple(others))
+    first, *others = zip(scale, zero_point, times, strict=True)
+    tables = Tables(*first, JOINED, weight_scale, weight_sum, tuple(others))
 
     def run(config: Config) -> Tensor:
         return triton_int8.product(a, w, tables, (width,), dtype, extra=Extra(bias), config=config)
 
-    problem = tuning.Problem(a.shape[0] // len(scale), w.shape[0], (width,), 1, 1, len(scale))
+    problem = tuning.Problem(a.shape[0] // parts, w.shape[0], (width,), 1, 1, parts)
     return run(tuning.config(problem, a.device, run))
 
 
 def _divides(w: Tensor, scale: list[Tensor], parts: int) -> None:
-    if w.shape[0] % parts or len(scale) not in (1, parts):
+    if w.shape[0] % parts or len(scale) != parts or parts < 2:
         raise ValueError(f"{parts} parts of {w.shape[0]} rows with {len(scale)} tables")
 
 
@@ -58,27 +58,27 @@ def _joined_plain(
     """Part by part.
 
     Args:
-        a: int8 ``[M, K]`` where one table serves all parts, else ``[parts * M, K]``: the codes of part p are rows
-            ``p * M`` and following.
+        a: int8 ``[parts * M, K]``: the codes of part p are rows ``p * M`` and following.
         w: int8 ``[parts * N, K]``.
-        scale, zero_point, times: Of each part's codes, or one of each for all.
+        scale, zero_point, times: Of each part's codes.
         weight_scale: float32 ``[parts * N, 1]``.
         weight_sum: int32 ``[1, parts * N]``.
         width: K, padded.
         bias: ``[parts * N]``.
 
     Returns:
-        ``[M, parts * N]``.
+        ``[parts, M, N]``: what each gives lies by itself, as libraries' attention wants it (of queries, keys and values
+        side by side torch copies two).
     """
     _divides(w, scale, parts)
-    inputs, n, out = a.chunk(len(scale)), w.shape[0] // parts, []
+    inputs, n, out = a.chunk(parts), w.shape[0] // parts, []
     for p in range(parts):
-        q, rows = p % len(scale), slice(p * n, (p + 1) * n)
+        rows = slice(p * n, (p + 1) * n)
         out.append(int8_ops._product_plain(
-            inputs[q], w[rows], scale[q], zero_point[q], times[q], ONE_ROW, weight_scale[rows], weight_sum[:, rows],
+            inputs[p], w[rows], scale[p], zero_point[p], times[p], ONE_ROW, weight_scale[rows], weight_sum[:, rows],
             [width], [], 1, None if bias is None else bias[rows], None, None, dtype,
         ))
-    return torch.cat(out, 1)
+    return torch.stack(out)
 
 
 # ---- gated -----------------------------------------------------------------------------------------------------------
@@ -125,7 +125,7 @@ def _joined_shape(
     a: Tensor, w: Tensor, scale: list[Tensor], zero_point: list[Tensor], times: list[Tensor], weight_scale: Tensor,
     weight_sum: Tensor, width: int, parts: int, bias: Tensor | None, dtype: torch.dtype,
 ) -> Tensor:
-    return a.new_empty((a.shape[0] // len(scale), w.shape[0]), dtype=dtype)
+    return a.new_empty((parts, a.shape[0] // parts, w.shape[0] // parts), dtype=dtype)
 
 
 def _gated_shape(

@@ -91,15 +91,15 @@ class Described:
     Args:
         like: A tensor of that shape, type and strides.
         block: Sizes that are copied at once.
+        swizzled: For kernels in Gluon, which say how a block of int8 rows lies in shared memory: rows of 32 to 128
+            bytes, exchanged so that the tensor cores read them without conflicts.
     """
 
     __slots__ = ("_kind", "_parts")
 
-    def __init__(self, like: Tensor, block: list[int]) -> None:
-        from triton.tools.tensor_descriptor import TensorDescriptor
-
-        checked = TensorDescriptor.from_tensor(like, block)
-        self._kind, self._parts = TensorDescriptor, {**vars(checked), "base": None}
+    def __init__(self, like: Tensor, block: list[int], swizzled: bool = False) -> None:
+        checked = _swizzled(like, block) if swizzled else _plain(like, block)
+        self._kind, self._parts = type(checked), {**vars(checked), "base": None}
 
     def __call__(self, tensor: Tensor) -> Any:
         """The descriptor of a tensor; whoever launches checks where it begins."""
@@ -107,3 +107,17 @@ class Described:
         vars(made).update(self._parts)
         made.base = tensor
         return made
+
+
+def _plain(like: Tensor, block: list[int]) -> Any:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(like, block)
+
+
+def _swizzled(like: Tensor, block: list[int]) -> Any:
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    layout = NVMMASharedLayout(swizzle_byte_width=min(block[-1], 128), element_bitwidth=8, rank=2)
+    return TensorDescriptor.from_tensor(like, block, layout)

@@ -26,10 +26,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bitbrush.kernels import gluon_int8
 from bitbrush.kernels.launching import Described, Launch
 from bitbrush.numbers.packing import padded, plane_starts
 
 LINEAR, FLAT, GATHERED = 0, 1, 2
+HALVES = 2
+"""In `_Cut.described`, behind codes and weights: the weights as two halves of rows."""
 ONE_ROW, BY_SAMPLE, BY_ROW, JOINED = 0, 1, 2, 3
 """Which row of the activation's tables serves an output: the same for all, one a sample, one a row, or the same for all
 outputs of a layer where several are joined."""
@@ -83,7 +86,8 @@ class Frame(NamedTuple):
 @dataclass(frozen=True)
 class Config:
     """How a product is cut: tile sizes, rows of tiles that share a column, warps, pipeline stages, whether the tensor
-    memory accelerator copies, and how many programs are to fit a processor at once."""
+    memory accelerator copies, how many programs are to fit a processor at once, and, where it is written out in Gluon,
+    its flow (`gluon_int8`)."""
 
     bm: int = 128
     bn: int = 128
@@ -93,6 +97,7 @@ class Config:
     stages: int = 3
     tma: bool = True
     together: int = 2
+    flow: str = ""
 
     @property
     def registers(self) -> int | None:
@@ -156,6 +161,8 @@ def fitting(config: Config, widths: tuple[int, ...], frame: Frame | None) -> Con
         alone and (taps == 1 or -(-widths[0] // bk) * bk * 10 <= widths[0] * 11)
     ):
         bk //= 2
+    if config.flow:
+        return gluon_int8.fitted(config, bk)
     tma = config.tma and (frame is None or frame.stride == 1) and bk >= 32
     return replace(config, bk=bk, tma=tma, stages=max(config.stages, min(config.stages * config.bk // bk, 8)))
 
@@ -164,14 +171,14 @@ def product(
     a: Tensor, w: Tensor, tables: Tables, widths: tuple[int, ...], dtype: torch.dtype, *, frame: Frame | None = None,
     per_sample: int = 1, extra: Extra | None = None, config: Config | None = None, sums: Tensor | None = None,
 ) -> Tensor:
-    """The output of a linear layer ``[M, N]`` or a convolution ``[B, H', W', N]``.
+    """The output of a linear layer ``[M, N]``, of several ``[parts, M, N]``, or of a convolution ``[B, H', W', N]``.
 
     Args:
         a: int8 ``[M, length_a]``, or a frame ``[frame.rows, length_a]``; the rows of each layer in turn (JOINED).
         w: int8 ``[N, length_w]``.
         widths: Padded channels of each segment.
         per_sample: Rows of a sample (linear layers).
-        sums: int32 ``[S, M, N]`` to which the corrected sums are written, for tests.
+        sums: int32 ``[S, M, N]`` to which the corrected sums are written, for tests (of one part).
     """
     extra, config = extra or Extra(), config or _USUAL
     n, kind = w.shape[0], tables.kind
@@ -181,8 +188,10 @@ def product(
     known = _PRODUCTS.get(key)
     if known is None or known.asked is not config:
         known = _PRODUCTS[key] = _cut_product(a, w, tables, widths, frame, per_sample, extra, config, sums is not None)
-    rows = a.shape[0] // (1 + len(tables.others))
-    shape = (rows, n) if frame is None else (frame.batch, *frame.out, n)
+    parts = 1 + len(tables.others)
+    shape: tuple[int, ...] = (a.shape[0], n) if frame is None else (frame.batch, *frame.out, n)
+    if parts > 1:
+        shape = (parts, a.shape[0] // parts, n // parts)
     y = torch.empty(shape, dtype=dtype, device=a.device)
     if not y.numel():
         return y
@@ -194,21 +203,22 @@ def product(
     if kind == JOINED:
         given = tuple(zip(given, *others, strict=True))
         tensors = (*tensors, *[t for other in others for t in other])
-    if known.left is None or known.right is None:
-        left, right = a, w
-    else:
-        left, right = known.left(a), known.right(w)
-    known.launch(tensors, (left, right, y, kept, bias, residual, shared, *given, *of_weight))
+    known.launch(tensors, (*known.operands(a, w), y, kept, bias, residual, shared, *given, *of_weight))
     return y
 
 
 class _Cut(NamedTuple):
-    """A product as it is launched: by which config, what describes its operands where they are copied so."""
+    """A product as it is launched: by which config, what describes which of its operands where they are copied so."""
 
     asked: Config
     launch: Launch
-    left: Described | None
-    right: Described | None
+    described: tuple[tuple[int, Described], ...]
+
+    def operands(self, a: Tensor, w: Tensor) -> tuple[Any, ...]:
+        """Codes and weights as the kernel takes them."""
+        if not self.described:
+            return a, w
+        return tuple([describe(_paired(w) if i == HALVES else (a, w)[i]) for i, describe in self.described])
 
 
 _PRODUCTS: dict[Any, _Cut] = {}
@@ -232,16 +242,20 @@ def _cut_product(
         spatial = FLAT if config.tma else GATHERED
         m = ((frame.batch - 1) * frame.height + out_h - 1) * frame.pitch + out_w if config.tma else out_rows
     columns = w.shape[0] // parts
-    numbers = (m, columns, out_rows, m if parts > 1 else 0, per_sample, place.pitch, place.height, out_h, out_w,
-               place.stride, a.stride(0), w.stride(0), widths[0] if len(widths) == 1 else widths)  # fmt: skip
+    place_of = (m, columns, out_rows, m if parts > 1 else 0, per_sample, place.pitch, place.height, out_h, out_w)
+    width = widths[0] if len(widths) == 1 else widths
     options = {
         "COUNT": len(widths), "WIDTH": widths[0] if frame is not None and len(widths) == 1 else 0,
         "KH": place.kernel[0], "KW": place.kernel[1], "TABLE": tables.kind, "PARTS": parts, "SPATIAL": spatial,
-        "TMA": config.tma, "BIAS": extra.bias is not None, "RESIDUAL": extra.residual is not None,
-        "SHARED": extra.shared is not None, "KEEP": keep, **_cut(config, a.device),
+        "BIAS": extra.bias is not None, "RESIDUAL": extra.residual is not None, "SHARED": extra.shared is not None,
+        "KEEP": keep,
     }
-    grid = (-(-m // config.bm) * -(-columns // config.bn) * parts,)
-    return _Cut(asked, Launch(kernels.product, grid, numbers, options), *_operands(a, w, config))
+    tiles = -(-m // config.bm) * -(-columns // config.bn) * parts
+    if config.flow:
+        return _Cut(asked, *gluon_int8.product(a, w, config, (*place_of, width), tiles, options, processors(a.device)))
+    numbers = (*place_of, place.stride, a.stride(0), w.stride(0), width)
+    launch = Launch(kernels.product, (tiles,), numbers, {**options, "TMA": config.tma, **_cut(config, a.device)})
+    return _Cut(asked, launch, _operands(a, w, config))
 
 
 def gated(
@@ -267,10 +281,7 @@ def gated(
         return y
     rest = (y, y if bias is None else bias, *tables[:3], tables.weight_scale, tables.weight_sum,
             y if then.factor is None else then.factor, then.inverse, then.zero_point, then.times)  # fmt: skip
-    if known.left is None or known.right is None:
-        known.launch((a, w, *rest))
-    else:
-        known.launch((a, w, *rest), (known.left(a), known.right(_paired(w)), *rest))
+    known.launch((a, w, *rest), (*known.operands(a, w), *rest))
     return y
 
 
@@ -284,13 +295,14 @@ def _cut_gated(
     config = fitting(asked, (width,), None)
     m, n = a.shape[0], w.shape[0] // 2
     (length,) = padded((n,))
-    options = {
-        "TMA": config.tma, "BIAS": bias, "FACTOR": then.factor is not None,
-        "TYPE": getattr(tl, str(dtype).removeprefix("torch.")), **_cut(config, a.device),
-    }
-    grid = (-(-m // config.bm) * -(-length // (config.bn // 2)),)
+    options = {"BIAS": bias, "FACTOR": then.factor is not None, "TYPE": getattr(tl, str(dtype).removeprefix("torch."))}
+    tiles = -(-m // config.bm) * -(-length // (config.bn // 2))
+    if config.flow:
+        numbers: tuple[Any, ...] = (float(then.top), m, n, length, width)
+        return _Cut(asked, *gluon_int8.gated(a, w, config, numbers, tiles, options, processors(a.device)))
     numbers = (float(then.top), m, n, a.stride(0), w.stride(0), length, width)
-    return _Cut(asked, Launch(kernels.gated, grid, numbers, options), *_operands(a, w, config, paired=True))
+    launch = Launch(kernels.gated, (tiles,), numbers, {**options, "TMA": config.tma, **_cut(config, a.device)})
+    return _Cut(asked, launch, _operands(a, w, config, paired=True))
 
 
 def _cut(config: Config, device: torch.device) -> dict[str, Any]:
@@ -324,14 +336,14 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def _operands(a: Tensor, w: Tensor, config: Config, paired: bool = False) -> tuple[Described | None, Described | None]:
-    """What describes the operands for copies (None: pointers do): two halves of w's rows at once where paired."""
+def _operands(a: Tensor, w: Tensor, config: Config, paired: bool = False) -> tuple[tuple[int, Described], ...]:
+    """What describes the operands for copies (nothing: pointers do): two halves of w's rows at once where paired."""
     if not config.tma or not a.numel() or not w.numel():
-        return None, None
+        return ()
     left = Described(a, [config.bm, config.bk])
     if paired:
-        return left, Described(_paired(w), [2, config.bn // 2, config.bk])
-    return left, Described(w, [config.bn, config.bk])
+        return (0, left), (HALVES, Described(_paired(w), [2, config.bn // 2, config.bk]))
+    return (0, left), (1, Described(w, [config.bn, config.bk]))
 
 
 def _paired(w: Tensor) -> Tensor:

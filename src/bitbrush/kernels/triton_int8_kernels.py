@@ -242,7 +242,7 @@ def product(
     SHARED: tl.constexpr, KEEP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     GROUP: tl.constexpr, EARLY: tl.constexpr, THREADS: tl.constexpr,
 ):
-    """A tile of ``y [rows, PARTS * n_count]``. Part p multiplies the rows of ``a`` from ``p * part_rows`` on."""
+    """A tile of ``y [PARTS, rows, n_count]``. Part p multiplies the rows of ``a`` from ``p * part_rows`` on."""
     in_turn(EARLY)
     tiles = tl.cdiv(n_count, BN)
     row, column = _place(tl.program_id(0), tl.cdiv(m_count, BM), tiles * PARTS, GROUP)
@@ -252,6 +252,7 @@ def product(
         part = column // tiles
         n0 = part * n_count + (column % tiles) * BN
         end = (part + 1) * n_count
+        y_ptr += part.to(tl.int64) * (out_rows - 1) * n_count  # columns are counted over all parts
     m, n = m0 + tl.arange(0, BM), n0 + tl.arange(0, BN)
     n_ok = n < end
     rows, where, sample, output = _geometry(m, pitch, height, out_h, out_w, stride, per_sample, SPATIAL)
@@ -266,11 +267,11 @@ def product(
     if RESIDUAL or SHARED:  # half the columns at a time: what is added and where from need fewer registers
         HALF: tl.constexpr = BN // 2
         left, right = _halves(total, BM, HALF)
-        _store(left, y_ptr, residual_ptr, shared_ptr, where, sample, kept, n0, end, columns, RESIDUAL, SHARED, HALF)
-        _store(right, y_ptr, residual_ptr, shared_ptr, where, sample, kept, n0 + HALF, end, columns, RESIDUAL, SHARED,
+        _store(left, y_ptr, residual_ptr, shared_ptr, where, sample, kept, n0, end, n_count, RESIDUAL, SHARED, HALF)
+        _store(right, y_ptr, residual_ptr, shared_ptr, where, sample, kept, n0 + HALF, end, n_count, RESIDUAL, SHARED,
                HALF)
     else:
-        _store(total, y_ptr, residual_ptr, shared_ptr, where, sample, kept, n0, end, columns, False, False, BN)
+        _store(total, y_ptr, residual_ptr, shared_ptr, where, sample, kept, n0, end, n_count, False, False, BN)
 
 
 # ---- the gated product -----------------------------------------------------------------------------------------------

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bitbrush.kernels import building
+from bitbrush.kernels import building, gluon_int8
+from bitbrush.kernels.gluon_int8 import PAIR, TURNS
 from bitbrush.kernels.triton_int8 import Config, Frame, fitting
 from bitbrush.kernels.triton_int8 import processors as _processors
 
@@ -41,6 +42,17 @@ GATHERED = (
 )  # fmt: skip
 """With pointers: for convolutions with a stride, and beside the others for those without (at 320 channels the fastest
 by 14 %; for linear layers never by 2 %)."""
+FLOWS = (
+    Config(128, 128, 128, 8, 8, 5, flow=PAIR), Config(128, 160, 128, 4, 8, 5, flow=PAIR),
+    Config(256, 160, 128, 4, 8, 3, flow=PAIR), Config(128, 128, 128, 8, 8, 4, flow=TURNS),
+    Config(128, 160, 128, 4, 8, 4, flow=TURNS), Config(128, 192, 128, 8, 8, 4, flow=TURNS),
+)  # fmt: skip
+"""Written out in Gluon, where that is asked for (`gluon_int8.asked`). One of them was the fastest of 14, or within 3 %
+of it, at each of ten shapes on an H200 (benchmarks/spike_gluon_product.py)."""
+GATED_FLOWS = (
+    Config(128, 128, 128, 8, 8, 5, flow=PAIR), Config(128, 256, 128, 8, 8, 4, flow=PAIR),
+    Config(128, 128, 128, 8, 8, 4, flow=TURNS),
+)  # fmt: skip
 WORSE, ALONE = 1.35, 1.35
 """Cuts are tried whose `cost` is at most WORSE times the least. A program that has its processor alone takes ALONE
 times as long: 128 x 256 beside 128 x 128 at 2048 x 10240 x 1280 on an H200."""
@@ -84,12 +96,28 @@ class Problem(NamedTuple):
 
 
 def cuts(problem: Problem, processors: int) -> list[Config]:
-    """What is worth trying, as it fits the problem: the cheapest by `cost` first."""
+    """What is worth trying, as it fits the problem: of each kind the cheapest by `cost` first."""
     place = Frame(1, 1, 1, (problem.taps, 1), 0, problem.stride) if problem.taps > 1 or problem.stride > 1 else None
     given = GATHERED if problem.stride > 1 else CANDIDATES if place is None else (*CANDIDATES, *GATHERED)
-    found = dict.fromkeys(fitting(cut, problem.widths, place) for cut in given)
-    costs = {cut: cost(cut, problem, processors) for cut in found}
-    return sorted((cut for cut in found if costs[cut] <= WORSE * min(costs.values())), key=costs.__getitem__)
+    written_out = flows(problem) if gluon_int8.asked() else ()
+    return [cut for family in (written_out, given) for cut in _cheap(family, problem, place, processors)]
+
+
+def flows(problem: Problem) -> tuple[Config, ...]:
+    """Of the cuts written out in Gluon those that a problem allows."""
+    if problem.stride > 1:
+        return ()
+    count = len(problem.widths)
+    return tuple(cut for cut in (GATED_FLOWS if problem.gated else FLOWS)
+                 if gluon_int8.fits(cut.flow, cut.bm, cut.bn, count, problem.gated))  # fmt: skip
+
+
+def _cheap(
+    family: tuple[Config, ...], problem: Problem, place: Frame | None, processors: int
+) -> list[Config]:
+    """Of cuts of one kind, whose costs compare, those that do not cost much more than the cheapest; that one first."""
+    costs = {cut: cost(cut, problem, processors) for cut in (fitting(cut, problem.widths, place) for cut in family)}
+    return sorted((cut for cut in costs if costs[cut] <= WORSE * min(costs.values())), key=costs.__getitem__)
 
 
 def cost(cut: Config, problem: Problem, processors: int) -> float:
@@ -99,9 +127,17 @@ def cost(cut: Config, problem: Problem, processors: int) -> float:
     copied) and 1 (waiting), one after the other, as is fitting for products that are waited for. Pointers take 1.15
     times as long, copies of rows of less than 128 bytes 1.3 times. Fitted to 13 shapes on an H200
     (benchmarks/tune_int8.py).
+
+    With a flow copies and products overlap, and what is left is the writing of a tile: for each of its numbers 0.19
+    cycles, 0.12 where warpgroups take turns (benchmarks/results/spike/gluon_product.json). In another unit.
     """
     tiles = -(-problem.rows // cut.bm) * problem.parts * -(-problem.columns // (problem.parts * cut.bn))
     rounds = -(-tiles // processors)
+    if cut.flow:
+        columns = sum(-(-width // cut.bk) * cut.bk for width in problem.widths) * problem.taps
+        each = 0.19 if cut.flow == PAIR else 0.12 if rounds > 1 else 0.25  # who is alone has nobody to write beside
+        written = each * cut.bm * cut.bn / columns
+        return rounds * (max(cut.bm * cut.bn / 4096, (cut.bm + cut.bn) / 64) * 1.12 + written)
     together = min(rounds, cut.together, SHARED // (cut.stages * (cut.bm + cut.bn) * cut.bk))
     copies = (1.0 if cut.bk >= 128 else 1.3) if cut.tma else 1.15
     return rounds * (cut.bm * cut.bn / 4096 + (cut.bm + cut.bn) / 32 + 1) * copies * (1 if together > 1 else ALONE)
@@ -194,7 +230,8 @@ def _name(device: torch.device) -> str:
 def _known(device: str, file: Path) -> dict[str, Config]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        return {key: replace(Config(), **cut) for key, cut in found.items()}
+        cuts = {key: replace(Config(), **cut) for key, cut in found.items()}
+        return {key: cut for key, cut in cuts.items() if not cut.flow or gluon_int8.asked()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
 
