@@ -80,7 +80,7 @@ def summed(found: list[Launch], by_grid: bool) -> list[dict[str, Any]]:
 
 def short(name: str) -> str:
     """A kernel's name without return type, namespaces' details and arguments."""
-    name = re.sub(r"^void ", "", name)
+    name = re.sub(r"^void ", "", name).replace("(anonymous namespace)::", "")
     name = re.split(r"[<(]", name, maxsplit=1)[0] or name
     return name.replace("at::native::", "")[:70]
 

@@ -1,4 +1,4 @@
-"""Every cut of the int8 products at shapes of SDXL and FLUX, beside cuBLAS and cuDNN in bf16 and ``torch._int_mm``.
+"""Every cut of the int8 products at shapes of SDXL, SD 1.5 and FLUX; bf16 (cuBLAS, cuDNN) and ``torch._int_mm`` beside.
 
     python benchmarks/tune_int8.py [--out FOLDER] [--budget SECONDS] [--only TEXT]     # a CUDA device with Triton
     TRITON_INTERPRET=1 python benchmarks/tune_int8.py --smoke                          # tiny shapes in the interpreter
@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 
 from bitbrush.kernels import triton_encode, triton_int8
+from bitbrush.kernels.gluon_int8 import PAIR, TURNS
 from bitbrush.kernels.triton_int8 import JOINED, ONE_ROW, Config, Extra, Frame, Next, Tables, fitting
-from bitbrush.kernels.tuning import CANDIDATES, GATHERED
+from bitbrush.kernels.tuning import CANDIDATES, GATHERED, Problem, flows
 from bitbrush.numbers.codec import encode
 from bitbrush.numbers.packing import padded
 
@@ -35,11 +36,13 @@ RESULTS = Path(__file__).parent / "results" / "speed"
 PRODUCTS = (
     (2048, 10240, 1280), (8192, 5120, 640), (2048, 1280, 5120), (8192, 640, 2560), (2048, 1280, 1280),
     (8192, 640, 640), (4608, 12288, 3072), (4608, 3072, 3072), (4608, 3072, 15360), (154, 1280, 2048),
+    (8192, 320, 320), (8192, 320, 1280), (2048, 640, 640), (2048, 640, 2560), (512, 1280, 1280),
 )
-"""(M, N, K): SDXL at 1024 and batch 2, then FLUX's single block, then keys and values of the prompt."""
+"""(M, N, K): SDXL at 1024 and batch 2, then FLUX's single block, keys and values of the prompt, SD 1.5 at 512."""
 CONVOLUTIONS = (
     (2, 128, 320, 320), (2, 64, 640, 640), (2, 32, 1280, 1280), (2, 128, 960, 320), (2, 64, 1920, 640),
-    (2, 32, 2560, 1280), (2, 64, 320, 640), (2, 128, 640, 320),
+    (2, 32, 2560, 1280), (2, 64, 320, 640), (2, 128, 640, 320), (2, 64, 320, 320), (2, 32, 640, 640),
+    (2, 16, 1280, 1280), (2, 8, 1280, 1280), (2, 64, 960, 320),
 )
 """(batch, side, channels, rows), 3x3."""
 LAYERS = ((2048, 1280, 1280, 3), (8192, 640, 640, 3), (154, 1280, 2048, 2), (154, 640, 2048, 2))
@@ -52,6 +55,13 @@ MORE = (
     Config(64, 256, 64, 8, 4, 3), Config(128, 256, 128, 8, 8, 3, together=1),
     Config(64, 16, 128, 8, 4, 8, together=1), Config(128, 128, 64, 8, 8, 4, tma=False),
 )  # fmt: skip
+FLOWS = (
+    Config(64, 256, 128, 8, 8, 4, flow=TURNS), Config(128, 192, 128, 8, 8, 4, flow=PAIR),
+    Config(256, 128, 128, 8, 8, 3, flow=PAIR), Config(256, 192, 128, 8, 8, 3, flow=PAIR),
+    Config(128, 256, 128, 8, 8, 4, flow=PAIR), Config(128, 64, 128, 8, 8, 6, flow=PAIR),
+    Config(128, 64, 128, 8, 8, 6, flow=TURNS),
+)  # fmt: skip
+"""Beside those of `tuning.FLOWS`; not for gated products."""
 
 
 def graph_time(run: Callable[[], Any], device: str) -> float:
@@ -90,9 +100,10 @@ def int8(shape: tuple[int, ...], device: str) -> Tensor:
     return torch.randint(-128, 128, shape, dtype=torch.int8, device=device)
 
 
-def cuts(widths: tuple[int, ...], frame: Frame | None) -> list[Config]:
+def cuts(widths: tuple[int, ...], frame: Frame | None, gated: bool = False) -> list[Config]:
     """What is tried, without repetitions."""
-    return list(dict.fromkeys(fitting(c, widths, frame) for c in (*CANDIDATES, *GATHERED, *MORE)))
+    written_out = (*flows(Problem(1, 1, widths, 1, 1, gated=gated)), *(() if gated else FLOWS))
+    return list(dict.fromkeys(fitting(c, widths, frame) for c in (*CANDIDATES, *GATHERED, *MORE, *written_out)))
 
 
 def measured(run: Callable[[Config], Any], tried: list[Config], device: str) -> list[dict[str, Any]]:
@@ -183,7 +194,7 @@ def gated(shape: tuple[int, ...], device: str) -> dict[str, Any]:
     dtype, half = torch.bfloat16, (n // 2,)
     then = Next(1 / table.scale, table.zero_point, table.times, 255)
     found = measured(lambda cut: triton_int8.gated(a, w, table, k, dtype, then, bias=bias, config=cut),
-                     cuts((k,), None), device)
+                     cuts((k,), None, gated=True), device)
     single = chosen(measured(lambda cut: triton_int8.product(a, w, table, (k,), dtype, extra=Extra(bias), config=cut),
                              cuts((k,), None), device))
 
@@ -212,7 +223,7 @@ def line(row: dict[str, Any]) -> str:
     if best is None:
         return f"{row['kind']:12s} {row['shape']!s:28s} nothing ran: {row['cuts'][0]['error']}"
     cut = "x".join(str(best[k]) for k in ("bm", "bn", "bk"))
-    cut += f" w{best['warps']} s{best['stages']}" + " tma" * best["tma"] + f", early {best['early_us']:.1f} us"
+    cut += f" w{best['warps']} s{best['stages']} {best['flow'] or 'tma' * best['tma']}, early {best['early_us']:.1f} us"
     peers = "  ".join(f"{k} {v:.1f} us ({v / best['us']:.2f} x)" for k, v in row["peers"].items())
     return (f"{row['kind']:12s} {row['shape']!s:28s} {best['us']:9.1f} us {row['flops'] / best['us'] / 1e6:7.0f} TOP/s"
             f"  {peers}   {cut}")

@@ -42,5 +42,6 @@ def test_kernels_of_a_trace_are_told_apart_by_their_grids(script: Script) -> Non
 def test_names_lose_what_no_reader_looks_for(script: Script) -> None:
     short = script("profile_step").short
     assert short("void at::native::elementwise_kernel<128, 4, lambda>(int, X)") == "elementwise_kernel"
+    assert short("void at::native::(anonymous namespace)::CatArrayBatchedCopy<int>(int)") == "CatArrayBatchedCopy"
     assert short("sm90_xmma_gemm_bf16") == "sm90_xmma_gemm_bf16" and short("<lambda>") == "<lambda>"
     assert len(short("x" * 200)) == 70

@@ -1,8 +1,9 @@
-"""Products written out in Gluon: which tiles there are, and what they are compiled to. What they compute is compared on
-a GPU (benchmarks/check_int8.py): Gluon has no interpreter."""
+"""Products written out in Gluon: which tiles there are, what they compute (their code run on the CPU by
+`gluon_threads`; on a GPU: benchmarks/check_int8.py), and what they are compiled to."""
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 from collections.abc import Iterator
@@ -14,10 +15,23 @@ import torch
 from torch import Tensor
 
 import cuda_driver
-from bitbrush.kernels import gluon_int8, triton_int8, tuning
+import gluon_threads
+from bitbrush.kernels import gluon_int8, int8_ops, joined_ops, triton_int8, tuning
 from bitbrush.kernels.gluon_int8 import PAIR, TURNS, Shape, shape
-from bitbrush.kernels.triton_int8 import JOINED, ONE_ROW, Config, Extra, Frame, Next, Tables, fitting
+from bitbrush.kernels.triton_int8 import (
+    BY_ROW,
+    BY_SAMPLE,
+    JOINED,
+    ONE_ROW,
+    Config,
+    Extra,
+    Frame,
+    Next,
+    Tables,
+    fitting,
+)
 from bitbrush.kernels.tuning import FLOWS, GATED_FLOWS, Problem
+from bitbrush.numbers.codec import encode
 from interpreter import TRITON
 
 PAIRED = tuning.FLOWS[1]
@@ -93,6 +107,156 @@ def test_what_was_timed_is_not_taken_where_it_is_not_asked_for(
     gluon_int8.asked.cache_clear()
     assert tuning._known("gpu", file) == {"2x2": Config()}
     tuning.forget()
+
+
+# ---- what they compute -----------------------------------------------------------------------------------------------
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Kernels in Gluon run on the CPU, on a GPU of three processors."""
+    from bitbrush.kernels import gluon_gated_kernels, gluon_int8_kernels, gluon_ring_kernels, triton_int8_kernels
+
+    monkeypatch.setattr(gluon_int8, "Launch", gluon_threads.Launch)
+    monkeypatch.setattr(gluon_int8, "Described", gluon_threads.Described)
+    monkeypatch.setattr(triton_int8, "processors", lambda device: 3)
+    for known in ("_PRODUCTS", "_GATED"):
+        monkeypatch.setattr(triton_int8, known, {})
+    modules = (gluon_ring_kernels, gluon_int8_kernels, gluon_gated_kernels, triton_int8_kernels)
+    with gluon_threads.plain(*modules, _geglu=_geglu, centred=_centred, zero_and_top=_zero_and_top):
+        yield
+
+
+def _geglu(hidden: Tensor, gate: Tensor, kind: Any) -> Tensor:
+    assert str(kind) == "fp32"
+    return hidden * torch.nn.functional.gelu(gate)
+
+
+def _centred(x: Tensor, inverse: Tensor, zero: Tensor, top: Tensor) -> Tensor:
+    return (encode(x, inverse, zero, int(top)) - 128).to(torch.int8)
+
+
+def _zero_and_top(zero: Any, entry: Any, top: Any) -> tuple[Any, Any]:
+    return gluon_threads.LANGUAGE.load(zero + entry).float(), top
+
+
+class Layer:
+    """Random operands of a product, and what it gives by the definition."""
+
+    def __init__(self, seed: int, segments: tuple[int, ...], n: int, rows: int = 0, frame: Frame | None = None,
+                 kind: int = ONE_ROW, parts: int = 1, samples: int = 2) -> None:
+        g = self.g = torch.Generator().manual_seed(seed)
+        self.widths, self.frame, self.kind, self.parts = segments, frame, kind, parts
+        self.rows = rows if frame is None else frame.batch * frame.out[0] * frame.out[1]
+        taps = 1 if frame is None else frame.kernel[0] * frame.kernel[1]
+        count, k = len(segments), sum(segments)
+        self.a = self.int8(parts * rows if frame is None else frame.rows, k)
+        self.w = self.int8(parts * n, taps * k)
+        scale_w, self.n = torch.rand((parts * n, count), generator=g) * 0.01, n
+        starts = torch.tensor([0, *segments]).cumsum(0).tolist()
+        total = torch.stack([self.w[:, taps * b : taps * e].sum(1, dtype=torch.int32)
+                             for b, e in itertools.pairwise(starts)])  # fmt: skip
+        height = self.rows if kind == BY_ROW else 4
+        tables = [(torch.rand((height, count), generator=g) * 0.01 + 0.001,
+                   torch.randint(90, 166, (height, count), generator=g).to(torch.uint8),
+                   torch.randint(0, 4, (samples if kind == BY_SAMPLE else 1,), generator=g)) for _ in range(parts)]
+        self.tables = Tables(*tables[0], kind, scale_w, total, tuple(tables[1:]))
+        self.per_sample = max(1, self.rows // samples) if frame is None else 1
+        self.bias = torch.randn(parts * n, generator=g)
+        self.shared, self.residual = (torch.randn(m, n, generator=g) for m in (samples, self.rows))
+
+    def int8(self, *size: int) -> Tensor:
+        return torch.randint(-128, 128, size, dtype=torch.int8, generator=self.g)
+
+    def compared(self, cut: Config, dtype: torch.dtype, added: bool = False) -> int:
+        """Outputs, all of which are those of the definition, bit for bit, as are the sums."""
+        extra = Extra(self.bias, *((t.to(dtype) for t in (self.shared, self.residual)) if added else ()))
+        sums = torch.full((len(self.widths), self.rows, self.n), -7, dtype=torch.int32)
+        got = triton_int8.product(self.a, self.w, self.tables, self.widths, dtype, frame=self.frame, extra=extra,
+                                  per_sample=self.per_sample, config=cut, sums=sums if self.parts == 1 else None)
+        want, given = [], zip(self.a.chunk(self.parts), self.w.chunk(self.parts), strict=True)
+        for part, (a, w) in enumerate(given):
+            rows = slice(part * self.n, (part + 1) * self.n)
+            table = (self.tables[:3], *self.tables.others)[part]
+            one = Tables(*table, ONE_ROW if self.parts > 1 else self.kind, self.tables.weight_scale[rows],
+                         self.tables.weight_sum[:, rows])
+            want.append(int8_ops._product_plain(
+                a, w, *one[:6], list(self.widths), int8_ops.numbers_of(self.frame), self.per_sample,
+                None if extra.bias is None else extra.bias[rows], extra.shared, extra.residual, dtype))
+            if self.parts == 1:
+                assert torch.equal(sums, torch.stack(int8_ops.plain_sums(a, w, one, list(self.widths), self.frame,
+                                                                         self.per_sample)))
+        assert torch.equal(got, torch.stack(want) if self.parts > 1 else want[0]) and len(got.unique()) > 100
+        return got.numel()
+
+
+@TRITON
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("cut", range(len(FLOWS)))
+def test_every_cut_gives_the_products_of_the_definition(cut: int) -> None:
+    """More tiles than programs, ragged at each end, more steps than slots."""
+    assert Layer(cut, (1184,), 336, rows=300).compared(FLOWS[cut], torch.bfloat16) > 100_000
+    assert Layer(cut, (96,), 200, rows=70).compared(FLOWS[cut], torch.float16, added=True) == 14_000
+
+
+@TRITON
+@pytest.mark.usefixtures("threads")
+def test_tables_of_every_kind_and_layers_side_by_side() -> None:
+    for kind in (BY_SAMPLE, BY_ROW):
+        assert Layer(kind, (160,), 176, rows=150, kind=kind).compared(FLOWS[1], torch.float32) == 150 * 176
+    for cut in (FLOWS[0], FLOWS[4]):
+        assert Layer(7, (160,), 176, rows=150, kind=JOINED, parts=3).compared(cut, torch.bfloat16) == 3 * 150 * 176
+
+
+@TRITON
+@pytest.mark.usefixtures("threads")
+def test_convolutions_read_shifted_rows_and_store_no_border() -> None:
+    done = 0
+    for cut, kernel, widths, kind in ((FLOWS[1], (3, 3), (160,), ONE_ROW), (FLOWS[4], (3, 3), (64,), ONE_ROW),
+                                      (FLOWS[0], (3, 3), (96, 32), ONE_ROW), (FLOWS[2], (1, 1), (96,), ONE_ROW),
+                                      (FLOWS[1], (3, 3), (32,), BY_SAMPLE)):
+        frame = Frame(2, 9, 11, kernel, 1 if kernel == (3, 3) else 0, shared=kind == ONE_ROW)
+        done += Layer(3, widths, 176, frame=frame, kind=kind).compared(cut, torch.bfloat16, added=len(widths) == 1)
+    assert done == 5 * 2 * 9 * 11 * 176
+
+
+@TRITON
+@pytest.mark.usefixtures("threads")
+def test_segments_are_added_one_after_the_other() -> None:
+    for widths in ((96, 32, 160), (128, 128), (32,) * 8):
+        assert Layer(9, widths, 144, rows=200).compared(FLOWS[0], torch.bfloat16, added=True) == 200 * 144
+
+
+@TRITON
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("cut", range(len(GATED_FLOWS)))
+@pytest.mark.parametrize("scaled", [False, True])
+def test_gated_products_give_the_codes_of_the_definition(cut: int, scaled: bool) -> None:
+    n, layer = 168, Layer(cut, (160,), 2 * 168, rows=150)
+    then = Next(1 / torch.tensor([[0.5], [0.011]]), torch.tensor([[3], [101]]).byte(), torch.tensor([1]), 255,
+                torch.rand(n, generator=layer.g) + 0.5 if scaled else None)
+    got = triton_int8.gated(layer.a, layer.w, layer.tables, 160, torch.float32, then, bias=layer.bias,
+                            config=GATED_FLOWS[cut])
+    want = joined_ops._gated_plain(layer.a, layer.w, *layer.tables[:3], *layer.tables[4:6], 160, layer.bias,
+                                   *then[:4], then.factor, torch.float32)
+    apart = (got.int() - want.int()).abs()
+    assert got.shape == (150, 192) and len(got.unique()) > 50
+    assert apart.max() <= 1 and apart.count_nonzero() <= 3  # torch's gelu of a block and of a row: in the last bit
+
+
+@TRITON
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("fault", ["early", "turn", "tap", "columns"])
+def test_a_planted_fault_shows(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slot given back a step early, a turn that never comes, a tap read a row off, tables of other columns."""
+    from bitbrush.kernels import gluon_int8_kernels, gluon_ring_kernels
+
+    monkeypatch.setattr(gluon_threads, "PATIENCE", 0.5)
+    gluon_threads.replanted((gluon_ring_kernels, gluon_int8_kernels), *{
+        "early": ("pred=step > 0)", "pred=True)"), "turn": ("turn.index(1 - PART)", "turn.index(PART)"),
+        "tap": ("tap % KW", "(tap + 1) % KW"), "columns": ("n0 + BN1, 0, end", "n0, 0, end"),
+    }[fault])  # fmt: skip
+    layer = Layer(3, (160,), 176, frame=Frame(2, 9, 11, (3, 3), 1))
+    with pytest.raises(AssertionError):
+        layer.compared(FLOWS[4] if fault == "turn" else FLOWS[1], torch.bfloat16)
 
 
 # ---- builds ----------------------------------------------------------------------------------------------------------

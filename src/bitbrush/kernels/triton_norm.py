@@ -29,15 +29,16 @@ PIECE = 32 * VECTOR
 SUM_WARPS, SUM_DEEP, SUM_COLUMNS = 4, 8, 256
 """Of a program that sums: its threads ask for 8 times 16 bytes each before they wait, 15 kB together. Carrying sums
 from warp to warp takes longer the more there are: a small picture takes 8.9 us with 8 warps, 7.4 with 4 (H200)."""
-SUM_PROGRAMS, SUM_REGISTERS = 4, 80
-"""For each processor: 60 kB asked for at once, more than memory takes to be kept busy (4.8 TB/s for 1 us, of 132), and
-room for programs of the second pass beside them."""
+SUM_PROGRAMS, SUM_REGISTERS = 2, 80
+"""For each processor: 30 kB asked for at once, and room for programs of the second pass beside them. Four programs take
+as long for pictures of 128 x 128, and 0.7 to 1.2 us longer for those of 64 x 64 (of 14 to 23; H200)."""
 PAIRED = True
 """Whether the second pass of a GroupNorm is launched while the first one runs; it reads the picture and its tables, and
 waits for the sums then."""
-COLUMNS, ROWS = 64, 64
-"""Of a step of the second pass: 128 bytes of a bfloat16 pixel, 16 channels a thread."""
-PROGRAMS, APPLY_REGISTERS = 6, 80
+COLUMNS, ROWS = 64, 128
+"""Of a step of the second pass: 128 bytes of a bfloat16 pixel, 16 channels a thread; as many rows as registers hold:
+what a program does first, merging the sums, takes as long as 64 of them."""
+PROGRAMS, APPLY_REGISTERS = 3, 144
 """For each processor at most in the second pass: as many as its registers hold, so that none waits for another."""
 REGISTERS = 96
 """Of a thread that holds a row's numbers, its weight and its bias: 20 warps a processor."""
