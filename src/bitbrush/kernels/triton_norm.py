@@ -38,7 +38,7 @@ waits for the sums then."""
 COLUMNS, ROWS = 64, 128
 """Of a step of the second pass: 128 bytes of a bfloat16 pixel, 16 channels a thread; as many rows as registers hold:
 what a program does first, merging the sums, takes as long as 64 of them."""
-PROGRAMS, APPLY_REGISTERS = 3, 144
+PROGRAMS, APPLY_REGISTERS = 3, 160
 """For each processor at most in the second pass: as many as its registers hold, so that none waits for another."""
 REGISTERS = 96
 """Of a thread that holds a row's numbers, its weight and its bias: 20 warps a processor."""
