@@ -180,6 +180,31 @@ def chain(device: str, seed: int, dtype: torch.dtype = torch.bfloat16) -> dict[s
     return {"joined": y, "single": single, "gated": found, "after": after, "last": last}
 
 
+def shared(device: str) -> dict[str, Any]:
+    """One input's codes for many layers, and their product in every cut, beside the definition."""
+    report: dict[str, Any] = {"ran": 0, "wrong": []}
+    torch.manual_seed(3)
+    parts, m, k, n = 10, 154, 768, 320
+    x, times = torch.randn((m, k)).bfloat16(), torch.tensor([2])
+    scale, zero = torch.rand((parts, 4)) * 0.02 + 0.01, torch.randint(90, 166, (parts, 4)).byte()
+    w, weight_scale, total, bias = weight_of(parts * n, k, "cpu")
+    given = (x, 1 / scale, zero, times, 255, torch.rand((parts, k)) + 0.5)
+    codes = torch.ops.bitbrush.int8_encode_each(*given)
+    operands = (codes, w, scale, zero, times, weight_scale, total, k, bias, torch.bfloat16)
+    want = torch.ops.bitbrush.int8_stacked(*operands)
+    given, operands = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), (given, operands))
+    if not torch.equal(torch.ops.bitbrush.int8_encode_each(*given).cpu(), codes):
+        report["wrong"].append("encode")
+    usual = tuning.config
+    for cut in (*tuning.CANDIDATES, *tuning.GATHERED, *tuning.FLOWS):
+        tuning.config = lambda problem, device, run, cut=cut: cut  # type: ignore[assignment]
+        report["ran"] += 1
+        if not torch.equal(torch.ops.bitbrush.int8_stacked(*operands).cpu(), want):
+            report["wrong"].append(str(cut))
+    tuning.config = usual
+    return report
+
+
 def fused(device: str) -> dict[str, Any]:
     """Joined and gated products in every cut, in order and launched early."""
     usual, report = tuning.config, {"ran": 0, "codes": 0, "codes_unequal": 0, "wrong": []}
@@ -237,9 +262,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--grids", type=int, default=5, help="pairwise grids of some 95 layers, each drawn anew")
+    parser.add_argument("--flows", action="store_true", help="the grid, too, by products that are written out in Gluon")
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
     os.environ.setdefault("BITBRUSH_TUNE", "0")
+    if args.flows:
+        os.environ["BITBRUSH_FLOWS"] = "1"
     cpu_fused.takes = lambda layer, x: False  # the CPU's plain form, whose epilogue is in the pinned order
     device, grids = ("cpu", 1) if args.smoke else ("cuda", args.grids)
     cases = [case for grid in range(grids) for case in builder.pairwise(100 + grid)]
@@ -257,10 +285,10 @@ def main() -> None:
         "refused": dict(collections.Counter(row["refused"] for row in rows if "refused" in row)),
         "unequal": [row for row in rows if not all(row.get(key, True) for key in EQUAL)],
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "torch": torch.__version__,
-        "command": "python benchmarks/check_int8.py",
+        "command": "python benchmarks/check_int8.py" + " --flows" * args.flows,
     }
-    parts: dict[str, Callable[[], Any]] = {"fused": lambda: fused(device), "norms": lambda: norms(device),
-                                            "attends": lambda: attends(device)}
+    parts: dict[str, Callable[[], Any]] = {"fused": lambda: fused(device), "shared": lambda: shared(device),
+                                            "norms": lambda: norms(device), "attends": lambda: attends(device)}
     if device == "cuda":
         parts |= {"cuts": lambda: cuts(device), "attentions": attentions}
     write(report, args)
@@ -277,7 +305,8 @@ def write(report: dict[str, Any], args: argparse.Namespace) -> None:
     """As far as it is known."""
     if not args.smoke:
         args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "int8_gpu.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        file = args.out / f"int8_gpu{'-flows' * args.flows}.json"
+        file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

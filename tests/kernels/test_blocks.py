@@ -24,8 +24,10 @@ from bitbrush.numbers.grid import ActivationSpec, Grid, LayerSpec, WeightSpec
 from operations import Operations
 from packed import conditioned, fill, pack
 
-FUSED = {"group_norm_encode": 30, "layer_norm_encode": 18, "int8_joined": 12, "int8_gated": 6}
-"""Operations of one call of `network`: 12 residual blocks, 6 transformer blocks with projections around them."""
+FUSED = {"group_norm_encode": 30, "layer_norm_encode": 18, "int8_joined": 6, "int8_gated": 6, "int8_encode_each": 2,
+         "int8_stacked": 4}  # fmt: skip
+"""Operations of one call of `network`: 12 residual blocks, 6 transformer blocks with projections around them, of two
+sizes each; what reads the time embedding and what reads the prompt."""
 
 
 def network(bits: int = 4, linear: bool = True, **options: Any) -> UNet2DConditionModel:

@@ -23,6 +23,7 @@ from bitbrush.kernels.triton_int8 import (
     BY_SAMPLE,
     JOINED,
     ONE_ROW,
+    STACKED,
     Config,
     Extra,
     Frame,
@@ -203,7 +204,15 @@ def test_tables_of_every_kind_and_layers_side_by_side() -> None:
     for kind in (BY_SAMPLE, BY_ROW):
         assert Layer(kind, (160,), 176, rows=150, kind=kind).compared(FLOWS[1], torch.float32) == 150 * 176
     for cut in (FLOWS[0], FLOWS[4]):
-        assert Layer(7, (160,), 176, rows=150, kind=JOINED, parts=3).compared(cut, torch.bfloat16) == 3 * 150 * 176
+        layer = Layer(7, (160,), 176, rows=150, kind=JOINED, parts=3)
+        assert layer.compared(cut, torch.bfloat16) == 3 * 150 * 176
+        each = (layer.tables[:3], *layer.tables.others)
+        scale, zero = (torch.stack([table[i].reshape(-1) for table in each]) for i in range(2))
+        given = (scale, zero, each[0][2], *layer.tables[4:6])
+        got = triton_int8.product(layer.a, layer.w, Tables(*given[:3], STACKED, *given[3:]), (160,), torch.float32,
+                                  config=cut, extra=Extra(layer.bias))
+        want = joined_ops._stacked_plain(layer.a, layer.w, *given, 160, layer.bias, torch.float32)
+        assert torch.equal(got, want) and len(got.unique()) > 1000
 
 
 @TRITON

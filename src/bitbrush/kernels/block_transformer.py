@@ -79,7 +79,7 @@ class FusedTransformer(FusedBlock):
             )
             return out
         x = _self_attention(parts, self.joined.get(_SELF), hidden_states)
-        x = _cross_attention(parts, self.joined.get(_CONTEXT), x, encoder_hidden_states)
+        x = _cross_attention(parts, self.joined.get(_CONTEXT), self.gpu_readers, x, encoder_hidden_states)
         return _feed_forward(parts, x)
 
     def join(self: Any) -> None:
@@ -190,11 +190,14 @@ def _self_attention(parts: _Parts, join: Joined | None, x: Tensor) -> Tensor:
     return _attended(attn, _products(layers, join, codes, given, x), x)
 
 
-def _cross_attention(parts: _Parts, join: Joined | None, x: Tensor, context: Tensor) -> Tensor:
+def _cross_attention(parts: _Parts, join: Joined | None, readers: Any, x: Tensor, context: Tensor) -> Tensor:
     attn = parts.cross
     layers = [attn.k, attn.v]
     codes, given = _normed(parts.norms[1], [attn.q], x)
     query = _products([attn.q], None, codes, given, x)
+    taken = None if readers is None or torch.compiler.is_compiling() else readers.take(layers, context, lambda: context)
+    if taken is not None:
+        return _attended(attn, query + taken, x)
     given = [gpu.given_input(layer, context) for layer in layers]
     codes = torch.cat([gpu.input_rows(layer, context, g) for layer, g in zip(layers, given, strict=True)])
     return _attended(attn, query + _products(layers, join, codes, given, context), x)

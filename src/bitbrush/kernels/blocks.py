@@ -41,7 +41,8 @@ class FusedBlock(nn.Module):
 
     Attributes:
         joined: Layers joined to one product, by what they are for; made where the weights are.
-        readers: Layers all over the network that read what some of this block's do (`cpu_readers`).
+        readers, gpu_readers: Layers all over the network that read what some of this block's do (`cpu_readers`,
+            `gpu_readers`).
         loaded: Of the hook that makes them again when other weights have been loaded.
     """
 
@@ -50,6 +51,7 @@ class FusedBlock(nn.Module):
     """Not a norm alone."""
     joined: dict[str, Any]
     readers: Any = None
+    gpu_readers: Any = None
     loaded: RemovableHandle
 
     def join(self) -> None:
@@ -57,8 +59,14 @@ class FusedBlock(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
-        self.join()
+        self.rejoin()
         return self
+
+    def rejoin(self) -> None:
+        """Weights may lie elsewhere, or be others."""
+        if self.gpu_readers is not None:
+            self.gpu_readers.forget()
+        self.join()
 
 
 @cache
@@ -100,11 +108,26 @@ def fuse(model: nn.Module) -> dict[str, str]:
         answer[name] = reason or "fused"
         if reason is None:
             mix(block, _mixed(block.__class__))
+    _share(model)
     inside = {part for block in model.modules() if isinstance(block, FusedBlock) for part in block.modules()}
     for norm in model.modules():
         if type(norm) is nn.GroupNorm and norm.affine and norm not in inside:
             mix(norm, _mixed(nn.GroupNorm))
     return answer
+
+
+def _share(model: nn.Module) -> None:
+    """What reads the time embedding, and what reads the prompt."""
+    from bitbrush.kernels import gpu_readers
+    from bitbrush.kernels.block_resnet import FusedResnet
+    from bitbrush.kernels.block_transformer import FusedTransformer
+
+    found: list[Any] = [module for module in model.modules() if isinstance(module, FusedBlock)]
+    for bare in (True, False):
+        gpu_readers.share([(block, [block.time_emb_proj]) for block in found if isinstance(block, FusedResnet)
+                           and block.time_emb_proj is not None and block.skip_time_act == bare])
+    crossing: list[Any] = [block for block in found if isinstance(block, FusedTransformer)]
+    gpu_readers.share([(block, [block.attn2.to_k, block.attn2.to_v]) for block in crossing])
 
 
 def mix(module: Any, mixed: Any) -> None:
@@ -115,7 +138,7 @@ def mix(module: Any, mixed: Any) -> None:
 
 
 def _loaded(module: Any, _keys: object) -> None:
-    module.join()
+    module.rejoin()
 
 
 def unfuse(model: nn.Module) -> None:
@@ -125,7 +148,8 @@ def unfuse(model: nn.Module) -> None:
         block.__class__ = block.plain_class
         block.loaded.remove()
         del block.joined, block.loaded
-        block.__dict__.pop("readers", None)
+        for name in ("readers", "gpu_readers"):
+            block.__dict__.pop(name, None)
 
 
 def fused(model: nn.Module) -> list[str]:

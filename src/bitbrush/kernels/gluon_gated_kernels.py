@@ -77,7 +77,7 @@ def _gated_consumer(
     BM: gl.constexpr = COPIES * BMC
     sum_w_ptr, scale_w_ptr, bias_ptr = weight
     inverse_ptr, zero_ptr, next_times_ptr = following
-    scale, zero = of_one_row(activation, 0, 0, 1, 0, 1)
+    scale, zero = of_one_row(activation, 0, 0, 0, 1, 0, 1)
     time = gl.load(next_times_ptr)
     zero_next, top = zero_and_top(zero_ptr, time, top)
     then = (gl.load(inverse_ptr + time), zero_next, top)

@@ -138,7 +138,7 @@ def _consumer(
             own_ptr += part.to(gl.int64) * (out_rows - 1) * n_count  # columns are counted over all parts
         written = (own_ptr, acc_ptr, residual_ptr, shared_ptr)
         # what belongs to the columns: asked for now, so that nothing waits for memory after the sums
-        scale, zero = of_one_row(activation, part, 0, COUNT, TABLE, PARTS)
+        scale, zero = of_one_row(activation, part, 0, geometry[4], COUNT, TABLE, PARTS)
         read1 = of_columns(sum_w_ptr, scale_w_ptr, bias_ptr, n0, 0, end, n_count * PARTS, COUNT, BIAS, BN1)
         read2 = read1
         if BN2 > 0:
@@ -165,7 +165,7 @@ def _consumer(
             total = _scaled(acc1, tables1, scale, zero, activation, 0, m0, n0, end, n_count, m_count, out_rows,
                             geometry, acc_ptr, 0, COUNT, TABLE, SPATIAL, KEEP, BMC, BN1)
             for s in range(1, COUNT):
-                scale, zero = of_one_row(activation, part, s, COUNT, TABLE, PARTS)
+                scale, zero = of_one_row(activation, part, s, geometry[4], COUNT, TABLE, PARTS)
                 again = of_columns(sum_w_ptr, scale_w_ptr, bias_ptr, n0, s, end, n_count * PARTS, COUNT, BIAS, BN1)
                 steps = TAPS * gl.cdiv(channels(width, s, COUNT, WIDTH), BK)
                 acc1, acc2, at, phase = multiplied(rings, bars, at, phase, steps, INDEX, PART, STAGES, False, BMC,

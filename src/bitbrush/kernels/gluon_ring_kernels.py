@@ -194,11 +194,13 @@ def keep_columns(tables, read):
 
 
 @gluon.jit
-def of_one_row(activation, part, s, COUNT: gl.constexpr, TABLE: gl.constexpr, PARTS: gl.constexpr):
+def of_one_row(activation, part, s, table_rows, COUNT: gl.constexpr, TABLE: gl.constexpr, PARTS: gl.constexpr):
     """(scale, zero-point) of segment s where all rows of a tile share them; else numbers that nothing reads."""
     scale_ptr, zero_ptr, times_ptr = activation
-    if TABLE == 0:
+    if TABLE == 0 or TABLE == 4:
         at = gl.load(times_ptr) * COUNT + s
+        if TABLE == 4:
+            at += part * table_rows
         return gl.load(scale_ptr + at), gl.load(zero_ptr + at).to(gl.int32)
     elif TABLE == 3:
         at = _time(times_ptr, 0, 0, True, part, TABLE, PARTS) + s

@@ -109,10 +109,12 @@ def join(layers: list[QuantLayer]) -> Joined:
 
 
 def shared(parts: list[Tensor]) -> Tensor:
-    """One tensor of several rows of tensors: the one of which they are already views, or a copy of all."""
+    """One tensor of several rows of tensors: a piece of the one of which they are already views, one behind the other,
+    or a copy of all."""
     base, rows = parts[0]._base, [part.shape[0] for part in parts]
-    if base is not None and base.shape == (sum(rows), *parts[0].shape[1:]):
-        starts = [base[sum(rows[:i]) :].data_ptr() for i in range(len(parts))]
+    if base is not None and base.shape[1:] == parts[0].shape[1:] and base.stride() == parts[0].stride():
+        first = parts[0].storage_offset() // max(1, base.stride(0))
+        starts = [base[first + sum(rows[:i]) :].data_ptr() for i in range(len(parts))]
         if all(part._base is base and part.data_ptr() == start for part, start in zip(parts, starts, strict=True)):
-            return base
+            return base if len(base) == sum(rows) else base[first : first + sum(rows)]
     return torch.cat(parts)

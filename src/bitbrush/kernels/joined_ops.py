@@ -1,11 +1,14 @@
 """Products that take a neighbour's work with them, as torch ops: Triton on CUDA, the definition elsewhere.
 
     bitbrush::int8_joined    layers of one input and one size as one product: queries, keys and values
+    bitbrush::int8_stacked   the same, of many, with their tables in one tensor: all readers of the prompt
+    bitbrush::int8_encode_each    one input's codes for many layers
     bitbrush::int8_gated     a product, GEGLU of its two halves, and the codes of the next layer
 
-Both are for linear layers of one segment whose activation tables have one row at a time (ONE_ROW): `scale` and
-`inverse` float32 ``[T, 1]``, `zero_point` uint8 or float32 ``[T, 1]``, `times` int64 ``[1]``. They give the same
-integers and the same roundings as `int8_ops` one after the other, which is their definition here.
+They are for linear layers of one segment whose activation tables have one row at a time (ONE_ROW): `scale` and
+`inverse` float32 ``[T, 1]``, `zero_point` uint8 or float32 ``[T, 1]``, `times` int64 ``[1]``; those of many layers
+``[layers, T]``. They give the same integers and the same
+roundings as `int8_ops` one after the other, which is their definition here.
 """
 
 from __future__ import annotations
@@ -14,14 +17,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu
 
-from bitbrush.kernels import direct, int8_ops, triton_int8, tuning
-from bitbrush.kernels.triton_int8 import JOINED, ONE_ROW, Config, Extra, Next, Tables
+from bitbrush.kernels import direct, int8_ops, triton_encode, triton_int8, tuning
+from bitbrush.kernels.triton_int8 import JOINED, ONE_ROW, STACKED, Config, Extra, Next, Tables
 from bitbrush.numbers import packing
 
 _LIBRARY = torch.library.Library("bitbrush", "FRAGMENT")
 _LIBRARY.define(
     "int8_joined(Tensor a, Tensor w, Tensor[] scale, Tensor[] zero_point, Tensor[] times, Tensor weight_scale, "
     "Tensor weight_sum, int width, int parts, Tensor? bias, ScalarType dtype) -> Tensor"
+)
+_LIBRARY.define(
+    "int8_stacked(Tensor a, Tensor w, Tensor scale, Tensor zero_point, Tensor times, Tensor weight_scale, "
+    "Tensor weight_sum, int width, Tensor? bias, ScalarType dtype) -> Tensor"
+)
+_LIBRARY.define(
+    "int8_encode_each(Tensor x, Tensor inverse, Tensor zero_point, Tensor times, int top, Tensor? factor) -> Tensor"
 )
 _LIBRARY.define(
     "int8_gated(Tensor a, Tensor w, Tensor scale, Tensor zero_point, Tensor times, Tensor weight_scale, "
@@ -81,6 +91,71 @@ def _joined_plain(
     return torch.stack(out)
 
 
+# ---- stacked ---------------------------------------------------------------------------------------------------------
+def _stacked_cuda(
+    a: Tensor, w: Tensor, scale: Tensor, zero_point: Tensor, times: Tensor, weight_scale: Tensor, weight_sum: Tensor,
+    width: int, bias: Tensor | None, dtype: torch.dtype,
+) -> Tensor:
+    tables = Tables(scale, zero_point, times, STACKED, weight_scale, weight_sum)
+
+    def run(config: Config) -> Tensor:
+        return triton_int8.product(a, w, tables, (width,), dtype, extra=Extra(bias), config=config)
+
+    parts = len(scale)
+    problem = tuning.Problem(a.shape[0] // parts, w.shape[0], (width,), 1, 1, parts)
+    out = run(tuning.config(problem, a.device, run))
+    return out if parts > 1 else out[None]
+
+
+def _stacked_plain(
+    a: Tensor, w: Tensor, scale: Tensor, zero_point: Tensor, times: Tensor, weight_scale: Tensor, weight_sum: Tensor,
+    width: int, bias: Tensor | None, dtype: torch.dtype,
+) -> Tensor:
+    """See `_joined_plain`; ``scale``, ``zero_point`` ``[parts, T]``, ``times`` ``[1]`` for all."""
+    parts = len(scale)
+    if parts == 1:
+        return int8_ops._product_plain(a, w, scale.T, zero_point.T, times, ONE_ROW, weight_scale, weight_sum, [width],
+                                       [], 1, bias, None, None, dtype)[None]
+    scales, zeros = ([row[:, None] for row in table] for table in (scale, zero_point))
+    return _joined_plain(a, w, scales, zeros, [times] * parts, weight_scale, weight_sum, width, parts, bias, dtype)
+
+
+def _stacked_shape(
+    a: Tensor, w: Tensor, scale: Tensor, zero_point: Tensor, times: Tensor, weight_scale: Tensor, weight_sum: Tensor,
+    width: int, bias: Tensor | None, dtype: torch.dtype,
+) -> Tensor:
+    parts = scale.shape[0]
+    return a.new_empty((parts, a.shape[0] // parts, w.shape[0] // parts), dtype=dtype)
+
+
+def _each_cuda(
+    x: Tensor, inverse: Tensor, zero_point: Tensor, times: Tensor, top: int, factor: Tensor | None
+) -> Tensor:
+    return triton_encode.encode_each(x.contiguous(), inverse, zero_point, times, top, factor)
+
+
+def _each_plain(
+    x: Tensor, inverse: Tensor, zero_point: Tensor, times: Tensor, top: int, factor: Tensor | None
+) -> Tensor:
+    """int8 codes less 128 ``[P * R, padded(C)]`` of ``x [R, C]`` for P layers.
+
+    Args:
+        inverse, zero_point: ``[P, T]``.
+        factor: float32 ``[P, C]``.
+    """
+    factors: list[Tensor | None] = [None] * len(inverse) if factor is None else list(factor)
+    return torch.cat([
+        int8_ops._encode_plain(x, i[:, None], z[:, None], times, ONE_ROW, [x.shape[1]], top, [], 1, f)
+        for i, z, f in zip(inverse, zero_point, factors, strict=True)
+    ])  # fmt: skip
+
+
+def _each_shape(
+    x: Tensor, inverse: Tensor, zero_point: Tensor, times: Tensor, top: int, factor: Tensor | None
+) -> Tensor:
+    return x.new_empty((inverse.shape[0] * x.shape[0], *packing.padded((x.shape[1],))), dtype=torch.int8)
+
+
 # ---- gated -----------------------------------------------------------------------------------------------------------
 def _gated_cuda(
     a: Tensor, w: Tensor, scale: Tensor, zero_point: Tensor, times: Tensor, weight_scale: Tensor, weight_sum: Tensor,
@@ -138,6 +213,8 @@ def _gated_shape(
 
 for _name, _cuda, _plain, _shape in (
     ("int8_joined", _joined_cuda, _joined_plain, _joined_shape),
+    ("int8_stacked", _stacked_cuda, _stacked_plain, _stacked_shape),
+    ("int8_encode_each", _each_cuda, _each_plain, _each_shape),
     ("int8_gated", _gated_cuda, _gated_plain, _gated_shape),
 ):
     _LIBRARY.impl(_name, _cuda, "CUDA")

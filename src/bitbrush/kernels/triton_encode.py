@@ -60,6 +60,41 @@ def encode(
     return out
 
 
+def encode_each(
+    x: Tensor, inverse: Tensor, zero_point: Tensor, times: Tensor, top: int, factor: Tensor | None
+) -> Tensor:
+    """Codes less 128, int8 ``[P * R, padded(C)]``, of ``x [R, C]``, contiguous, for P layers.
+
+    Args:
+        inverse, zero_point: ``[P, T]``.
+        times: int64 ``[1]``.
+        factor: ``input_scale`` float32 ``[P, C]``.
+    """
+    (rows, channels), (layers, height) = x.shape, inverse.shape
+    (length,) = packing.padded((channels,))
+    out = torch.empty((layers * rows, length), dtype=torch.int8, device=x.device)
+    if not out.numel():
+        return out
+    key = (x.shape, inverse.shape, top, factor is None, x.device, early(x.device))
+    launch = _EACH.get(key)
+    if launch is None:
+        launch = _EACH[key] = _cut_each(x, layers, height, length, top, factor is not None)
+    launch((x, out, x if factor is None else factor, inverse, zero_point, times))
+    return out
+
+
+_EACH: dict[Any, Launch] = {}
+
+
+def _cut_each(x: Tensor, layers: int, height: int, length: int, top: int, factor: bool) -> Launch:
+    from bitbrush.kernels import triton_encode_kernels as kernels
+
+    options = {"CHANNELS": x.shape[1], "LENGTH": length, "FACTOR": factor, "CHUNKS": CHUNKS, "num_warps": WARPS,
+               "enable_fp_fusion": False, **launched(x.device)}  # fmt: skip
+    grid = (-(-x.shape[0] * length // CHUNK // CHUNKS), layers)
+    return Launch(kernels.encode_each, grid, (float(top), x.shape[0], height), options)
+
+
 _KNOWN: dict[Any, tuple[tuple[int, int], Launch]] = {}
 
 

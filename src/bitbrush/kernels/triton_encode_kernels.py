@@ -43,6 +43,30 @@ def zero_and_top(zero_ptr, entry, top):
         return found.to(tl.float32), top
 
 
+@triton.jit(do_not_specialize=("rows",))
+def encode_each(
+    x_ptr, out_ptr, factor_ptr, inverse_ptr, zero_ptr, times_ptr, top, rows, table_rows,
+    CHANNELS: tl.constexpr, LENGTH: tl.constexpr, FACTOR: tl.constexpr, CHUNKS: tl.constexpr, EARLY: tl.constexpr,
+):
+    """``code - 128`` int8 of one input for several layers, each with a table of ``table_rows`` rows and factors of its
+    own; their codes lie one below the other."""
+    in_turn(EARLY)
+    PER_ROW: tl.constexpr = LENGTH // 16
+    layer = tl.program_id(1)
+    chunk = tl.program_id(0) * CHUNKS + tl.arange(0, CHUNKS)
+    row, column = chunk // PER_ROW, ((chunk % PER_ROW) * 16)[:, None] + tl.arange(0, 16)[None, :]
+    kept = (row < rows)[:, None]
+    real = kept & (column < CHANNELS)
+    x = tl.load(x_ptr + row.to(tl.int64)[:, None] * CHANNELS + column, mask=real, other=0.0).to(tl.float32)
+    entry = tl.load(times_ptr) + layer * table_rows
+    inverse = tl.load(inverse_ptr + entry)
+    zero, top = zero_and_top(zero_ptr, entry, top)
+    if FACTOR:
+        x = x * tl.load(factor_ptr + layer * CHANNELS + column, mask=real, other=0.0)
+    where = (layer.to(tl.int64) * rows + row)[:, None] * LENGTH + column
+    tl.store(out_ptr + where, centred(x, inverse, zero, top), mask=kept)
+
+
 @triton.jit
 def segment_at(column, PLACES: tl.constexpr):
     """Of columns of the output: (segment, columns of padding before it, end of its channels in the input).

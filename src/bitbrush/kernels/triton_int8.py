@@ -33,9 +33,9 @@ from bitbrush.numbers.packing import padded, plane_starts
 LINEAR, FLAT, GATHERED = 0, 1, 2
 HALVES = 2
 """In `_Cut.described`, behind codes and weights: the weights as two halves of rows."""
-ONE_ROW, BY_SAMPLE, BY_ROW, JOINED = 0, 1, 2, 3
+ONE_ROW, BY_SAMPLE, BY_ROW, JOINED, STACKED = 0, 1, 2, 3, 4
 """Which row of the activation's tables serves an output: the same for all, one a sample, one a row, or the same for all
-outputs of a layer where several are joined."""
+outputs of a layer where several are one product, with tables of their own (JOINED) or in one tensor (STACKED)."""
 
 
 class Frame(NamedTuple):
@@ -114,9 +114,10 @@ class Tables(NamedTuple):
     """What turns sums into values: see docs/format.md.
 
     Args:
-        scale, zero_point: Of the activation, float32 and uint8 or float32 ``[T, S]``, or ``[rows, S]`` (BY_ROW).
-        times: int64: ``[1]`` (ONE_ROW, JOINED), ``[samples]`` (BY_SAMPLE).
-        kind: ONE_ROW, BY_SAMPLE, BY_ROW or JOINED.
+        scale, zero_point: Of the activation, float32 and uint8 or float32 ``[T, S]``, ``[rows, S]`` (BY_ROW), or
+            ``[parts, T]`` (STACKED, one segment).
+        times: int64: ``[1]`` (ONE_ROW, JOINED, STACKED), ``[samples]`` (BY_SAMPLE).
+        kind: One of these.
         weight_scale: float32 ``[N, S]``.
         weight_sum: int32 ``[S, N]``: of ``code - zero_point`` over each segment.
         others: (scale, zero_point, times) of the layers after the first (JOINED, one segment).
@@ -129,6 +130,11 @@ class Tables(NamedTuple):
     weight_scale: Tensor
     weight_sum: Tensor
     others: tuple[tuple[Tensor, Tensor, Tensor], ...] = ()
+
+    @property
+    def parts(self) -> int:
+        """Layers in one product."""
+        return self.scale.shape[0] if self.kind == STACKED else 1 + len(self.others)
 
 
 class Extra(NamedTuple):
@@ -182,13 +188,14 @@ def product(
     """
     extra, config = extra or Extra(), config or _USUAL
     n, kind = w.shape[0], tables.kind
-    key = (a.shape, a.stride(), w.shape, w.stride(), widths, frame, per_sample, kind, len(tables.others),
+    parts = tables.parts
+    per_sample = tables.scale.shape[1] if kind == STACKED else per_sample  # rows of a part's table
+    key = (a.shape, a.stride(), w.shape, w.stride(), widths, frame, per_sample, kind, parts,
            extra.bias is None, extra.shared is None, extra.residual is None, sums is None, a.device,
            early(a.device))  # fmt: skip
     known = _PRODUCTS.get(key)
     if known is None or known.asked is not config:
         known = _PRODUCTS[key] = _cut_product(a, w, tables, widths, frame, per_sample, extra, config, sums is not None)
-    parts = 1 + len(tables.others)
     shape: tuple[int, ...] = (a.shape[0], n) if frame is None else (frame.batch, *frame.out, n)
     if parts > 1:
         shape = (parts, a.shape[0] // parts, n // parts)
@@ -232,7 +239,7 @@ def _cut_product(
     from bitbrush.kernels import triton_int8_kernels as kernels
 
     config = fitting(asked, widths, frame)
-    parts = 1 + len(tables.others)
+    parts = tables.parts
     if frame is None:
         m = out_rows = a.shape[0] // parts
         spatial, (out_h, out_w), place = LINEAR, (1, 1), Frame(1, 1, 1)

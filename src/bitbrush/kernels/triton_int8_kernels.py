@@ -82,9 +82,12 @@ def _segment_sum(
 
 @triton.jit
 def _time(times_ptr, sample, where, kept, part, TABLE: tl.constexpr, PARTS: tl.constexpr):
-    """The row of the activation's tables: a number, or ``[BM]``. See `Tables.kind`; 3: of each part's own tables."""
+    """The row of the activation's tables: a number, or ``[BM]``. See `Tables.kind`; 3: of each part's own tables, 4: of
+    a table of all parts, in which this part's begins at ``sample``."""
     if TABLE == 0:
         return tl.load(times_ptr)
+    elif TABLE == 4:
+        return tl.load(times_ptr) + sample
     elif TABLE == 1:
         return tl.load(times_ptr + sample, mask=kept, other=0)
     elif TABLE == 2:
@@ -102,7 +105,7 @@ def _activation(scale_ptr, zero_ptr, time, s, kept, part, COUNT: tl.constexpr, T
                 PARTS: tl.constexpr):
     """(scale, zero-point) of segment s: numbers, or ``[BM, 1]``."""
     at = time * COUNT + s
-    if TABLE == 0:
+    if TABLE == 0 or TABLE == 4:
         return tl.load(scale_ptr + at), tl.load(zero_ptr + at).to(tl.int32)
     elif TABLE == 3:
         scale, zero = tl.load(scale_ptr[0] + at, mask=part == 0, other=0.0), 0
@@ -258,6 +261,8 @@ def product(
     rows, where, sample, output = _geometry(m, pitch, height, out_h, out_w, stride, per_sample, SPATIAL)
     m_ok = m < m_count
     kept = m_ok & output
+    if TABLE == 4:
+        sample = part * per_sample
     begin = part * part_rows
     total = _values(
         a, w, acc_ptr, bias_ptr, scale_a_ptr, zero_a_ptr, times_ptr, scale_w_ptr, sum_w_ptr, begin + m0, n0,

@@ -1,0 +1,177 @@
+"""Layers all over a network that read one tensor, on a GPU: one encode, and a product for each size of output.
+
+SDXL's 70 cross-attentions each encode the prompt twice and multiply 154 rows: 280 launches, most of which last as long
+as an empty one. Here one launch writes the codes of all, each by a table of its own, and the layers of one size are one
+product (`joined_ops`). What is kept for how long: `readers`.
+
+The packed rows of the layers of one size lie in one buffer of which the layers' are views, so that nothing is stored
+twice. A graph that is compiled calls the layers one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bitbrush.kernels import direct, gpu, joined, readers
+from bitbrush.kernels.blocks import FusedBlock, ready, unfit_layer, watched
+from bitbrush.kernels.joined import Joined
+from bitbrush.numbers import packing
+
+if TYPE_CHECKING:
+    from bitbrush.network.layers import QuantLayer
+
+_OPS = direct.OPS
+TABLES = ("scale", "inverse_scale", "zero_point")
+
+
+class Stack(NamedTuple):
+    """What the layers' products need.
+
+    Attributes:
+        scale, inverse, zero_point, encoding: ``[P, T]``, rows in the order of the products; see `gpu.Given`.
+        factor: ``input_scale`` ``[P, C]``, or None.
+        places: Which layer each row is of.
+        products: Of layers of one size each.
+        source: What all this was made from, and its versions.
+    """
+
+    scale: Tensor
+    inverse: Tensor
+    zero_point: Tensor
+    encoding: Tensor
+    factor: Tensor | None
+    places: list[int]
+    products: list[Joined]
+    source: list[tuple[Tensor, int]]
+
+    def stale(self, layers: list[QuantLayer]) -> bool:
+        """Whether a layer has other tensors now, or others in them."""
+        now = _source(layers)
+        return len(now) != len(self.source) or any(
+            a is not b or a._version != version for (a, version), b in zip(self.source, now, strict=True))
+
+
+class Readers(readers.Readers):
+    """Layers that read one tensor.
+
+    Attributes:
+        blocks: Those whose own pairs of layers share the rows of this product.
+    """
+
+    def __init__(self, layers: list[QuantLayer], blocks: list[FusedBlock]) -> None:
+        super().__init__(layers)
+        self.blocks = blocks
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """See `readers.Readers`. The blocks hold this: a copy of it has to exist before theirs."""
+        return Readers, ([], []), (self.layers, self.blocks)
+
+    def __setstate__(self, state: tuple[list[QuantLayer], list[FusedBlock]]) -> None:
+        """What `__reduce__` says."""
+        Readers.__init__(self, *state)
+
+    def moment(self) -> Any:
+        """The time of the denoiser's forward that is under way; True where layers have one row for all times."""
+        quantizer = self.layers[0].input
+        if quantizer is None:
+            return None
+        return True if quantizer.clock is None else quantizer.clock.now
+
+    def outputs(self, source: Tensor, seen: Callable[[], Tensor]) -> list[Tensor] | None:
+        """See `readers.Readers.outputs`."""
+        stack = self._stack(source)
+        if stack is None:
+            return None
+        x = seen()
+        rows = x.reshape(-1, x.shape[-1])
+        given, top = gpu.given_input(self.layers[0], x), gpu.facts(self.layers[0]).top
+        codes = _OPS.int8_encode_each(rows, stack.inverse, stack.encoding, given.times, top, stack.factor)
+        found: list[Any] = [None] * len(self.layers)
+        start, (width,) = 0, packing.padded((rows.shape[1],))
+        for product in stack.products:
+            stop = start + product.parts
+            out = _OPS.int8_stacked(
+                codes[start * len(rows) : stop * len(rows)], product.weight(), stack.scale[start:stop],
+                stack.zero_point[start:stop], given.times, product.weight_scale, product.weight_sum, width,
+                product.bias, x.dtype,
+            )
+            for place, part in zip(stack.places[start:stop], out, strict=True):
+                found[place] = part.reshape(*x.shape[:-1], -1)
+            start = stop
+        return found
+
+    def _stack(self, x: Tensor) -> Stack | None:
+        """The layers as one, while all of them are plain, run by this kernel, and watched by nobody."""
+        if not x.numel() or watched(self.layers) or not ready(self.layers, x):
+            return None
+        if self.joined is not None and self.joined.stale(self.layers):
+            self.forget()
+        if not self.tried and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+            here = not any(t.device != x.device or t.is_inference() for t in _source(self.layers))
+            made = _stacked(self.layers) if here else None
+            if made is not None:
+                for block in self.blocks:
+                    block.join()  # what a block joins for itself lies in the same rows
+                made = made._replace(source=[(tensor, tensor._version) for tensor in _source(self.layers)])
+            self.joined, self.tried = made, True
+        found: Stack | None = self.joined
+        return found
+
+
+@torch.no_grad()
+def _stacked(layers: list[QuantLayer]) -> Stack:
+    order = sorted(range(len(layers)), key=lambda place: layers[place].out_channels_)
+    sorted_layers = [layers[place] for place in order]
+    with torch.inference_mode(False):
+        products = [joined.join(list(group)) for _, group in groupby(sorted_layers, lambda la: la.out_channels_)]
+        tables = [[layer._modules["input"]._buffers[name] for layer in sorted_layers]  # type: ignore[union-attr]
+                  for name in TABLES]  # fmt: skip
+        scale, inverse, zero = (torch.stack([t.reshape(-1) for t in table]) for table in tables)  # type: ignore[union-attr]
+        changing = [gpu.changing_table(layer).reshape(-1) for layer in sorted_layers if gpu.facts(layer).changing]
+        encoding = torch.stack(changing) if changing else zero
+        factors = [gpu.input_scale(layer) for layer in sorted_layers]
+        factor = torch.stack([f for f in factors if f is not None]) if factors[0] is not None else None
+    return Stack(scale, inverse, zero, encoding, factor, order, products, [])
+
+
+def _source(layers: Iterable[QuantLayer]) -> list[Tensor]:
+    found = []
+    for layer in layers:
+        own, quantizer = layer._buffers, layer._modules["input"]
+        found += [own["weight_scale"], own["weight_zero_point"], own.get("input_scale"), layer._parameters["bias"]]
+        found += [own[f"codes{bits}"] for bits in layer.spec.weight.bit_classes()]  # type: ignore[union-attr]
+        found += [quantizer._buffers[name] for name in TABLES]  # type: ignore[union-attr]
+    return [tensor for tensor in found if tensor is not None]
+
+
+def share(found: list[tuple[FusedBlock, list[Any]]]) -> None:
+    """Give blocks whose layers read one tensor what makes their products together, as ``gpu_readers``, where such
+    layers are in two blocks or more."""
+    kinds: dict[Any, list[tuple[FusedBlock, list[Any]]]] = {}
+    for block, layers in found:
+        keys = {_kind(layer) for layer in layers}
+        if len(keys) == 1 and None not in keys:
+            kinds.setdefault(keys.pop(), []).append((block, layers))
+    for alike in kinds.values():
+        if len(alike) > 1:
+            made = Readers([layer for _, layers in alike for layer in layers], [block for block, _ in alike])
+            for block, _ in alike:
+                block.gpu_readers = made
+
+
+def _kind(layer: Any) -> Any:
+    """What must be the same of layers that are made together; None where a layer cannot be."""
+    if unfit_layer(layer, "it") is not None or layer.spec.weight.row_bits:
+        return None
+    spec, quantizer = layer.spec, layer.input
+    if spec.activation.time_groups or not joined.able([layer]):
+        return None
+    heights = tuple(quantizer._buffers[name].shape for name in TABLES), quantizer._buffers["zero_point"].dtype
+    return (layer.in_channels_, layer.bias is None, spec.weight.bit_classes(), spec.weight.halved(1),
+            quantizer.spec.timed, quantizer.spec.lookup, id(quantizer.clock) if quantizer.spec.timed else None, heights,
+            gpu.facts(layer).top, spec.activation.time_bits, gpu.input_scale(layer) is None)  # fmt: skip
