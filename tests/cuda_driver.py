@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+OWN = ("bitbrush.kernels.triton_", "bitbrush.kernels.gluon_")
+
 
 class Driver:
     """What Triton asks of a driver.
@@ -94,11 +96,11 @@ def _forget() -> None:
         tuning,
     )
 
-    modules = [module for name, module in sys.modules.items() if name.startswith("bitbrush.kernels.triton_")]
+    modules = [module for name, module in sys.modules.items() if name.startswith(OWN)]
     for function in {f for module in modules for f in vars(module).values() if isinstance(f, JITFunction)}:
         function.device_caches.clear()
     for known in (triton_int8._PRODUCTS, triton_int8._GATED, triton_int8._UNPACKED, triton_norm._LAYER_NORMS,
                   triton_norm._SUMS, triton_norm._GROUP_NORMS, triton_norm_small._KNOWN, triton_encode._KNOWN,
-                  triton_attend._KNOWN, gpu_decode._CODEBOOKS):  # fmt: skip
+                  triton_encode._EACH, triton_int8._SORTED, triton_attend._KNOWN, gpu_decode._CODEBOOKS):  # fmt: skip
         known.clear()
     tuning.forget()

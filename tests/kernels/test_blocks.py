@@ -30,9 +30,9 @@ FUSED = {"group_norm_encode": 30, "layer_norm_encode": 18, "int8_joined": 6, "in
 sizes each; what reads the time embedding and what reads the prompt."""
 
 
-def network(bits: int = 4, linear: bool = True, **options: Any) -> UNet2DConditionModel:
+def network(bits: int = 4, linear: bool = True, layers: int = 2, **options: Any) -> UNet2DConditionModel:
     """A small UNet with cross-attention, packed with random codes; a row of scales a timestep."""
-    unet = conditioned(2, 24, 8, linear=linear)
+    unet = conditioned(layers, 24, 8, linear=linear)
     spec = LayerSpec(
         weight=WeightSpec(grid=Grid(bits=bits, signed=bits == 8)),
         activation=ActivationSpec(timed=True, **options.pop("activation", {})), **options,
@@ -323,7 +323,7 @@ def _storages(model: nn.Module) -> list[Tensor]:
 
 
 def test_a_network_is_one_graph_and_a_small_one() -> None:
-    unet = network()
+    unet = network(layers=1)
     nodes, frames = [], []
     for fused in (False, True):
         kernels.use(unet, "cuda-int8")

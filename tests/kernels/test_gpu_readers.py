@@ -138,7 +138,7 @@ def test_rows_are_stored_once_whoever_joins_them() -> None:
     unet(*inputs())
     assert sum(held.untyped_storage().nbytes() for held in _storages(unet)) == size
     held = {tensor.untyped_storage().data_ptr() for tensor in _storages(unet)}
-    products = [product for each in readers(unet) for product in each.joined.products]
+    products = [product.joined for each in readers(unet) for product in each.joined.products]
     products += [pair for m in unet.modules() for pair in m.__dict__.get("joined", {}).values()]
     assert len(products) == 4 + 12 and all(p.codes.untyped_storage().data_ptr() in held for p in products)
 

@@ -29,24 +29,35 @@ _OPS = direct.OPS
 TABLES = ("scale", "inverse_scale", "zero_point")
 
 
+class Product(NamedTuple):
+    """Of P layers of one size.
+
+    Attributes:
+        joined: Their weights.
+        scale, zero_point: ``[P, T]``.
+    """
+
+    joined: Joined
+    scale: Tensor
+    zero_point: Tensor
+
+
 class Stack(NamedTuple):
     """What the layers' products need.
 
     Attributes:
-        scale, inverse, zero_point, encoding: ``[P, T]``, rows in the order of the products; see `gpu.Given`.
+        inverse, encoding: ``[P, T]`` of all, in the order of the products; see `gpu.Given`.
         factor: ``input_scale`` ``[P, C]``, or None.
         places: Which layer each row is of.
         products: Of layers of one size each.
         source: What all this was made from, and its versions.
     """
 
-    scale: Tensor
     inverse: Tensor
-    zero_point: Tensor
     encoding: Tensor
     factor: Tensor | None
     places: list[int]
-    products: list[Joined]
+    products: list[Product]
     source: list[tuple[Tensor, int]]
 
     def stale(self, layers: list[QuantLayer]) -> bool:
@@ -93,12 +104,11 @@ class Readers(readers.Readers):
         codes = _OPS.int8_encode_each(rows, stack.inverse, stack.encoding, given.times, top, stack.factor)
         found: list[Any] = [None] * len(self.layers)
         start, (width,) = 0, packing.padded((rows.shape[1],))
-        for product in stack.products:
-            stop = start + product.parts
+        for weights, scale, zero in stack.products:
+            stop = start + weights.parts
             out = _OPS.int8_stacked(
-                codes[start * len(rows) : stop * len(rows)], product.weight(), stack.scale[start:stop],
-                stack.zero_point[start:stop], given.times, product.weight_scale, product.weight_sum, width,
-                product.bias, x.dtype,
+                codes[start * len(rows) : stop * len(rows)], weights.weight(), scale, zero, given.times,
+                weights.weight_scale, weights.weight_sum, width, weights.bias, x.dtype,
             )
             for place, part in zip(stack.places[start:stop], out, strict=True):
                 found[place] = part.reshape(*x.shape[:-1], -1)
@@ -126,17 +136,21 @@ class Readers(readers.Readers):
 @torch.no_grad()
 def _stacked(layers: list[QuantLayer]) -> Stack:
     order = sorted(range(len(layers)), key=lambda place: layers[place].out_channels_)
-    sorted_layers = [layers[place] for place in order]
+    ordered = [layers[place] for place in order]
     with torch.inference_mode(False):
-        products = [joined.join(list(group)) for _, group in groupby(sorted_layers, lambda la: la.out_channels_)]
-        tables = [[layer._modules["input"]._buffers[name] for layer in sorted_layers]  # type: ignore[union-attr]
-                  for name in TABLES]  # fmt: skip
-        scale, inverse, zero = (torch.stack([t.reshape(-1) for t in table]) for table in tables)  # type: ignore[union-attr]
-        changing = [gpu.changing_table(layer).reshape(-1) for layer in sorted_layers if gpu.facts(layer).changing]
-        encoding = torch.stack(changing) if changing else zero
-        factors = [gpu.input_scale(layer) for layer in sorted_layers]
-        factor = torch.stack([f for f in factors if f is not None]) if factors[0] is not None else None
-    return Stack(scale, inverse, zero, encoding, factor, order, products, [])
+        groups = [list(group) for _, group in groupby(ordered, lambda layer: layer.out_channels_)]
+        products = [Product(joined.join(group), _table(group, "scale"), _table(group, "zero_point"))
+                    for group in groups]  # fmt: skip
+        changing = [gpu.changing_table(layer).reshape(-1) for layer in ordered if gpu.facts(layer).changing]
+        encoding = torch.stack(changing) if changing else _table(ordered, "zero_point")
+        factors = [found for layer in ordered if (found := gpu.input_scale(layer)) is not None]
+        factor = torch.stack(factors) if factors else None
+        return Stack(_table(ordered, "inverse_scale"), encoding, factor, order, products, [])
+
+
+def _table(layers: list[QuantLayer], name: str) -> Tensor:
+    """A table of all layers' inputs, ``[P, T]``."""
+    return torch.stack([getattr(layer.input, name).reshape(-1) for layer in layers])
 
 
 def _source(layers: Iterable[QuantLayer]) -> list[Tensor]:
