@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 
 import cuda_driver
 import gluon_threads
+from assembler import needs
 from bitbrush.kernels import gluon_int8, int8_ops, joined_ops, triton_int8, tuning
 from bitbrush.kernels.gluon_int8 import PAIR, TURNS, Shape, shape
 from bitbrush.kernels.triton_int8 import (
@@ -303,20 +303,6 @@ def _codes(*size: int) -> Tensor:
     return torch.zeros(size, dtype=torch.int8)
 
 
-def _needs(ptx: str, folder: Path) -> tuple[int, bool]:
-    """(bytes spilled a thread, whether the assembler makes products wait for each other)."""
-    import triton
-
-    source = folder / "kernel.ptx"
-    source.write_text(ptx)
-    assembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-    done = subprocess.run([assembler, "-v", "--gpu-name=sm_90a", source, "-o", folder / "kernel.cubin"],
-                          capture_output=True, text=True, check=True)
-    found = re.search(r"(\d+) bytes spill stores", done.stderr)
-    assert found is not None
-    return int(found[1]), "serializ" in done.stderr
-
-
 def _products() -> Iterator[Any]:
     """Calls of every kind of product."""
     bias, type_ = torch.zeros(320), torch.bfloat16
@@ -351,8 +337,8 @@ def test_every_kind_of_product_is_built_with_copies_and_products_in_flight(heard
         assert products and "wgmma.wait_group.sync.aligned 0" in ptx
         assert re.search(r"wgmma\.wait_group\.sync\.aligned \s*[1-9]", ptx)  # a step's products outlive the next wait
         assert set(re.findall(r"st\.global\.(\S+?)\s", ptx)) == {"v4.b32"}
-        spilled, serial = _needs(ptx, tmp_path)
-        assert spilled <= 128 and not serial
+        _, spilled, serialised = needs(ptx, tmp_path)
+        assert spilled <= 128 and not serialised
 
 
 @TRITON

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from assembler import needs
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -150,20 +151,6 @@ def test_a_kernel_that_is_launched_early_waits_before_it_reads_or_writes() -> No
         assert len(touched) > least and wait < launch < min(touched)
 
 
-def _needs(ptx: str, file: Path) -> tuple[int, int]:
-    """(registers of a thread, bytes spilled) by the assembler that comes with Triton."""
-    import triton
-
-    source = file / "kernel.ptx"
-    source.write_text(ptx)
-    assembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-    done = subprocess.run([assembler, "-v", "--gpu-name=sm_90a", source, "-o", file / "kernel.cubin"],
-                          capture_output=True, text=True, check=True)
-    registers, spilled = (re.search(what, done.stderr) for what in (r"Used (\d+) reg", r"(\d+) bytes spill stores"))
-    assert registers and spilled
-    return int(registers[1]), int(spilled[1])
-
-
 def test_programs_fit_a_processor_as_they_are_meant_to(tmp_path: Path) -> None:
     from bitbrush.kernels.triton_int8 import FLAT, JOINED, LINEAR, Config
 
@@ -173,7 +160,7 @@ def test_programs_fit_a_processor_as_they_are_meant_to(tmp_path: Path) -> None:
             (_product(config, LINEAR, (0,), (1, 1), JOINED, 3), 0), (_gated(config), 96),
             (_product(config, LINEAR, (0,), (1, 1), 0, residual=True), 32),
         ):
-            registers, spilled = _needs(ptx, tmp_path)
+            registers, spilled, _ = needs(ptx, tmp_path)
             blocks = -(-registers // 8) * 8 * 32 * config.warps  # given out eight a thread at a time
             assert spilled <= most and blocks * config.together <= 65536, (config, registers, spilled)
 
@@ -203,7 +190,7 @@ def test_codewords_are_one_load_each_and_what_is_decoded_stays_in_its_thread(tmp
         assert "shared" not in ptx and "bar.sync" not in ptx, case
         assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) == 6 and ptx.count("st.global.v4.b32") == 2, case
         assert len(re.findall(r"ld\.global\.b8", ptx)) == (6 if bits == 8 else 12), case
-        registers, spilled = _needs(ptx, tmp_path)
+        registers, spilled, _ = needs(ptx, tmp_path)
         assert registers <= (32 if even else 40) and spilled == 0, (case, registers)
         if early:
             assert ptx.index("griddepcontrol.wait;") < ptx.index("st.global")
@@ -278,7 +265,7 @@ def test_norms_are_read_in_sixteen_bytes_and_use_no_slow_conversion(tmp_path: Pa
         assert set(re.findall(r"st\.global\.(\S+?)\s", text)) == stores.get(name, {"v4.b32"}), name
         assert not re.search(r"cvt\.r[nzmp]i|cvt\.rn\.bf16\.f32", text), name
         assert ("cvt.rn.bf16x2.f32" in text) == (not name.startswith("sums")), name
-        assert ".local" not in text and _needs(text, tmp_path)[1] == 0, name
+        assert ".local" not in text and needs(text, tmp_path).spilled == 0, name
     assert "ld.shared" not in ptx["layer 1280"] + ptx["layer 640"] and len(ptx) == 8
 
 
@@ -359,7 +346,7 @@ def test_a_correction_is_not_contracted_and_spills_nothing(tmp_path: Path) -> No
     ptx = [_built(kernel, {"BLOCK": 1024}, **given) for kernel in (kernels.shifted, kernels.corrected)]
     ptx.append(_built(kernels.turn, {"OFF": -2, "TIMES": 64, "BATCH": 4}, **given))
     for text in ptx:
-        assert "fma." not in text and _needs(text, tmp_path)[1] == 0
+        assert "fma." not in text and needs(text, tmp_path).spilled == 0
     assert all(re.search(r"st\.global\.v(2|4)\.b32", text) for text in ptx[:2]) and len(ptx) == 3
 
 
@@ -378,7 +365,7 @@ def test_mixtures_move_sixteen_bytes_at_a_time_and_are_not_contracted(tmp_path: 
             assert ptx.count("max.NaN.f32") == ptx.count("min.NaN.f32") == 8
             assert "ld.global.v4.b32" in ptx and "st.global.v4.b32" in ptx
             assert rows > 1 or len(re.findall(r"ld\.global\.b32", ptx)) == 3, "a table each"
-            registers, spilled = _needs(ptx, tmp_path)
+            registers, spilled, _ = needs(ptx, tmp_path)
             assert registers <= (144 if along else 80) and spilled <= 8  # Triton 3.6: none; 3.7: 4 bytes at 128
             ran += 1
     assert ran == 6
