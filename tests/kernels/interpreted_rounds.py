@@ -1,7 +1,8 @@
 """Runs the one-pass round trips in Triton's interpreter and compares them with the torch form; prints JSON.
 
-A process of its own, because the interpreter is chosen when Triton is imported. As argument a seeded fault, which must
-show: ``rows`` (an entry of a table for the wrong row), ``edge`` (octaves end one float32 number higher).
+A process of its own, because the interpreter is chosen when Triton is imported. As argument a seeded fault, and what it
+must show in is run alone: ``rows`` (an entry of a table for the wrong row), ``edge`` (octaves end one float32 number
+higher).
 """
 
 from __future__ import annotations
@@ -137,8 +138,10 @@ def main() -> None:
         fault(name)
     names = ("cases", "values", "wrong", "left", "log2_cases", "log2_values", "log2_wrong")
     found = dict.fromkeys(names, 0)
-    compare_tables(found)
-    compare_log2(found)
+    if sys.argv[1:] != ["edge"]:  # of octaves
+        compare_tables(found)
+    if sys.argv[1:] != ["rows"]:  # of tables
+        compare_log2(found)
     sys.stdout.write(json.dumps(found) + "\n")
 
 
