@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from bitbrush.kernels.gluon_ring_kernels import (
     column_tables,
@@ -17,10 +16,12 @@ from bitbrush.kernels.gluon_ring_kernels import (
     multiplied,
     of_columns,
     of_one_row,
+    own_tiles,
     producer,
     ring,
     sums_layout,
     tiles,
+    turn_of,
     written_layout,
 )
 from bitbrush.kernels.triton_encode_kernels import centred, zero_and_top
@@ -82,26 +83,18 @@ def _gated_consumer(
     zero_next, top = zero_and_top(zero_ptr, time, top)
     then = (gl.load(inverse_ptr + time), zero_next, top)
     steps = gl.cdiv(width, BK)
-    first = gl.program_id(0)
-    stride = gl.num_programs(0)
+    first, stride, position = own_tiles(steps, PART, TURNS)
     at = 0
     phase = 0
     turns = 0
-    position = 0
-    if TURNS:
-        first += PART * stride
-        stride *= 2
-        position += PART * steps
     for tile in range(first, tiles(m_count, length_y, 1, BM, BN1), stride):
         m0, n0, _end, _part = corner(tile, m_count, length_y, 1, BM, BN1, GROUP)
         m0 += INDEX * BMC
         read1 = of_columns(sum_w_ptr, scale_w_ptr, bias_ptr, n0, 0, n_count, 0, 1, BIAS, BN1)
         read2 = of_columns(sum_w_ptr, scale_w_ptr, bias_ptr, n0 + n_count, 0, 2 * n_count, 0, 1, BIAS, BN1)
         if TURNS:
-            at = position % STAGES
-            phase = (position // STAGES) & 1
+            at, phase = turn_of(bars, position, turns, PART, STAGES)
             position += 2 * steps
-            mbarrier.wait(bars[2].index(PART), turns ^ (1 - PART))
             turns ^= 1
         hidden, gate, at, phase = multiplied(rings, bars, at, phase, steps, INDEX, PART, STAGES, TURNS, BMC, BN1,
                                               BN1)

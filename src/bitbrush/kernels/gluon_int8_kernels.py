@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from bitbrush.kernels.gluon_ring_kernels import (
     channels,
@@ -18,26 +17,34 @@ from bitbrush.kernels.gluon_ring_kernels import (
     multiplied,
     of_columns,
     of_one_row,
+    own_tiles,
     producer,
     ring,
     sums_layout,
     tiles,
+    turn_of,
     written_layout,
 )
-from bitbrush.kernels.triton_int8_kernels import _geometry
+from bitbrush.kernels.triton_int8_kernels import _activation, _geometry, _time
+
+
+@gluon.jit
+def _outputs(m, m_count, geometry, SPATIAL: gl.constexpr):
+    """Of rows m: (row of the output, sample, whether it is an output at all)."""
+    pitch, height, out_h, out_w, per_sample = geometry
+    _rows, where, sample, output = _geometry(m, pitch, height, out_h, out_w, 1, per_sample, SPATIAL)
+    return where, sample, (m < m_count) & output
 
 
 @gluon.jit
 def _rows_of_tables(
     activation, m, s, geometry, m_count, COUNT: gl.constexpr, TABLE: gl.constexpr, SPATIAL: gl.constexpr,
 ):
-    """(scale, zero-point) of segment s for each row ``m [BMC]``, where a row has its own."""
+    """(scale, zero-point) ``[BMC, 1]`` of segment s for each row m, where a row has its own."""
     scale_ptr, zero_ptr, times_ptr = activation
-    pitch, height, out_h, out_w, per_sample = geometry
-    _rows, where, sample, output = _geometry(m, pitch, height, out_h, out_w, 1, per_sample, SPATIAL)
-    kept = (m < m_count) & output
-    at = (gl.load(times_ptr + sample, mask=kept, other=0) if TABLE == 1 else where.to(gl.int64)) * COUNT + s
-    return gl.load(scale_ptr + at, mask=kept, other=0.0), gl.load(zero_ptr + at, mask=kept, other=128).to(gl.int32)
+    where, sample, kept = _outputs(m, m_count, geometry, SPATIAL)
+    time = _time(times_ptr, sample, where, kept, 0, TABLE, 1)
+    return _activation(scale_ptr, zero_ptr, time, s, kept, 0, COUNT, TABLE, 1)
 
 
 @gluon.jit
@@ -51,15 +58,14 @@ def _scaled(
     m = m0 + gl.arange(0, BMC, layout=gl.SliceLayout(1, L))
     if TABLE == 1 or TABLE == 2:
         scales, zeros = _rows_of_tables(activation, m, s, geometry, m_count, COUNT, TABLE, SPATIAL)
-        acc, value = corrected(acc, tables, scales[:, None], (128 - zeros)[:, None], FROM, CH)
+        acc, value = corrected(acc, tables, scales, 128 - zeros, FROM, CH)
     else:
         acc, value = corrected(acc, tables, scale, 128 - zero, FROM, CH)
     if KEEP:
-        pitch, height, out_h, out_w, per_sample = geometry
-        _rows, where, _sample, output = _geometry(m, pitch, height, out_h, out_w, 1, per_sample, SPATIAL)
+        where, _sample, kept = _outputs(m, m_count, geometry, SPATIAL)
         n = n0 + FROM + gl.arange(0, CH, layout=gl.SliceLayout(0, L))
         at = s * out_rows.to(gl.int64) * columns + where.to(gl.int64)[:, None] * columns + n[None, :]
-        gl.store(acc_ptr + at, acc, mask=((m < m_count) & output)[:, None] & (n < end)[None, :])
+        gl.store(acc_ptr + at, acc, mask=kept[:, None] & (n < end)[None, :])
     return value
 
 
@@ -93,9 +99,8 @@ def _finish(
         W: gl.constexpr = written_layout(CH, TYPE.primitive_bitwidth // 8)
         m = m0 + gl.arange(0, BMC, layout=gl.SliceLayout(1, W))
         n = n0 + FROM + gl.arange(0, CH, layout=gl.SliceLayout(0, W))
-        pitch, height, out_h, out_w, per_sample = geometry
-        _rows, where, sample, output = _geometry(m, pitch, height, out_h, out_w, 1, per_sample, SPATIAL)
-        inside = ((m < m_count) & output)[:, None] & (n < end)[None, :]
+        where, sample, kept = _outputs(m, m_count, geometry, SPATIAL)
+        inside = kept[:, None] & (n < end)[None, :]
         at = where.to(gl.int64)[:, None] * columns + n[None, :]
         if SHARED:
             row = sample.to(gl.int64)[:, None] * columns + n[None, :]
@@ -120,16 +125,11 @@ def _consumer(
     BN: gl.constexpr = BN1 + BN2
     sum_w_ptr, scale_w_ptr, bias_ptr = weight
     y_ptr, acc_ptr, residual_ptr, shared_ptr = pointers
-    first = gl.program_id(0)
-    stride = gl.num_programs(0)
+    first_steps = TAPS * gl.cdiv(channels(width, 0, COUNT, WIDTH), BK)
+    first, stride, position = own_tiles(first_steps, PART, TURNS)
     at = 0
     phase = 0
     turns = 0
-    position = 0
-    if TURNS:
-        first += PART * stride
-        stride *= 2
-        position += PART * (TAPS * gl.cdiv(channels(width, 0, COUNT, WIDTH), BK))
     for tile in range(first, tiles(m_count, n_count, PARTS, BM, BN), stride):
         m0, n0, end, part = corner(tile, m_count, n_count, PARTS, BM, BN, GROUP)
         m0 += INDEX * BMC
@@ -143,15 +143,12 @@ def _consumer(
         read2 = read1
         if BN2 > 0:
             read2 = of_columns(sum_w_ptr, scale_w_ptr, bias_ptr, n0 + BN1, 0, end, n_count * PARTS, COUNT, BIAS, BN2)
-        steps = TAPS * gl.cdiv(channels(width, 0, COUNT, WIDTH), BK)
         if TURNS:  # one segment, so that every tile has as many steps
-            at = position % STAGES
-            phase = (position // STAGES) & 1
-            position += 2 * steps
-            # a slot's parity says which use of it is full only to who has seen the use before
-            mbarrier.wait(bars[2].index(PART), turns ^ (1 - PART))
+            at, phase = turn_of(bars, position, turns, PART, STAGES)
+            position += 2 * first_steps
             turns ^= 1
-        acc1, acc2, at, phase = multiplied(rings, bars, at, phase, steps, INDEX, PART, STAGES, TURNS, BMC, BN1, BN2)
+        acc1, acc2, at, phase = multiplied(rings, bars, at, phase, first_steps, INDEX, PART, STAGES, TURNS, BMC, BN1,
+                                            BN2)
         keep_columns(tables1, read1)
         if BN2 > 0:
             keep_columns(tables2, read2)

@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from bitbrush.kernels.triton_int8_kernels import _place, _time, _width
+from bitbrush.kernels.triton_int8_kernels import _activation, _place, _time, _width
 
 
 # ---- how things lie --------------------------------------------------------------------------------------------------
@@ -79,6 +79,27 @@ def _before(at, STAGES: gl.constexpr):
     """The slot before. Not `before = at` ahead of `at += 1`: a name that is another's value before a loop, and takes
     the other's value in it, is for Triton (3.6, 3.7) no variable of the loop, and stays what it was."""
     return gl.where(at == 0, STAGES, at) - 1
+
+
+@gluon.jit
+def own_tiles(steps, PART: gl.constexpr, TURNS: gl.constexpr):
+    """(first tile of a consumer, how far the next one is, slots that are used before its own)."""
+    first = gl.program_id(0)
+    stride = gl.num_programs(0)
+    position = 0
+    if TURNS:
+        first += PART * stride
+        stride *= 2
+        position += PART * steps
+    return first, stride, position
+
+
+@gluon.jit
+def turn_of(bars, position, turns, PART: gl.constexpr, STAGES: gl.constexpr):
+    """(slot, its parity) to begin with, once it is this consumer's turn: a slot's parity says which use of it is full
+    only to who has seen the use before."""
+    mbarrier.wait(bars[2].index(PART), turns ^ (1 - PART))
+    return position % STAGES, (position // STAGES) & 1
 
 
 # ---- the producer ----------------------------------------------------------------------------------------------------
@@ -196,22 +217,12 @@ def keep_columns(tables, read):
 @gluon.jit
 def of_one_row(activation, part, s, table_rows, COUNT: gl.constexpr, TABLE: gl.constexpr, PARTS: gl.constexpr):
     """(scale, zero-point) of segment s where all rows of a tile share them; else numbers that nothing reads."""
-    scale_ptr, zero_ptr, times_ptr = activation
-    if TABLE == 0 or TABLE == 4:
-        at = gl.load(times_ptr) * COUNT + s
-        if TABLE == 4:
-            at += part * table_rows
-        return gl.load(scale_ptr + at), gl.load(zero_ptr + at).to(gl.int32)
-    elif TABLE == 3:
-        at = _time(times_ptr, 0, 0, True, part, TABLE, PARTS) + s
-        scale = gl.load(scale_ptr[0] + at, mask=part == 0, other=0.0)
-        zero = gl.load(zero_ptr[0] + at, mask=part == 0, other=0).to(gl.int32)
-        for p in gl.static_range(1, PARTS):
-            scale += gl.load(scale_ptr[p] + at, mask=part == p, other=0.0)
-            zero += gl.load(zero_ptr[p] + at, mask=part == p, other=0).to(gl.int32)
-        return scale, zero
-    else:
+    if TABLE == 1 or TABLE == 2:
         return s * 0.0, s * 0
+    else:
+        scale_ptr, zero_ptr, times_ptr = activation
+        time = _time(times_ptr, part * table_rows, 0, True, part, TABLE, PARTS)
+        return _activation(scale_ptr, zero_ptr, time, s, True, part, COUNT, TABLE, PARTS)
 
 
 @gluon.jit
