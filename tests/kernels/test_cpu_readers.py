@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import reading
 from bitbrush import kernels
 from bitbrush.kernels import cpu_attention, cpu_onednn, cpu_plain
 from bitbrush.kernels.cpu_readers import Readers
@@ -24,20 +25,14 @@ def torch_attends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_attention, "FEW_KEYS", 0)
 
 
-def readers(unet: nn.Module) -> list[Readers]:
+def readers(model: nn.Module) -> list[Readers]:
     """Those of a network, each once."""
-    found = {id(r): r for m in unet.modules() if (r := m.__dict__.get("readers")) is not None}
-    return list(found.values())
+    return reading.readers(model, "readers")
 
 
-@torch.no_grad()
 def alone(unet: nn.Module, *given: Any) -> Tensor:
-    """The answer without any product that layers share."""
-    held = [(m, m.__dict__.pop("readers")) for m in unet.modules() if "readers" in m.__dict__]
-    out: Tensor = unet(*given).sample
-    for module, taken in held:
-        module.readers = taken
-    return out
+    """The answer without anything that layers share."""
+    return reading.alone(unet, "readers", *given)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

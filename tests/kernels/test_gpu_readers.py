@@ -12,6 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+import reading
 from bitbrush import kernels
 from bitbrush.kernels import gpu, gpu_decode, gpu_readers
 from bitbrush.kernels.gpu_readers import Readers
@@ -43,8 +44,7 @@ def network(bits: int = 8, timed: bool = True) -> UNet2DConditionModel:
 
 def readers(model: nn.Module) -> list[Readers]:
     """Those of a network, each once."""
-    found = {id(r): r for m in model.modules() if (r := m.__dict__.get("gpu_readers")) is not None}
-    return list(found.values())
+    return reading.readers(model, "gpu_readers")
 
 
 def crossing(unet: Any) -> Any:
@@ -58,14 +58,9 @@ def inputs(time: int = 500) -> tuple[Tensor, Tensor, Tensor]:
     return x, torch.tensor(time), prompt
 
 
-@torch.no_grad()
 def alone(unet: nn.Module, *given: Any) -> Tensor:
     """The answer without anything that layers share."""
-    held = [(m, m.__dict__.pop("gpu_readers")) for m in unet.modules() if "gpu_readers" in m.__dict__]
-    out: Tensor = unet(*given).sample
-    for module, taken in held:
-        module.gpu_readers = taken
-    return out
+    return reading.alone(unet, "gpu_readers", *given)
 
 
 @torch.no_grad()

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from bitbrush.kernels.blocks import FusedBlock, first_reason, group_normed, ready, watched
+from bitbrush.kernels.blocks import FusedBlock, first_reason, group_normed, projected, ready, watched
 
 
 def unfit(block: Any) -> str | None:
@@ -36,20 +35,7 @@ class FusedResnet(FusedBlock):
             return out
         shared = None
         if self.time_emb_proj is not None and temb is not None:
-            shared = _projected(self, temb)
+            shared = projected(self, temb, self.gpu_readers)
         h = group_normed(self.norm1, self.conv1, input_tensor, input_tensor, silu=True, shared=shared)
         shortcut = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
         return group_normed(self.norm2, self.conv2, h, h, silu=True, residual=shortcut)
-
-
-def _projected(block: Any, temb: Tensor) -> Tensor:
-    """The time embedding as the block adds it, ``[B, C]``."""
-
-    def seen() -> Tensor:
-        found: Tensor = temb if block.skip_time_act else block.nonlinearity(temb)
-        return found
-
-    readers = None if torch.compiler.is_compiling() else block.gpu_readers
-    parts = None if readers is None else readers.take([block.time_emb_proj], temb, seen)
-    out: Tensor = block.time_emb_proj(seen()) if parts is None else parts[0]
-    return out

@@ -195,7 +195,7 @@ def _cross_attention(parts: _Parts, join: Joined | None, readers: Any, x: Tensor
     layers = [attn.k, attn.v]
     codes, given = _normed(parts.norms[1], [attn.q], x)
     query = _products([attn.q], None, codes, given, x)
-    taken = None if readers is None or torch.compiler.is_compiling() else readers.take(layers, context, lambda: context)
+    taken = None if readers is None else readers.take(layers, context, lambda: context)
     if taken is not None:
         return _attended(attn, query + taken, x)
     given = [gpu.given_input(layer, context) for layer in layers]

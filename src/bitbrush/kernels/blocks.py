@@ -246,3 +246,19 @@ def group_normed(
         given.times, known.counts, known.top, int8_ops.numbers_of(given.frame), gpu.input_scale(layer),
     )
     return gpu.multiply(layer, codes, given, seen, shared=shared, residual=residual)
+
+
+def projected(block: Any, temb: Tensor, readers: Any) -> Tensor:
+    """The time embedding as a resnet adds it, ``[B, C]``.
+
+    Args:
+        readers: What makes the projections of all resnets (`bitbrush.kernels.readers`), or None.
+    """
+
+    def seen() -> Tensor:
+        found: Tensor = temb if block.skip_time_act else block.nonlinearity(temb)
+        return found
+
+    parts = None if readers is None else readers.take([block.time_emb_proj], temb, seen)
+    out: Tensor = block.time_emb_proj(seen()) if parts is None else parts[0]
+    return out

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitbrush.kernels import cpu_attention, cpu_readers
-from bitbrush.kernels.blocks import FusedBlock, mix, plain_processor, watched
+from bitbrush.kernels.blocks import FusedBlock, mix, plain_processor, projected, watched
 
 
 class InPlace(FusedBlock):
@@ -49,25 +49,12 @@ class LeanResnet(InPlace):
             return out
         h = self.conv1(F.silu(self.norm1(x), inplace=True))
         if self.time_emb_proj is not None and temb is not None:
-            h += _projected(self, temb)[:, :, None, None]
+            h += projected(self, temb, self.readers)[:, :, None, None]
         elif temb is not None:
             h += temb
         h = self.conv2(F.silu(self.norm2(h), inplace=True))
         h += x if self.conv_shortcut is None else self.conv_shortcut(x)
         return h
-
-
-def _projected(block: Any, temb: Tensor) -> Tensor:
-    """The time embedding as a resnet adds it, ``[B, C]``."""
-
-    def seen() -> Tensor:
-        found: Tensor = temb if block.skip_time_act else block.nonlinearity(temb)
-        return found
-
-    readers = block.readers
-    parts = None if readers is None else readers.take([block.time_emb_proj], temb, seen)
-    out: Tensor = block.time_emb_proj(seen()) if parts is None else parts[0]
-    return out
 
 
 class LeanTransformer(InPlace):

@@ -47,11 +47,16 @@ def _joined_cuda(
 ) -> Tensor:
     _divides(w, scale, parts)
     first, *others = zip(scale, zero_point, times, strict=True)
-    tables = Tables(*first, JOINED, weight_scale, weight_sum, tuple(others))
+    return _tuned(a, w, Tables(*first, JOINED, weight_scale, weight_sum, tuple(others)), width, bias, dtype)
+
+
+def _tuned(a: Tensor, w: Tensor, tables: Tables, width: int, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The product ``[parts, M, N]`` of several layers, in its fastest cut."""
 
     def run(config: Config) -> Tensor:
         return triton_int8.product(a, w, tables, (width,), dtype, extra=Extra(bias), config=config)
 
+    parts = tables.parts
     problem = tuning.Problem(a.shape[0] // parts, w.shape[0], (width,), 1, 1, parts)
     return run(tuning.config(problem, a.device, run))
 
@@ -81,6 +86,14 @@ def _joined_plain(
         side by side torch copies two).
     """
     _divides(w, scale, parts)
+    return _one_by_one(a, w, scale, zero_point, times, weight_scale, weight_sum, width, bias, dtype)
+
+
+def _one_by_one(
+    a: Tensor, w: Tensor, scale: list[Tensor], zero_point: list[Tensor], times: list[Tensor], weight_scale: Tensor,
+    weight_sum: Tensor, width: int, bias: Tensor | None, dtype: torch.dtype,
+) -> Tensor:
+    parts = len(scale)
     inputs, n, out = a.chunk(parts), w.shape[0] // parts, []
     for p in range(parts):
         rows = slice(p * n, (p + 1) * n)
@@ -96,15 +109,7 @@ def _stacked_cuda(
     a: Tensor, w: Tensor, scale: Tensor, zero_point: Tensor, times: Tensor, weight_scale: Tensor, weight_sum: Tensor,
     width: int, bias: Tensor | None, dtype: torch.dtype,
 ) -> Tensor:
-    tables = Tables(scale, zero_point, times, STACKED, weight_scale, weight_sum)
-
-    def run(config: Config) -> Tensor:
-        return triton_int8.product(a, w, tables, (width,), dtype, extra=Extra(bias), config=config)
-
-    parts = len(scale)
-    problem = tuning.Problem(a.shape[0] // parts, w.shape[0], (width,), 1, 1, parts)
-    out = run(tuning.config(problem, a.device, run))
-    return out if parts > 1 else out[None]
+    return _tuned(a, w, Tables(scale, zero_point, times, STACKED, weight_scale, weight_sum), width, bias, dtype)
 
 
 def _stacked_plain(
@@ -112,12 +117,8 @@ def _stacked_plain(
     width: int, bias: Tensor | None, dtype: torch.dtype,
 ) -> Tensor:
     """See `_joined_plain`; ``scale``, ``zero_point`` ``[parts, T]``, ``times`` ``[1]`` for all."""
-    parts = len(scale)
-    if parts == 1:
-        return int8_ops._product_plain(a, w, scale.T, zero_point.T, times, ONE_ROW, weight_scale, weight_sum, [width],
-                                       [], 1, bias, None, None, dtype)[None]
     scales, zeros = ([row[:, None] for row in table] for table in (scale, zero_point))
-    return _joined_plain(a, w, scales, zeros, [times] * parts, weight_scale, weight_sum, width, parts, bias, dtype)
+    return _one_by_one(a, w, scales, zeros, [times] * len(scale), weight_scale, weight_sum, width, bias, dtype)
 
 
 def _stacked_shape(

@@ -58,7 +58,11 @@ class Readers(ABC):
 
     @abstractmethod
     def moment(self) -> Any:
-        """What is the same object, or equal, in calls of one timestep; None where layers have several at a time."""
+        """What is the same in calls of one timestep; None where layers have several at a time."""
+
+    def same(self, one: Any, other: Any) -> bool:
+        """Whether two moments are the same."""
+        return bool(one == other)
 
     @abstractmethod
     def outputs(self, source: Tensor, seen: Callable[[], Tensor]) -> list[Tensor] | None:
@@ -71,10 +75,10 @@ class Readers(ABC):
             source: The tensor that all of them read, as it lies.
             seen: Gives what they make of it first.
         """
+        if torch.compiler.is_compiling() or source.is_inference():
+            return None
         places = [self.places.get(id(layer), -1) for layer in layers]
         if -1 in places:  # an adapter has taken its place
-            return None
-        if source.is_inference() or torch.compiler.is_compiling():
             return None
         if torch.is_grad_enabled() and source.requires_grad:
             return None
@@ -82,11 +86,10 @@ class Readers(ABC):
         if moment is None:
             return None
         made = self.made
-        if made is None or made.source() is not source or made.version != source._version or (
-            made.moment is not moment and (isinstance(moment, Tensor) or made.moment != moment)
+        known = made is not None and made.source() is source and made.version == source._version
+        if made is None or not known or not self.same(made.moment, moment) or any(
+            place not in made.parts for place in places
         ):
-            made = None
-        if made is None or any(place not in made.parts for place in places):
             made = self._make(source, moment, seen)
         if made is None:
             return None

@@ -197,7 +197,7 @@ def product(
     if known is None or known.asked is not config:
         known = _PRODUCTS[key] = _cut_product(a, w, tables, widths, frame, per_sample, extra, config, sums is not None)
     shape: tuple[int, ...] = (a.shape[0], n) if frame is None else (frame.batch, *frame.out, n)
-    if parts > 1:
+    if kind in (JOINED, STACKED):
         shape = (parts, a.shape[0] // parts, n // parts)
     y = torch.empty(shape, dtype=dtype, device=a.device)
     if not y.numel():
