@@ -1,6 +1,7 @@
 """Exactness of the CUDA kernels on a GPU, over the tests' grid of layers: is every integer the definition's?
 
     python benchmarks/check_int8.py [--out FOLDER]        # a CUDA device with Triton
+    python benchmarks/check_int8.py --triton              # the grid by Triton's own products, not those in Gluon
     python benchmarks/check_int8.py --smoke               # a few layers, the operations' plain form on the CPU
 
 For every layer of the pairwise grids (bits 1 to 8, mixed and symmetric rows, symmetry, static and timed tables, dynamic
@@ -43,6 +44,8 @@ from bitbrush.kernels.triton_int8 import ONE_ROW, Tables  # noqa: E402
 from bitbrush.numbers import packing  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "kernels"
+PARTS = ("fused", "shared", "norms", "attends", "cuts", "attentions")
+ALL = slice(None)
 EQUAL = ("weight", "codes", "sums", "output")
 
 
@@ -79,8 +82,8 @@ def compare(case: dict[str, Any], seed: int, device: str) -> dict[str, Any]:
     return found
 
 
-def cuts(device: str) -> dict[str, Any]:
-    """Every cut of the product gives the same integers (CUDA only)."""
+def cuts(device: str, share: slice = ALL) -> dict[str, Any]:
+    """Every cut of the product (or a share of them) gives the same integers (CUDA only)."""
     from triton.errors import TritonError
 
     ran, wrong, refused = 0, [], collections.Counter()
@@ -98,7 +101,7 @@ def cuts(device: str) -> dict[str, Any]:
             widths = packing.padded(there.segments)
             want = torch.stack(int8_ops.plain_sums(a, w, tables, list(widths), given.frame, given.per_sample))
             problem = tuning.Problem.of(want.shape[1], a.shape[0], widths, given.frame)
-            for cut in (*tuning.CANDIDATES, *tuning.GATHERED, *tuning.flows(problem)):
+            for cut in (*tuning.CANDIDATES, *tuning.GATHERED, *tuning.flows(problem))[share]:
                 kept = torch.empty_like(want)
                 try:
                     triton_int8.product(a, w, tables, widths, torch.float32, frame=given.frame,
@@ -205,12 +208,12 @@ def shared(device: str) -> dict[str, Any]:
     return report
 
 
-def fused(device: str) -> dict[str, Any]:
-    """Joined and gated products in every cut, in order and launched early."""
+def fused(device: str, share: slice = ALL) -> dict[str, Any]:
+    """Joined and gated products in every cut (or a share of them), in order and launched early."""
     usual, report = tuning.config, {"ran": 0, "codes": 0, "codes_unequal": 0, "wrong": []}
     both = [(cut, cut) for cut in (*tuning.CANDIDATES, *tuning.GATHERED)]
     both += list(zip(tuning.FLOWS, itertools.cycle(tuning.GATED_FLOWS)))
-    for i, cut in enumerate(both):
+    for i, cut in enumerate(both[share]):
         tuning.config = lambda problem, device, run, cut=cut: cut[problem.gated]  # type: ignore[assignment]
         found = chain(device, i)
         apart = (found["gated"].int() - found["after"].int()).abs()
@@ -262,14 +265,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--grids", type=int, default=5, help="pairwise grids of some 95 layers, each drawn anew")
-    parser.add_argument("--flows", action="store_true", help="the grid, too, by products that are written out in Gluon")
+    parser.add_argument("--triton", action="store_true", help="the grid by Triton's own products, not those in Gluon")
+    parser.add_argument("--only", choices=PARTS, nargs="*", help="these parts, without the grid of layers")
+    parser.add_argument("--share", type=int, nargs=2, default=(0, 1), metavar=("I", "N"),
+                        help="with --only: every N-th cut from the I-th, to share them among processes")
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
     os.environ.setdefault("BITBRUSH_TUNE", "0")
-    if args.flows:
-        os.environ["BITBRUSH_FLOWS"] = "1"
+    if args.triton:
+        os.environ["BITBRUSH_FLOWS"] = "0"
     cpu_fused.takes = lambda layer, x: False  # the CPU's plain form, whose epilogue is in the pinned order
-    device, grids = ("cpu", 1) if args.smoke else ("cuda", args.grids)
+    device, grids = ("cpu", 1) if args.smoke else ("cuda", 0 if args.only else args.grids)
     cases = [case for grid in range(grids) for case in builder.pairwise(100 + grid)]
     cases = [builder.square(case) if i % 2 else case for i, case in enumerate(cases)]
     rows = []
@@ -285,14 +291,17 @@ def main() -> None:
         "refused": dict(collections.Counter(row["refused"] for row in rows if "refused" in row)),
         "unequal": [row for row in rows if not all(row.get(key, True) for key in EQUAL)],
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "torch": torch.__version__,
-        "command": "python benchmarks/check_int8.py" + " --flows" * args.flows,
+        "command": "python benchmarks/check_int8.py" + " --triton" * args.triton,
     }
-    parts: dict[str, Callable[[], Any]] = {"fused": lambda: fused(device), "shared": lambda: shared(device),
+    share = slice(args.share[0], None, args.share[1])
+    parts: dict[str, Callable[[], Any]] = {"fused": lambda: fused(device, share), "shared": lambda: shared(device),
                                             "norms": lambda: norms(device), "attends": lambda: attends(device)}
     if device == "cuda":
-        parts |= {"cuts": lambda: cuts(device), "attentions": attentions}
+        parts |= {"cuts": lambda: cuts(device, share), "attentions": attentions}
     write(report, args)
     for name, work in parts.items():
+        if args.only and name not in args.only:
+            continue
         try:
             report[name] = work()
         except Exception as error:  # noqa: BLE001 - what else was found is kept
@@ -305,7 +314,7 @@ def write(report: dict[str, Any], args: argparse.Namespace) -> None:
     """As far as it is known."""
     if not args.smoke:
         args.out.mkdir(parents=True, exist_ok=True)
-        file = args.out / f"int8_gpu{'-flows' * args.flows}.json"
+        file = args.out / f"int8_gpu{'-triton' * args.triton}.json"
         file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import Transformer2DModel, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
@@ -345,6 +345,27 @@ def test_blocks_are_fewer_operations() -> None:
     blocks.unfuse(unet)
     _, plain = called(unet, *inputs())
     assert plain.total() > 200 and fused.total() < 0.75 * plain.total(), (plain.total(), fused.total())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("linear", [False, True])
+def test_nothing_is_copied_around_transformer_blocks(linear: bool) -> None:
+    """Pictures lie in the order of tokens: neither convolutions nor linear layers around the blocks need a copy, and
+    both add the picture that came in as they write."""
+    unet = network(linear=linear).to(memory_format=torch.channels_last)
+    kernels.use(unet, "cuda-int8")
+    clock, checked = next(iter(wrap.layers(unet).values())).input._clock[0], 0
+    for block in (module for module in unet.modules() if isinstance(module, blocks.FusedBlock)):
+        if block.plain_class is not Transformer2DModel:
+            continue
+        x = torch.randn(2, block.norm.num_channels, 8, 8).contiguous(memory_format=torch.channels_last)
+        operations = Operations("aten")
+        with operations, clock.at(torch.tensor(500)):
+            out = block(x, encoder_hidden_states=inputs()[2]).sample
+        seen = {name for name, count in operations.count.items() if count}
+        assert out.is_contiguous(memory_format=torch.channels_last) and not seen & {"clone", "copy_", "add"}
+        checked += 1
+    assert checked == 6
 
 
 def test_classes_keep_their_names_and_come_back() -> None:

@@ -38,14 +38,6 @@ from interpreter import TRITON
 PAIRED = tuning.FLOWS[1]
 
 
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("BITBRUSH_FLOWS", "1")
-    gluon_int8.asked.cache_clear()
-    yield
-    gluon_int8.asked.cache_clear()
-
-
 def test_a_tile_is_shared_by_two_warpgroups_or_each_has_its_own() -> None:
     assert shape(128, 160, PAIR) == Shape(64, 128, 32, 64) and shape(128, 160, TURNS) == Shape(128, 128, 32, 64)
     assert shape(256, 160, PAIR, added=True) == Shape(128, 128, 32, 32)
@@ -79,34 +71,62 @@ def test_several_segments_are_for_tiles_with_room_for_values_beside_sums() -> No
     assert not tuning.flows(Problem(2048, 320, (320,), 9, 2))  # gathered by pointers
 
 
-def test_nothing_is_cut_so_unless_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A GPU and a Triton that can."""
     monkeypatch.delenv("BITBRUSH_FLOWS", raising=False)
-    gluon_int8.asked.cache_clear()
-    assert not any(cut.flow for cut in tuning.cuts(Problem(2048, 1280, (1280,), 1, 1), 132))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(gluon_int8, "_triton", lambda: (3, 6))
+    gluon_int8.able.cache_clear()
+    yield
+    gluon_int8.able.cache_clear()
+
+
+@pytest.mark.parametrize("other", ["cpu", "asked", "rocm", "ampere", "blackwell", "none", "newer"])
+def test_other_gpus_and_versions_of_triton_take_its_own_products(
+    other: str, hopper: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = torch.device("cuda", 0)
+    assert gluon_int8.able(gpu)
+    gluon_int8.able.cache_clear()
+    if other == "asked":
+        monkeypatch.setenv("BITBRUSH_FLOWS", "0")
+    elif other == "rocm":
+        monkeypatch.setattr(torch.version, "cuda", None)
+    elif other in ("ampere", "blackwell"):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8 if other == "ampere" else 10, 0))
+    elif other in ("none", "newer"):
+        monkeypatch.setattr(gluon_int8, "_triton", lambda: () if other == "none" else (3, 99))
+    assert not gluon_int8.able(torch.device("cpu") if other == "cpu" else gpu)
 
 
 @TRITON
-@pytest.mark.usefixtures("asked")
-def test_where_it_is_asked_for_both_kinds_are_tried() -> None:
+def test_the_installed_triton_is_one_they_were_written_in() -> None:
+    assert gluon_int8._triton() in gluon_int8.VERSIONS
+
+
+def test_both_kinds_are_tried() -> None:
     for problem in (Problem(2048, 1280, (1280,), 1, 1), Problem(8192, 320, (320,), 9, 1), Problem(64, 64, (32,), 1, 1),
                     Problem(2048, 20480, (1280,), 1, 1, gated=True), Problem(2048, 1280, (96, 32), 1, 1)):
-        found = tuning.cuts(problem, 132)
+        found = tuning.cuts(problem, 132, written_out=True)
         assert found[0].flow and not found[-1].flow
-    few = tuning.cuts(Problem(2048, 1280, (1280,), 1, 1), 132)
+        assert tuning.cuts(problem, 132) == [cut for cut in found if not cut.flow]
+    few = tuning.cuts(Problem(2048, 1280, (1280,), 1, 1), 132, written_out=True)
     assert (few[0].bm, few[0].bn, few[0].flow) == (128, 160, PAIR)  # 128 tiles of 132 processors
-    assert not any(cut.flow for cut in tuning.cuts(Problem(2048, 320, (320,), 9, 2), 132))
+    assert not any(cut.flow for cut in tuning.cuts(Problem(2048, 320, (320,), 9, 2), 132, written_out=True))
 
 
-def test_what_was_timed_is_not_taken_where_it_is_not_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: None
+def test_what_was_timed_is_not_taken_where_it_cannot_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hopper: None
 ) -> None:
     file = tmp_path / "a.json"
     tuning._keep(file, {"1x1": PAIRED, "2x2": Config()})
-    assert tuning._known("gpu", file) == {"1x1": PAIRED, "2x2": Config()}
+    assert tuning._known("cuda:0", file) == {"1x1": PAIRED, "2x2": Config()}
     tuning.forget()
-    monkeypatch.delenv("BITBRUSH_FLOWS")
-    gluon_int8.asked.cache_clear()
-    assert tuning._known("gpu", file) == {"2x2": Config()}
+    monkeypatch.setenv("BITBRUSH_FLOWS", "0")
+    gluon_int8.able.cache_clear()
+    assert tuning._known("cuda:0", file) == {"2x2": Config()}
     tuning.forget()
 
 

@@ -40,12 +40,12 @@ class FusedSpatial(FusedBlock):
         self: Any, hidden_states: Tensor, residual: Tensor, batch_size: int, height: int, width: int, inner_dim: int
     ) -> Tensor:
         layer, x = self.proj_out, hidden_states
-        if watched([layer]) or not ready([layer], x):
+        conv = isinstance(layer, nn.Conv2d)
+        seen = x.unflatten(1, (height, width)).permute(0, 3, 1, 2) if conv else x
+        if watched([layer]) or not ready([layer], seen):
             out: Tensor = self.plain_class._get_output_for_continuous_inputs(
                 self, x, residual, batch_size, height, width, inner_dim)
             return out
-        conv = isinstance(layer, nn.Conv2d)
-        seen = x.unflatten(1, (height, width)).permute(0, 3, 1, 2) if conv else x
         given = gpu.given_input(layer, seen)
         added = residual if conv else residual.flatten(2).transpose(1, 2)
         y = gpu.multiply(layer, gpu.input_rows(layer, seen, given), given, seen, residual=added)

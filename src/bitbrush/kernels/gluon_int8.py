@@ -7,17 +7,19 @@ layers took 0.71 to 0.96 of the time (benchmarks/results/spike/gluon_product.jso
 They take what `triton_int8` takes, but for convolutions with a stride, and several segments in large tiles. They are
 cut by a `Config` with a `flow`: ``pair``, two warpgroups share a tile, or ``turns``, each has tiles of its own.
 
-Not used unless asked for (``BITBRUSH_FLOWS=1``) until all of them have run on a GPU. Importing this module does not
-import Triton.
+Hopper's instructions, and Gluon is experimental: other GPUs, and versions of Triton that they were not built with, take
+Triton's products (`able`). Importing this module does not import Triton.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from bitbrush.kernels.launching import Described, Launch
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from bitbrush.kernels.triton_int8 import Config
 
 PAIR, TURNS = "pair", "turns"
+VERSIONS = ((3, 6), (3, 7))
+"""Of Triton, whose Gluon may be another one with each."""
 MOST_STAGES = 8
 WARPGROUPS = 2
 
@@ -46,16 +50,20 @@ class Shape(NamedTuple):
 
 
 @cache
-def asked() -> bool:
-    """Whether products may be cut so: ``BITBRUSH_FLOWS=1``, and this Triton has Gluon as it is written here (3.6)."""
-    if os.environ.get("BITBRUSH_FLOWS") != "1":
+def able(device: torch.device) -> bool:
+    """Whether products may be cut so on a device: a Hopper GPU, a Triton whose Gluon they were written in, and no
+    ``BITBRUSH_FLOWS=0``."""
+    if os.environ.get("BITBRUSH_FLOWS") == "0" or device.type != "cuda" or torch.version.cuda is None:
         return False
+    return torch.cuda.get_device_capability(device)[0] == 9 and _triton() in VERSIONS
+
+
+def _triton() -> tuple[int, ...]:
     try:
         import triton
-
-        return tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
-    except (ImportError, ValueError):
-        return False
+    except ImportError:
+        return ()
+    return tuple(map(int, re.findall(r"\d+", triton.__version__)[:2]))
 
 
 def shape(bm: int, bn: int, flow: str, *, gated: bool = False, added: bool = False) -> Shape:

@@ -3,12 +3,13 @@
 A product is exact whichever way it is cut, so this changes times and nothing else. Each new shape is tried with the
 `CANDIDATES` the first time it runs outside a CUDA graph (a few milliseconds each); within a capture, and with
 ``BITBRUSH_TUNE=0``, a rule by shape decides. Times lie in ``bitbrush/kernels`` of the user's cache folder, one file a
-GPU and version of Triton.
+GPU, version of Triton and set of cuts.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -47,7 +48,7 @@ FLOWS = (
     Config(256, 160, 128, 4, 8, 3, flow=PAIR), Config(128, 128, 128, 8, 8, 4, flow=TURNS),
     Config(128, 160, 128, 4, 8, 4, flow=TURNS), Config(128, 192, 128, 8, 8, 4, flow=TURNS),
 )  # fmt: skip
-"""Written out in Gluon, where that is asked for (`gluon_int8.asked`). One of them was the fastest of 14, or within 3 %
+"""Written out in Gluon, on GPUs that can (`gluon_int8.able`). One of them was the fastest of 14, or within 3 %
 of it, at each of ten shapes on an H200 (benchmarks/spike_gluon_product.py)."""
 GATED_FLOWS = (
     Config(128, 128, 128, 8, 8, 5, flow=PAIR), Config(128, 256, 128, 8, 8, 4, flow=PAIR),
@@ -95,12 +96,16 @@ class Problem(NamedTuple):
         return f"{self.rows}x{self.columns}x{'+'.join(map(str, self.widths))}x{self.taps}/{self.stride}{kind}"
 
 
-def cuts(problem: Problem, processors: int) -> list[Config]:
-    """What is worth trying, as it fits the problem: of each kind the cheapest by `cost` first."""
+def cuts(problem: Problem, processors: int, written_out: bool = False) -> list[Config]:
+    """What is worth trying, as it fits the problem: of each kind the cheapest by `cost` first.
+
+    Args:
+        written_out: Those in Gluon, too; before the others.
+    """
     place = Frame(1, 1, 1, (problem.taps, 1), 0, problem.stride) if problem.taps > 1 or problem.stride > 1 else None
     given = GATHERED if problem.stride > 1 else CANDIDATES if place is None else (*CANDIDATES, *GATHERED)
-    written_out = flows(problem) if gluon_int8.asked() else ()
-    return [cut for family in (written_out, given) for cut in _cheap(family, problem, place, processors)]
+    ahead = flows(problem) if written_out else ()
+    return [cut for family in (ahead, given) for cut in _cheap(family, problem, place, processors)]
 
 
 def flows(problem: Problem) -> tuple[Config, ...]:
@@ -144,9 +149,9 @@ def cost(cut: Config, problem: Problem, processors: int) -> float:
 
 
 @cache
-def by_rule(problem: Problem, processors: int = 132) -> Config:
-    """A cut that is never far off: the one of least `cost`."""
-    return cuts(problem, processors)[0]
+def by_rule(problem: Problem, processors: int = 132, written_out: bool = False) -> Config:
+    """A cut that is never far off: the one of least `cost`, of those in Gluon if there are any."""
+    return cuts(problem, processors, written_out)[0]
 
 
 def config(problem: Problem, device: torch.device, run: Callable[[Config], Any]) -> Config:
@@ -170,11 +175,11 @@ def _met(problem: Problem, device: torch.device, run: Callable[[Config], Any]) -
     found = known.get(problem.key())
     if found is None:
         if _UNTIMED.get() or os.environ.get("BITBRUSH_TUNE") == "0" or torch.cuda.is_current_stream_capturing():
-            return by_rule(problem, _processors(device))
+            return by_rule(*_given(problem, device))
         if building.noting():
-            for cut in cuts(problem, _processors(device)):
+            for cut in cuts(*_given(problem, device)):
                 run(cut)
-            return by_rule(problem, _processors(device))
+            return by_rule(*_given(problem, device))
         found = known[problem.key()] = _fastest(problem, device, run)
         _keep(_file(device), known)
     _MET[problem, device] = found
@@ -182,8 +187,12 @@ def _met(problem: Problem, device: torch.device, run: Callable[[Config], Any]) -
 
 
 def _fastest(problem: Problem, device: torch.device, run: Callable[[Config], Any]) -> Config:
-    times = {cut: _time(cut, run) for cut in cuts(problem, _processors(device))}
+    times = {cut: _time(cut, run) for cut in cuts(*_given(problem, device))}
     return min(times, key=times.__getitem__)
+
+
+def _given(problem: Problem, device: torch.device) -> tuple[Problem, int, bool]:
+    return problem, _processors(device), gluon_int8.able(device)
 
 
 def _time(cut: Config, run: Callable[[Config], Any]) -> float:
@@ -223,7 +232,8 @@ def _name(device: torch.device) -> str:
     import triton
 
     name = torch.cuda.get_device_name(device).replace(" ", "-").replace("/", "-")
-    return f"{name}-triton-{triton.__version__}"
+    tried = hashlib.sha256(repr((CANDIDATES, GATHERED, FLOWS, GATED_FLOWS)).encode()).hexdigest()[:8]
+    return f"{name}-triton-{triton.__version__}-cuts-{tried}"
 
 
 @cache
@@ -231,7 +241,7 @@ def _known(device: str, file: Path) -> dict[str, Config]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         cuts = {key: replace(Config(), **cut) for key, cut in found.items()}
-        return {key: cut for key, cut in cuts.items() if not cut.flow or gluon_int8.asked()}
+        return {key: cut for key, cut in cuts.items() if not cut.flow or gluon_int8.able(torch.device(device))}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
 
