@@ -26,6 +26,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,13 @@ import builder  # noqa: E402
 import norm_cases  # noqa: E402
 from attention_cases import Case  # noqa: E402
 from bitbrush.kernels import cpu, cpu_fused, gpu, gpu_decode, int8_ops, triton_int8, tuning  # noqa: E402
+from bitbrush.kernels.gluon_int8 import PAIR  # noqa: E402
 from bitbrush.kernels.triton_attention import Cut  # noqa: E402
-from bitbrush.kernels.triton_int8 import ONE_ROW, Tables  # noqa: E402
+from bitbrush.kernels.triton_int8 import ONE_ROW, Extra, Frame, Tables  # noqa: E402
 from bitbrush.numbers import packing  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "kernels"
-PARTS = ("fused", "shared", "norms", "attends", "cuts", "attentions")
+PARTS = ("fused", "shared", "norms", "attends", "cuts", "splits", "attentions")
 ALL = slice(None)
 EQUAL = ("weight", "codes", "sums", "output")
 
@@ -208,6 +210,32 @@ def shared(device: str) -> dict[str, Any]:
     return report
 
 
+def splits(device: str, share: slice = ALL) -> dict[str, Any]:
+    """Products of long rows, and a convolution, whose sums are split, in every cut beside the definition."""
+    report: dict[str, Any] = {"ran": 0, "outputs": 0, "wrong": []}
+    torch.manual_seed(4)
+    m, k, n = 154, 1184, 320
+    frame = Frame(2, 9, 8, (3, 3), 1)
+    for place, rows, taps in ((None, m, 1), (frame, frame.rows, 9)):
+        w, scale, total, bias = weight_of(n, k * taps, device)
+        a = torch.randint(-128, 128, (rows, k), dtype=torch.int8, device=device)
+        count = m if place is None else 2 * 9 * 8
+        table = (torch.rand((4, 1), device=device) * 0.01, torch.randint(90, 166, (4, 1), device=device).byte(),
+                 torch.tensor([2], device=device))
+        extra = Extra(bias, *(torch.randn(size, n, device=device).half() for size in (2, count)))
+        plain = [t.cpu() for t in (a, w, *table)], [t.cpu() for t in (scale, total)], [t.cpu() for t in extra]
+        want = int8_ops._product_plain(*plain[0], ONE_ROW, *plain[1], [k], int8_ops.numbers_of(place),
+                                       -(-count // 2), *plain[2], torch.float16)
+        for cut in [replace(cut, split_k=parts) for parts in (2, 5) for cut in (
+            *tuning.CANDIDATES, *tuning.GATHERED, *(cut for cut in tuning.FLOWS if cut.flow == PAIR))][share]:
+            y = triton_int8.product(a, w, Tables(*table, ONE_ROW, scale, total), (k,), torch.float16, frame=place,
+                                    per_sample=-(-count // 2), extra=extra, config=cut)
+            report["ran"], report["outputs"] = report["ran"] + 1, report["outputs"] + y.numel()
+            if not torch.equal(y.cpu(), want):
+                report["wrong"].append(f"{place} {cut}")
+    return report
+
+
 def fused(device: str, share: slice = ALL) -> dict[str, Any]:
     """Joined and gated products in every cut (or a share of them), in order and launched early."""
     usual, report = tuning.config, {"ran": 0, "codes": 0, "codes_unequal": 0, "wrong": []}
@@ -297,7 +325,8 @@ def main() -> None:
     parts: dict[str, Callable[[], Any]] = {"fused": lambda: fused(device, share), "shared": lambda: shared(device),
                                             "norms": lambda: norms(device), "attends": lambda: attends(device)}
     if device == "cuda":
-        parts |= {"cuts": lambda: cuts(device, share), "attentions": attentions}
+        parts |= {"cuts": lambda: cuts(device, share), "splits": lambda: splits(device, share),
+                  "attentions": attentions}
     write(report, args)
     for name, work in parts.items():
         if args.only and name not in args.only:

@@ -9,6 +9,7 @@ given back too early shows in the sums. A barrier that nobody arrives at ends in
 from __future__ import annotations
 
 import inspect
+import itertools
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ class Value(Tensor):
 
 def value(of: Any) -> Any:
     """A number or a tensor as kernels have it."""
-    made = of if isinstance(of, Tensor) else torch.tensor(of, dtype=torch.int32 if isinstance(of, int) else None)
+    made = of if isinstance(of, Tensor) else torch.tensor(of, dtype=torch.int32 if type(of) is int else None)
     return made.as_subclass(Value)
 
 
@@ -208,7 +209,7 @@ def _nothing(*_args: Any, **_named: Any) -> None:
 
 LANGUAGE = SimpleNamespace(
     constexpr=None, int8=torch.int8, int32=torch.int32, int64=torch.int64, float32=torch.float32,
-    program_id=lambda axis: value(_HERE.program), num_programs=lambda axis: value(_HERE.programs),
+    program_id=lambda axis: value(_HERE.program[axis]), num_programs=lambda axis: value(_HERE.programs[axis]),
     cdiv=lambda a, b: (a + b - 1) // b, minimum=lambda a, b: _where(value(a < b), a, b),
     where=_where, arange=lambda start, end, layout=None: value(torch.arange(start, end, dtype=torch.int32)),
     zeros=lambda shape, kind, layout=None: value(torch.zeros(tuple(shape), dtype=kind)), load=_load, store=_store,
@@ -254,9 +255,10 @@ class Launch:
         self.kernel, self.grid, self.numbers = kernel, grid, tuple(map(_given, numbers))
         self.constants = {name: held for name, held in options.items() if name in names}
 
-    def __call__(self, _tensors: Sequence[Tensor], pointers: Sequence[Any]) -> None:
-        for _HERE.program in range(self.grid[0]):
-            _HERE.programs = self.grid[0]
+    def __call__(self, tensors: Sequence[Tensor], pointers: Sequence[Any] | None = None) -> None:
+        pointers = tensors if pointers is None else pointers
+        _HERE.programs = self.grid
+        for _HERE.program in itertools.product(*map(range, self.grid)):
             self.kernel(*map(_given, pointers), *self.numbers, **self.constants)
 
 

@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import sys
+from dataclasses import replace
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
@@ -181,6 +182,11 @@ def cases() -> list[tuple[Case, Config, bool]]:
         out.append((Case((352,), 7, 8, ONE_ROW, next(seeds), Frame(1, 3, 4, (3, 3), 1, 1)), wide, True))
         out.append((Case((32, 5), 8, 2, ONE_ROW, next(seeds), Frame(1, 6, 7, (3, 3), 1, 2)), config, True))
         out.append((Case((32,), 8, 8, ONE_ROW, next(seeds), Frame(2, 3, 3, (1, 1), 0, 1)), config, False))
+        split = replace(config, split_k=3)
+        out.append((Case((150,), 21, 4, ONE_ROW, next(seeds)), split, True))
+        out.append((Case((33,), 18, 4, ONE_ROW, next(seeds), Frame(2, 5, 4, (3, 3), 1, 1)), split, True))
+        out.append((Case((32,), 8, 2, ONE_ROW, next(seeds), Frame(1, 6, 7, (3, 3), 1, 2)), split, False))
+        out.append((Case((64,), 9, 3, BY_SAMPLE, next(seeds)), split, True))  # of which nothing is split
     return out
 
 

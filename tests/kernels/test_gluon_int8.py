@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 import cuda_driver
 import gluon_threads
 from assembler import needs
-from bitbrush.kernels import gluon_int8, int8_ops, joined_ops, triton_int8, tuning
+from bitbrush.kernels import gluon_int8, int8_ops, joined_ops, triton_int8, triton_split, tuning
 from bitbrush.kernels.gluon_int8 import PAIR, TURNS, Shape, shape
 from bitbrush.kernels.triton_int8 import (
     BY_ROW,
@@ -134,14 +135,21 @@ def test_what_was_timed_is_not_taken_where_it_cannot_run(
 @pytest.fixture
 def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Kernels in Gluon run on the CPU, on a GPU of three processors."""
-    from bitbrush.kernels import gluon_gated_kernels, gluon_int8_kernels, gluon_ring_kernels, triton_int8_kernels
+    from bitbrush.kernels import (
+        gluon_gated_kernels,
+        gluon_int8_kernels,
+        gluon_ring_kernels,
+        triton_int8_kernels,
+        triton_split_kernels,
+    )
 
     monkeypatch.setattr(gluon_int8, "Launch", gluon_threads.Launch)
+    monkeypatch.setattr(triton_split, "Launch", gluon_threads.Launch)
     monkeypatch.setattr(gluon_int8, "Described", gluon_threads.Described)
     monkeypatch.setattr(triton_int8, "processors", lambda device: 3)
     for known in ("_PRODUCTS", "_GATED"):
         monkeypatch.setattr(triton_int8, known, {})
-    modules = (gluon_ring_kernels, gluon_int8_kernels, gluon_gated_kernels, triton_int8_kernels)
+    modules = (gluon_ring_kernels, gluon_int8_kernels, gluon_gated_kernels, triton_int8_kernels, triton_split_kernels)
     with gluon_threads.plain(*modules, _geglu=_geglu, centred=_centred, zero_and_top=_zero_and_top):
         yield
 
@@ -249,6 +257,34 @@ def test_convolutions_read_shifted_rows_and_store_no_border() -> None:
 
 @TRITON
 @pytest.mark.usefixtures("threads")
+def test_parts_of_a_sum_are_merged_to_the_product_of_the_definition() -> None:
+    """Linear layers and convolutions, tiles of two widths, parts that are as long and one that is shorter."""
+    for cut, split_k in ((FLOWS[0], 2), (FLOWS[1], 3), (FLOWS[2], 5)):
+        how = replace(cut, split_k=split_k)
+        assert Layer(split_k, (1184,), 200, rows=150).compared(how, torch.bfloat16, added=True) == 150 * 200
+        frame = Frame(2, 9, 11, (3, 3), 1)
+        assert Layer(split_k, (160,), 176, frame=frame).compared(how, torch.float16) == 2 * 9 * 11 * 176
+    layer = Layer(1, (1184,), 200, rows=150, kind=BY_ROW)  # rows with scales of their own are not split
+    assert layer.compared(replace(FLOWS[0], split_k=2), torch.float32) == 150 * 200
+
+
+@TRITON
+@pytest.mark.usefixtures("threads")
+def test_a_part_that_is_left_out_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    merge = triton_split.merge
+
+    def fewer(outputs: Any, options: dict[str, Any], launched: Any) -> Any:
+        found = merge(outputs, {**options, "SPLIT_K": options["SPLIT_K"] - 1}, launched)
+        options.update(dict.fromkeys(triton_split.FINISH, False))
+        return found
+
+    monkeypatch.setattr(triton_split, "merge", fewer)
+    with pytest.raises(AssertionError):
+        Layer(4, (1184,), 200, rows=150).compared(replace(FLOWS[0], split_k=3), torch.bfloat16)
+
+
+@TRITON
+@pytest.mark.usefixtures("threads")
 def test_segments_are_added_one_after_the_other() -> None:
     for widths in ((96, 32, 160), (128, 128), (32,) * 8):
         assert Layer(9, widths, 144, rows=200).compared(FLOWS[0], torch.bfloat16, added=True) == 200 * 144
@@ -337,6 +373,8 @@ def _products() -> Iterator[Any]:
         extra=Extra(bias, torch.zeros(2, 320, dtype=type_), torch.zeros(pixels, 320, dtype=type_)))
     yield lambda: triton_int8.product(_codes(1536, 640), _codes(960, 640), _tables(960, 1, JOINED, 3), (640,), type_,
                                       config=FLOWS[1])
+    yield lambda: triton_int8.product(picture, _codes(320, 9 * 320), _tables(320), (320,), type_, frame=frame,
+                                      config=replace(FLOWS[1], split_k=4), extra=Extra(bias))
     yield lambda: triton_int8.product(
         picture, _codes(320, 9 * 320), _tables(320, 2), (192, 128), torch.float16, frame=frame, config=FLOWS[0],
         extra=Extra(bias))
@@ -350,13 +388,15 @@ def test_every_kind_of_product_is_built_with_copies_and_products_in_flight(heard
     calls = list(_products())
     for call in calls:
         call()
-    assert len(heard.ptx) == len(calls) == 6
-    for ptx in heard.ptx:
+    merged = [ptx for ptx in heard.ptx if ".globl\tmerge" in ptx]
+    assert len(heard.ptx) == len(calls) + len(merged) == 7 + 1
+    for ptx in (ptx for ptx in heard.ptx if ptx not in merged):
         assert "cp.async.bulk.tensor" in ptx and "setmaxnreg" in ptx and "mbarrier.try_wait" in ptx
         products = re.findall(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k32\.s32\.s8\.s8", ptx)
         assert products and "wgmma.wait_group.sync.aligned 0" in ptx
         assert re.search(r"wgmma\.wait_group\.sync\.aligned \s*[1-9]", ptx)  # a step's products outlive the next wait
-        assert set(re.findall(r"st\.global\.(\S+?)\s", ptx)) == {"v4.b32"}
+        stored = {"v2.b32"} if ".globl\tsplit_product" in ptx else {"v4.b32"}  # sums as they lie: 32 bytes a row
+        assert set(re.findall(r"st\.global\.(\S+?)\s", ptx)) == stored
         _, spilled, serialised = needs(ptx, tmp_path)
         assert spilled <= 128 and not serialised
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bitbrush.kernels import triton_split
 from bitbrush.kernels.triton_int8 import Config, Frame, fitting
 from interpreter import TRITON, interpreted
 
@@ -20,7 +22,7 @@ def _interpreted(*args: str) -> dict[str, Any]:
 @TRITON
 def test_sums_are_equal_and_outputs_within_their_rounding() -> None:
     found = _interpreted()
-    assert found["cases"] == 20 and found["sums"] > 7_000
+    assert found["cases"] == 28 and found["sums"] > 9_000
     assert found["unequal"] == 0 and found["codes"] and found["mixed_rows"]
     assert 0 < found["ratio"] <= 1
 
@@ -71,3 +73,15 @@ def test_blocks_of_columns_fit_the_segments() -> None:
     assert fitting(Config(bk=128), (960,), taps).bk == 128  # a fifteenth more, beyond the end
     assert fitting(Config(bk=128), (960, 320), taps).bk == 64  # beyond the end of a segment lies the next one
     assert not fitting(Config(), (64,), Frame(1, 8, 8, (3, 3), 1, 2)).tma  # strides are gathered
+
+
+def test_no_part_of_a_split_sum_is_empty() -> None:
+    for steps in range(1, 40):
+        for wanted in range(1, 9):
+            many = triton_split.parts(wanted, steps)
+            each = -(-steps // many)
+            assert 1 <= many <= wanted and (many - 1) * each < steps <= many * each
+    split = Config(split_k=4)
+    assert fitting(split, (1280,), None).split_k == 4 and fitting(split, (384,), None).split_k == 3
+    assert fitting(split, (640, 640), None).split_k == 1  # segments have sums of their own
+    assert fitting(replace(split, flow="turns"), (1280,), None).split_k == 1

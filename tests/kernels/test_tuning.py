@@ -111,9 +111,32 @@ MEASURED = (
 def test_what_is_not_tried_was_never_the_fastest(shape: tuple[int, ...], tile: tuple[int, int]) -> None:
     rows, columns, width, taps = shape
     problem = Problem(rows, columns, (width,), taps, 1)
-    kept = cuts(problem, 132)
+    kept = [cut for cut in cuts(problem, 132) if cut.split_k == 1]
     assert tile in {(cut.bm, cut.bn) for cut in kept} and 2 <= len(kept) <= 8
     assert by_rule(problem) == kept[0] and cost(kept[0], problem, 132) <= cost(kept[-1], problem, 132)
+
+
+def test_sums_are_split_where_tiles_leave_processors_idle() -> None:
+    """The convolutions of SD 1.5's 16 x 16 and 8 x 8 pictures; of a frame the rows count that lie between outputs."""
+    small = {side: Problem.of(2 * side * side, 1280, (1280,), Frame(2, side, side, (3, 3), 1)) for side in (8, 16)}
+    checked = 0
+    for problem in small.values():
+        every = cuts(problem, 132, written_out=True)
+        split = [cut for cut in every if cut.split_k > 1]
+        for cut in split:
+            tiles = -(-problem.lines // cut.bm) * -(-problem.columns // cut.bn) if cut.tma else None
+            assert tiles is None or 0.4 * 132 <= tiles * cut.split_k <= 2 * 132, cut
+            assert problem.taps * -(-1280 // cut.bk) // cut.split_k >= 4
+            checked += 1
+        assert any(cut.flow for cut in split) and every[0].split_k == 1  # a rule by shape never splits
+        assert cost(split[0], problem, 132) < cost(every[0], problem, 132)
+    assert checked >= 8
+    many = Problem.of(2 * 64 * 64, 640, (640,), Frame(2, 64, 64, (3, 3), 1))
+    few_columns = Problem(128, 1280, (256,), 1, 1)
+    several = Problem(128, 1280, (640, 640), 1, 1)
+    for problem in (many, few_columns, several, Problem(128, 3 * 640, (1280,), 1, 1, parts=3),
+                    Problem(128, 2 * 640, (1280,), 1, 1, gated=True)):
+        assert not any(cut.split_k > 1 for cut in cuts(problem, 132, written_out=True)), problem
 
 
 def test_cuts_that_leave_processors_idle_are_not_tried() -> None:

@@ -129,6 +129,6 @@ def gated(
             rings, bars, t11, t12, y_ptr, factor_ptr, activation, weight, following, top, m_count, n_count, length_y,
             width, 1, BIAS, FACTOR, TYPE, STAGES, TURNS, BMC, BN1, BK, CH1, GROUP)),
         (producer, (
-            a, w1, w2, rings, bars, m_count, length_y, n_count, 0, 1, width, 1, 0, 1, 1, 1, STAGES, TURNS, BMC, BN1,
-            BN2, BK, BN1, GROUP)),
+            a, w1, w2, rings, bars, m_count, length_y, n_count, 0, 1, width, 1, 0, 1, 1, 1, 1, STAGES, TURNS, BMC,
+            BN1, BN2, BK, BN1, GROUP)),
     ], [4, 1], [240, 24])  # fmt: skip

@@ -32,6 +32,9 @@ VERSIONS = ((3, 6), (3, 7))
 """Of Triton, whose Gluon may be another one with each."""
 MOST_STAGES = 8
 WARPGROUPS = 2
+OF_PARTS = ("WIDTH", "KH", "KW", "SPATIAL", "STAGES", "BMC", "BN1", "BN2", "BK", "GROUP", "num_warps",
+            "enable_fp_fusion")  # fmt: skip
+"""Of all options those that a product whose sums are split has, too."""
 
 
 class Shape(NamedTuple):
@@ -99,16 +102,19 @@ def product(a: Tensor, w: Tensor, config: Config, numbers: tuple[Any, ...], tile
     Args:
         config: With a flow.
         numbers: As the kernel takes them.
-        tiles: Of the output.
+        tiles: Of the output; where sums are split, parts of them.
         options: Constants that say what is computed; those that say how are added here.
     """
     from bitbrush.kernels import gluon_int8_kernels as kernels
 
     how = shape(config.bm, config.bn, config.flow, added=options["RESIDUAL"] or options["SHARED"])
     own = {"CH1": min(how.first, how.chunk), "CH2": min(how.others, how.chunk) or min(how.first, how.chunk)}
+    kernel, every = kernels.product, {**options, **own, **_how(config, how)}
+    if every.pop("SPLIT_K") > 1:
+        kernel = kernels.split_product
+        every = {name: every[name] for name in OF_PARTS} | {"SPLIT_K": config.split_k}
     grid = (min(tiles, processors),)
-    return (Launch(kernels.product, grid, numbers, {**options, **own, **_how(config, how)}),
-            _described(a, w, config, how))  # fmt: skip
+    return Launch(kernel, grid, numbers, every), _described(a, w, config, how)
 
 
 def gated(a: Tensor, w: Tensor, config: Config, numbers: tuple[Any, ...], tiles: int, options: dict[str, Any],

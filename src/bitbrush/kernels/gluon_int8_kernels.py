@@ -25,7 +25,7 @@ from bitbrush.kernels.gluon_ring_kernels import (
     turn_of,
     written_layout,
 )
-from bitbrush.kernels.triton_int8_kernels import _activation, _geometry, _time
+from bitbrush.kernels.triton_int8_kernels import _activation, _geometry, _time, part_of
 
 
 @gluon.jit
@@ -174,6 +174,45 @@ def _consumer(
                     geometry, 0, True, TABLE, SPATIAL, BIAS, RESIDUAL, SHARED, KEEP, BMC, BN1, CH1)
 
 
+@gluon.jit
+def _part(
+    acc, acc_ptr, m0, first, end, columns, m_count, out_rows, geometry, share,
+    SPATIAL: gl.constexpr, BMC: gl.constexpr, BN: gl.constexpr,
+):
+    """Writes one part's sums of BN columns."""
+    L: gl.constexpr = sums_layout(BN)
+    m = m0 + gl.arange(0, BMC, layout=gl.SliceLayout(1, L))
+    n = first + gl.arange(0, BN, layout=gl.SliceLayout(0, L))
+    where, _sample, kept = _outputs(m, m_count, geometry, SPATIAL)
+    at = (share * out_rows.to(gl.int64) + where.to(gl.int64))[:, None] * columns + n[None, :]
+    gl.store(acc_ptr + at, acc, mask=kept[:, None] & (n < end)[None, :])
+
+
+@gluon.jit
+def _consumer_of_parts(
+    rings, bars, acc_ptr, m_count, n_count, out_rows, geometry, width,
+    PART: gl.constexpr, WIDTH: gl.constexpr, TAPS: gl.constexpr, SPATIAL: gl.constexpr, SPLIT_K: gl.constexpr,
+    STAGES: gl.constexpr, BMC: gl.constexpr, BN1: gl.constexpr, BN2: gl.constexpr, BK: gl.constexpr,
+    GROUP: gl.constexpr,
+):
+    """Half of each tile's rows, of a part of its steps, as int32 sums ``[SPLIT_K, rows, n_count]``."""
+    BM: gl.constexpr = 2 * BMC
+    BN: gl.constexpr = BN1 + BN2
+    steps = TAPS * gl.cdiv(channels(width, 0, 1, WIDTH), BK)
+    at = 0
+    phase = 0
+    for turn in range(gl.program_id(0), tiles(m_count, n_count, 1, BM, BN) * SPLIT_K, gl.num_programs(0)):
+        share = turn % SPLIT_K
+        m0, n0, end, _part_of_layers = corner(turn // SPLIT_K, m_count, n_count, 1, BM, BN, GROUP)
+        first, last = part_of(steps, share, SPLIT_K)
+        acc1, acc2, at, phase = multiplied(rings, bars, at, phase, last - first, PART, PART, STAGES, False, BMC, BN1,
+                                            BN2)
+        _part(acc1, acc_ptr, m0 + PART * BMC, n0, end, n_count, m_count, out_rows, geometry, share, SPATIAL, BMC, BN1)
+        if BN2 > 0:
+            _part(acc2, acc_ptr, m0 + PART * BMC, n0 + BN1, end, n_count, m_count, out_rows, geometry, share, SPATIAL,
+                  BMC, BN2)
+
+
 @gluon.jit(do_not_specialize=["m_count", "out_rows", "part_rows", "per_sample", "pitch", "height", "out_h", "out_w"])
 def product(
     a, w1, w2, y_ptr, acc_ptr, bias_ptr, residual_ptr, shared_ptr, scale_a_ptr, zero_a_ptr, times_ptr, scale_w_ptr,
@@ -206,6 +245,30 @@ def product(
             WIDTH, KH * KW, TABLE, PARTS, SPATIAL, BIAS, RESIDUAL, SHARED, KEEP, STAGES, TURNS, BMC, BN1, BN2, BK, CH1,
             CH2, GROUP)),
         (producer, (
-            a, w1, w2, rings, bars, m_count, n_count, BN1, part_rows, pitch, width, COUNT, WIDTH, KH, KW, PARTS, STAGES,
-            TURNS, BMC, BN1, BN2, BK, BN1 + BN2, GROUP)),
+            a, w1, w2, rings, bars, m_count, n_count, BN1, part_rows, pitch, width, COUNT, WIDTH, KH, KW, PARTS,
+            1, STAGES, TURNS, BMC, BN1, BN2, BK, BN1 + BN2, GROUP)),
+    ], [4, 1], [240, 24])  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=["m_count", "out_rows", "part_rows", "per_sample", "pitch", "height", "out_h", "out_w"])
+def split_product(
+    a, w1, w2, y_ptr, acc_ptr, bias_ptr, residual_ptr, shared_ptr, scale_a_ptr, zero_a_ptr, times_ptr, scale_w_ptr,
+    sum_w_ptr, m_count, n_count, out_rows, part_rows, per_sample, pitch, height, out_h, out_w, width,
+    WIDTH: gl.constexpr, KH: gl.constexpr, KW: gl.constexpr, SPATIAL: gl.constexpr, SPLIT_K: gl.constexpr,
+    STAGES: gl.constexpr, BMC: gl.constexpr, BN1: gl.constexpr, BN2: gl.constexpr, BK: gl.constexpr,
+    GROUP: gl.constexpr,
+):
+    """Parts of the sums of a product, ``acc [SPLIT_K, rows, n_count]``; nothing else is read or written."""
+    rings, bars = ring(a, w1, w2, STAGES, False, BMC, BN1, BN2, BK)
+    geometry = (pitch, height, out_h, out_w, per_sample)
+    gl.warp_specialize([
+        (_consumer_of_parts, (
+            rings, bars, acc_ptr, m_count, n_count, out_rows, geometry, width, 0, WIDTH, KH * KW, SPATIAL, SPLIT_K,
+            STAGES, BMC, BN1, BN2, BK, GROUP)),
+        (_consumer_of_parts, (
+            rings, bars, acc_ptr, m_count, n_count, out_rows, geometry, width, 1, WIDTH, KH * KW, SPATIAL, SPLIT_K,
+            STAGES, BMC, BN1, BN2, BK, GROUP)),
+        (producer, (
+            a, w1, w2, rings, bars, m_count, n_count, BN1, part_rows, pitch, width, 1, WIDTH, KH, KW, 1, SPLIT_K,
+            STAGES, False, BMC, BN1, BN2, BK, BN1 + BN2, GROUP)),
     ], [4, 1], [240, 24])  # fmt: skip

@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from bitbrush.kernels.triton_int8_kernels import _activation, _place, _time, _width
+from bitbrush.kernels.triton_int8_kernels import _activation, _place, _time, _width, part_of
 
 
 # ---- how things lie --------------------------------------------------------------------------------------------------
@@ -107,8 +107,8 @@ def turn_of(bars, position, turns, PART: gl.constexpr, STAGES: gl.constexpr):
 def producer(
     a, w1, w2, rings, bars, m_count, n_count, other, part_rows, pitch, width,
     COUNT: gl.constexpr, WIDTH: gl.constexpr, KH: gl.constexpr, KW: gl.constexpr, PARTS: gl.constexpr,
-    STAGES: gl.constexpr, TURNS: gl.constexpr, BMC: gl.constexpr, BN1: gl.constexpr, BN2: gl.constexpr,
-    BK: gl.constexpr, BN: gl.constexpr, GROUP: gl.constexpr,
+    SPLIT_K: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, BMC: gl.constexpr, BN1: gl.constexpr,
+    BN2: gl.constexpr, BK: gl.constexpr, BN: gl.constexpr, GROUP: gl.constexpr,
 ):
     """Copies what tiles are made of, as far ahead as the ring has room.
 
@@ -123,14 +123,15 @@ def producer(
     full, empty, _ = bars
     at = 0
     phase = 1
-    for tile in range(gl.program_id(0), tiles(m_count, n_count, PARTS, BM, BN), gl.num_programs(0)):
-        m0, n0, _end, part = corner(tile, m_count, n_count, PARTS, BM, BN, GROUP)
+    for turn in range(gl.program_id(0), tiles(m_count, n_count, PARTS, BM, BN) * SPLIT_K, gl.num_programs(0)):
+        m0, n0, _end, part = corner(turn // SPLIT_K, m_count, n_count, PARTS, BM, BN, GROUP)
         row = part * part_rows + m0
         start = 0
         for s in range(COUNT):
             wide = channels(width, s, COUNT, WIDTH)
             per_tap = gl.cdiv(wide, BK)
-            for step in range(KH * KW * per_tap):
+            begin, end = part_of(KH * KW * per_tap, turn % SPLIT_K, SPLIT_K)
+            for step in range(begin, end):
                 tap = step // per_tap
                 column = (step - tap * per_tap) * BK
                 k = start * (KH * KW) + tap * wide + column

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bitbrush.kernels import gluon_int8
+from bitbrush.kernels import gluon_int8, triton_split
 from bitbrush.kernels.launching import Described, Launch
 from bitbrush.numbers.packing import padded, plane_starts
 
@@ -77,6 +77,11 @@ class Frame(NamedTuple):
         return (self.batch * self.height + self.pad + (self.pad > 0)) * self.pitch
 
     @property
+    def lines(self) -> int:
+        """Rows of the frame from that of the first output to that of the last, without a stride."""
+        return ((self.batch - 1) * self.height + self.out[0] - 1) * self.pitch + self.out[1]
+
+    @property
     def out(self) -> tuple[int, int]:
         """Height and width of the output."""
         (kh, kw), whole = self.kernel, 2 * self.pad
@@ -86,8 +91,8 @@ class Frame(NamedTuple):
 @dataclass(frozen=True)
 class Config:
     """How a product is cut: tile sizes, rows of tiles that share a column, warps, pipeline stages, whether the tensor
-    memory accelerator copies, how many programs are to fit a processor at once, and, where it is written out in Gluon,
-    its flow (`gluon_int8`)."""
+    memory accelerator copies, how many programs are to fit a processor at once, where it is written out in Gluon its
+    flow (`gluon_int8`), and how many programs share the sums of a tile (`triton_split`)."""
 
     bm: int = 128
     bn: int = 128
@@ -98,6 +103,7 @@ class Config:
     tma: bool = True
     together: int = 2
     flow: str = ""
+    split_k: int = 1
 
     @property
     def registers(self) -> int | None:
@@ -167,10 +173,13 @@ def fitting(config: Config, widths: tuple[int, ...], frame: Frame | None) -> Con
         alone and (taps == 1 or -(-widths[0] // bk) * bk * 10 <= widths[0] * 11)
     ):
         bk //= 2
+    splits = alone and config.flow != gluon_int8.TURNS
+    split_k = triton_split.parts(config.split_k, taps * -(-widths[0] // bk)) if splits else 1
     if config.flow:
-        return gluon_int8.fitted(config, bk)
+        return gluon_int8.fitted(replace(config, split_k=split_k), bk)
     tma = config.tma and (frame is None or frame.stride == 1) and bk >= 32
-    return replace(config, bk=bk, tma=tma, stages=max(config.stages, min(config.stages * config.bk // bk, 8)))
+    return replace(config, bk=bk, tma=tma, stages=max(config.stages, min(config.stages * config.bk // bk, 8)),
+                   split_k=split_k)  # fmt: skip
 
 
 def product(
@@ -203,23 +212,30 @@ def product(
     if not y.numel():
         return y
     bias, shared, residual = (y if t is None else t for t in extra)
-    kept, others = y if sums is None else sums, tables.others
+    into = kept = y if sums is None else sums
+    if known.merge is not None:
+        into = torch.empty((known.split_k, y.numel() // n, n), dtype=torch.int32, device=a.device)
     given: tuple[Any, ...] = tables[:3]
     of_weight = (tables.weight_scale, tables.weight_sum)
-    tensors = (a, w, y, kept, bias, residual, shared, *given, *of_weight)
+    tensors = (a, w, y, into, bias, residual, shared, *given, *of_weight)
     if kind == JOINED:
-        given = tuple(zip(given, *others, strict=True))
-        tensors = (*tensors, *[t for other in others for t in other])
-    known.launch(tensors, (*known.operands(a, w), y, kept, bias, residual, shared, *given, *of_weight))
+        given = tuple(zip(given, *tables.others, strict=True))
+        tensors = (*tensors, *[t for other in tables.others for t in other])
+    known.launch(tensors, (*known.operands(a, w), y, into, bias, residual, shared, *given, *of_weight))
+    if known.merge is not None:
+        known.merge((into, y, kept, bias, residual, shared, *given, *of_weight))
     return y
 
 
 class _Cut(NamedTuple):
-    """A product as it is launched: by which config, what describes which of its operands where they are copied so."""
+    """A product as it is launched: by which config, what describes which of its operands where they are copied so, and
+    what adds its parts where it is split."""
 
     asked: Config
     launch: Launch
     described: tuple[tuple[int, Described], ...]
+    split_k: int = 1
+    merge: Launch | None = None
 
     def operands(self, a: Tensor, w: Tensor) -> tuple[Any, ...]:
         """Codes and weights as the kernel takes them."""
@@ -238,7 +254,7 @@ def _cut_product(
 ) -> _Cut:
     from bitbrush.kernels import triton_int8_kernels as kernels
 
-    config = fitting(asked, widths, frame)
+    config = fitting(asked if tables.kind == ONE_ROW else replace(asked, split_k=1), widths, frame)
     parts = tables.parts
     if frame is None:
         m = out_rows = a.shape[0] // parts
@@ -247,7 +263,7 @@ def _cut_product(
         out_h, out_w = frame.out
         out_rows, place = frame.batch * out_h * out_w, frame
         spatial = FLAT if config.tma else GATHERED
-        m = ((frame.batch - 1) * frame.height + out_h - 1) * frame.pitch + out_w if config.tma else out_rows
+        m = frame.lines if config.tma else out_rows
     columns = w.shape[0] // parts
     place_of = (m, columns, out_rows, m if parts > 1 else 0, per_sample, place.pitch, place.height, out_h, out_w)
     width = widths[0] if len(widths) == 1 else widths
@@ -255,14 +271,17 @@ def _cut_product(
         "COUNT": len(widths), "WIDTH": widths[0] if frame is not None and len(widths) == 1 else 0,
         "KH": place.kernel[0], "KW": place.kernel[1], "TABLE": tables.kind, "PARTS": parts, "SPATIAL": spatial,
         "BIAS": extra.bias is not None, "RESIDUAL": extra.residual is not None, "SHARED": extra.shared is not None,
-        "KEEP": keep,
+        "KEEP": keep, "SPLIT_K": config.split_k,
     }
-    tiles = -(-m // config.bm) * -(-columns // config.bn) * parts
+    outputs = (out_rows, columns, per_sample if frame is None else out_h * out_w)
+    merge = triton_split.merge(outputs, options, launched(a.device)) if config.split_k > 1 else None
+    tiles = -(-m // config.bm) * -(-columns // config.bn) * parts * config.split_k
     if config.flow:
-        return _Cut(asked, *gluon_int8.product(a, w, config, (*place_of, width), tiles, options, processors(a.device)))
+        made = gluon_int8.product(a, w, config, (*place_of, width), tiles, options, processors(a.device))
+        return _Cut(asked, *made, config.split_k, merge)
     numbers = (*place_of, place.stride, a.stride(0), w.stride(0), width)
     launch = Launch(kernels.product, (tiles,), numbers, {**options, "TMA": config.tma, **_cut(config, a.device)})
-    return _Cut(asked, launch, _operands(a, w, config))
+    return _Cut(asked, launch, _operands(a, w, config), config.split_k, merge)
 
 
 def gated(

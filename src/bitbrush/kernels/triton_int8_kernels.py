@@ -42,18 +42,29 @@ def _geometry(m, pitch, height, out_h, out_w, stride, per_sample, SPATIAL: tl.co
 
 
 @triton.jit
+def part_of(steps, part, SPLIT_K: tl.constexpr):
+    """(first step, end) of a part of them."""
+    if SPLIT_K == 1:
+        return 0, steps
+    else:
+        each = (steps + SPLIT_K - 1) // SPLIT_K
+        return part * each, tl.minimum(part * each + each, steps)
+
+
+@triton.jit
 def _segment_sum(
-    a, w, rows, first, n, m_ok, n_ok, a_start, w_start, pitch, length_a, length_w, width,
-    KH: tl.constexpr, KW: tl.constexpr, TMA: tl.constexpr, PAIRED: tl.constexpr,
+    a, w, rows, first, n, m_ok, n_ok, a_start, w_start, pitch, length_a, length_w, width, part,
+    KH: tl.constexpr, KW: tl.constexpr, TMA: tl.constexpr, PAIRED: tl.constexpr, SPLIT_K: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):
-    """int32 ``[BM, BN]``: the sum over one segment's columns and all kernel positions.
+    """int32 ``[BM, BN]``: the sum over one segment's columns and all kernel positions; with SPLIT_K a part of it.
 
     PAIRED: the copy of ``w`` has three dimensions, half of a tile's columns each from one half of its rows.
     """
     per_tap = (width + BK - 1) // BK
     acc = tl.zeros((BM, BN), dtype=tl.int32)
-    for step in range(KH * KW * per_tap):
+    begin, end = part_of(KH * KW * per_tap, part, SPLIT_K)
+    for step in range(begin, end):
         if KH * KW == 1:
             tap, column = 0, step * BK
         else:
@@ -160,8 +171,8 @@ def _scaled(
     sums = _asked(sum_w_ptr + s * columns, n, n_ok, TIMES)
     scale_w = _asked(scale_w_ptr + s, n * COUNT, n_ok, TIMES)
     acc = _segment_sum(
-        a, w, rows, first, n0 if TMA else n, m_ok, n_ok, a_start, w_start, pitch, length_a, length_w, wide,
-        KH, KW, TMA, PAIRED, BM, BN, BK,
+        a, w, rows, first, n0 if TMA else n, m_ok, n_ok, a_start, w_start, pitch, length_a, length_w, wide, 0,
+        KH, KW, TMA, PAIRED, 1, BM, BN, BK,
     )
     scale, zero = _activation(scale_a_ptr, zero_a_ptr, time, s, kept, part, COUNT, TABLE, PARTS)
     acc += (128 - zero) * _column(sums, TIMES)
@@ -242,13 +253,18 @@ def product(
     length_w, width,
     COUNT: tl.constexpr, WIDTH: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, TABLE: tl.constexpr,
     PARTS: tl.constexpr, SPATIAL: tl.constexpr, TMA: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-    SHARED: tl.constexpr, KEEP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    GROUP: tl.constexpr, EARLY: tl.constexpr, THREADS: tl.constexpr,
+    SHARED: tl.constexpr, KEEP: tl.constexpr, SPLIT_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr, THREADS: tl.constexpr,
 ):
-    """A tile of ``y [PARTS, rows, n_count]``. Part p multiplies the rows of ``a`` from ``p * part_rows`` on."""
+    """A tile of ``y [PARTS, rows, n_count]``. Part p multiplies the rows of ``a`` from ``p * part_rows`` on.
+
+    SPLIT_K: so many programs have a part of a tile's steps each, and write its int32 sums to ``acc [SPLIT_K, rows,
+    n_count]``; nothing else.
+    """
     in_turn(EARLY)
     tiles = tl.cdiv(n_count, BN)
-    row, column = _place(tl.program_id(0), tl.cdiv(m_count, BM), tiles * PARTS, GROUP)
+    tile = tl.program_id(0) // SPLIT_K
+    row, column = _place(tile, tl.cdiv(m_count, BM), tiles * PARTS, GROUP)
     part, columns = 0, n_count * PARTS
     m0, n0, end = row * BM, column * BN, n_count
     if PARTS > 1:
@@ -263,20 +279,29 @@ def product(
     kept = m_ok & output
     if TABLE == 4:
         sample = part * per_sample
-    begin = part * part_rows
-    total = _values(
-        a, w, acc_ptr, bias_ptr, scale_a_ptr, zero_a_ptr, times_ptr, scale_w_ptr, sum_w_ptr, begin + m0, n0,
-        begin + rows, where, sample, m_ok, kept, n, n_ok, part, columns, out_rows, pitch, length_a, length_w, width,
-        COUNT, WIDTH, KH, KW, TABLE, PARTS, TMA, False, BIAS, KEEP, THREADS, BM, BN, BK,
-    )
-    if RESIDUAL or SHARED:  # half the columns at a time: what is added and where from need fewer registers
-        HALF: tl.constexpr = BN // 2
-        left, right = _halves(total, BM, HALF)
-        _store(left, y_ptr, residual_ptr, shared_ptr, where, sample, kept, n0, end, n_count, RESIDUAL, SHARED, HALF)
-        _store(right, y_ptr, residual_ptr, shared_ptr, where, sample, kept, n0 + HALF, end, n_count, RESIDUAL, SHARED,
-               HALF)
+    if SPLIT_K > 1:  # of one part
+        share = tl.program_id(0) % SPLIT_K
+        acc = _segment_sum(
+            a, w, rows, m0, n0 if TMA else n, m_ok, n_ok, 0, 0, pitch, length_a, length_w,
+            WIDTH if WIDTH > 0 else width, share, KH, KW, TMA, False, SPLIT_K, BM, BN, BK,
+        )
+        at = (share * out_rows.to(tl.int64) + where)[:, None] * columns + n[None, :]
+        tl.store(acc_ptr + at, acc, mask=kept[:, None] & n_ok[None, :])
     else:
-        _store(total, y_ptr, residual_ptr, shared_ptr, where, sample, kept, n0, end, n_count, False, False, BN)
+        begin = part * part_rows
+        total = _values(
+            a, w, acc_ptr, bias_ptr, scale_a_ptr, zero_a_ptr, times_ptr, scale_w_ptr, sum_w_ptr, begin + m0, n0,
+            begin + rows, where, sample, m_ok, kept, n, n_ok, part, columns, out_rows, pitch, length_a, length_w, width,
+            COUNT, WIDTH, KH, KW, TABLE, PARTS, TMA, False, BIAS, KEEP, THREADS, BM, BN, BK,
+        )
+        if RESIDUAL or SHARED:  # half the columns at a time: what is added and where from need fewer registers
+            HALF: tl.constexpr = BN // 2
+            left, right = _halves(total, BM, HALF)
+            _store(left, y_ptr, residual_ptr, shared_ptr, where, sample, kept, n0, end, n_count, RESIDUAL, SHARED, HALF)
+            _store(right, y_ptr, residual_ptr, shared_ptr, where, sample, kept, n0 + HALF, end, n_count, RESIDUAL,
+                   SHARED, HALF)
+        else:
+            _store(total, y_ptr, residual_ptr, shared_ptr, where, sample, kept, n0, end, n_count, False, False, BN)
 
 
 # ---- the gated product -----------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bitbrush.kernels import building, gluon_int8
+from bitbrush.kernels import building, gluon_int8, triton_split
 from bitbrush.kernels.gluon_int8 import PAIR, TURNS
 from bitbrush.kernels.triton_int8 import Config, Frame, fitting
 from bitbrush.kernels.triton_int8 import processors as _processors
@@ -59,6 +59,8 @@ WORSE, ALONE = 1.35, 1.35
 times as long: 128 x 256 beside 128 x 128 at 2048 x 10240 x 1280 on an H200."""
 SHARED = 227 * 1024
 """Bytes of a processor."""
+MERGE, SPLITS = 5000, 4
+"""Cycles of the kernel that adds parts: about 3 us, of a launch and of what it reads. How many of a kind are tried."""
 RUNS, REPEATS = 8, 4
 _UNTIMED: ContextVar[bool] = ContextVar("untimed", default=False)
 
@@ -74,7 +76,8 @@ def untimed() -> Iterator[None]:
 
 
 class Problem(NamedTuple):
-    """What a cut depends on. parts: layers in one product that have codes of their own; gated: `triton_int8.gated`."""
+    """What a cut depends on. parts: layers in one product that have codes of their own; gated: `triton_int8.gated`;
+    lines: rows of a frame from its first output to its last, of a convolution that counts them."""
 
     rows: int
     columns: int
@@ -83,12 +86,15 @@ class Problem(NamedTuple):
     stride: int
     parts: int = 1
     gated: bool = False
+    lines: int = 0
 
     @classmethod
     def of(cls, rows: int, columns: int, widths: tuple[int, ...], frame: Frame | None) -> Problem:
         """Of a product's shapes."""
-        taps = 1 if frame is None else frame.kernel[0] * frame.kernel[1]
-        return cls(rows, columns, widths, taps, 1 if frame is None else frame.stride)
+        if frame is None:
+            return cls(rows, columns, widths, 1, 1)
+        lines = frame.lines if frame.stride == 1 else 0
+        return cls(rows, columns, widths, frame.kernel[0] * frame.kernel[1], frame.stride, lines=lines)
 
     def key(self) -> str:
         """As it stands on disk."""
@@ -97,7 +103,8 @@ class Problem(NamedTuple):
 
 
 def cuts(problem: Problem, processors: int, written_out: bool = False) -> list[Config]:
-    """What is worth trying, as it fits the problem: of each kind the cheapest by `cost` first.
+    """What is worth trying, as it fits the problem: of each kind the cheapest by `cost` first, those that split sums
+    last.
 
     Args:
         written_out: Those in Gluon, too; before the others.
@@ -105,7 +112,30 @@ def cuts(problem: Problem, processors: int, written_out: bool = False) -> list[C
     place = Frame(1, 1, 1, (problem.taps, 1), 0, problem.stride) if problem.taps > 1 or problem.stride > 1 else None
     given = GATHERED if problem.stride > 1 else CANDIDATES if place is None else (*CANDIDATES, *GATHERED)
     ahead = flows(problem) if written_out else ()
-    return [cut for family in (ahead, given) for cut in _cheap(family, problem, place, processors)]
+    kinds = [(family, _cheap(family, problem, place, processors)) for family in (ahead, given)]
+    split = [cut for family, whole in kinds for cut in _cheap_splits(family, whole, problem, place, processors)]
+    return [*kinds[0][1], *kinds[1][1], *split]
+
+
+def _cheap_splits(
+    family: tuple[Config, ...], whole: list[Config], problem: Problem, place: Frame | None, processors: int
+) -> list[Config]:
+    """The cheapest of a kind's cuts with split sums, if they cost less than the cheapest without."""
+    every = tuple(each for cut in family for each in splits(cut, problem, processors))
+    least = min((cost(cut, problem, processors) for cut in whole), default=0.0)
+    found = _cheap(every, problem, place, processors) if every else []
+    return [cut for cut in found if cost(cut, problem, processors) < least][:SPLITS]
+
+
+def splits(cut: Config, problem: Problem, processors: int) -> list[Config]:
+    """A cut with its sums split, where its tiles leave half of the processors idle or more: so that all have a part, or
+    two."""
+    if problem.gated or problem.parts > 1 or len(problem.widths) > 1 or cut.flow == TURNS:
+        return []
+    tiles, steps = _tiles(cut, problem), -(-problem.widths[0] // cut.bk) * problem.taps
+    many = {min(rounds * processors // tiles, steps // triton_split.STEPS, triton_split.MOST)
+            for rounds in range(1, 2 if cut.flow else 1 + min(2, cut.together))}  # fmt: skip
+    return [replace(cut, split_k=n) for n in sorted(many) if n > 1]
 
 
 def flows(problem: Problem) -> tuple[Config, ...]:
@@ -135,17 +165,28 @@ def cost(cut: Config, problem: Problem, processors: int) -> float:
 
     With a flow copies and products overlap, and what is left is the writing of a tile: for each of its numbers 0.19
     cycles, 0.12 where warpgroups take turns (benchmarks/results/spike/gluon_product.json). In another unit.
+
+    Where sums are split, each program has a part of the columns, and MERGE cycles are for the kernel that adds.
     """
-    tiles = -(-problem.rows // cut.bm) * problem.parts * -(-problem.columns // (problem.parts * cut.bn))
+    tiles = _tiles(cut, problem) * cut.split_k
     rounds = -(-tiles // processors)
+    columns = sum(-(-width // cut.bk) * cut.bk for width in problem.widths) * problem.taps
+    if cut.split_k > 1:
+        whole = replace(cut, split_k=1)
+        few = Problem(tiles * cut.bm, cut.bn, (-(-columns // cut.split_k),), 1, 1)
+        return cost(whole, few, processors) / cut.split_k + MERGE / columns
     if cut.flow:
-        columns = sum(-(-width // cut.bk) * cut.bk for width in problem.widths) * problem.taps
         each = 0.19 if cut.flow == PAIR else 0.12 if rounds > 1 else 0.25  # who is alone has nobody to write beside
         written = each * cut.bm * cut.bn / columns
         return rounds * (max(cut.bm * cut.bn / 4096, (cut.bm + cut.bn) / 64) * 1.12 + written)
     together = min(rounds, cut.together, SHARED // (cut.stages * (cut.bm + cut.bn) * cut.bk))
     copies = (1.0 if cut.bk >= 128 else 1.3) if cut.tma else 1.15
     return rounds * (cut.bm * cut.bn / 4096 + (cut.bm + cut.bn) / 32 + 1) * copies * (1 if together > 1 else ALONE)
+
+
+def _tiles(cut: Config, problem: Problem) -> int:
+    rows = problem.lines or problem.rows if cut.tma else problem.rows
+    return -(-rows // cut.bm) * problem.parts * -(-problem.columns // (problem.parts * cut.bn))
 
 
 @cache
