@@ -165,6 +165,19 @@ def mixed_rows() -> bool:
     return bool(torch.equal(out.int(), wanted))
 
 
+def repeated() -> bool:
+    """Pixels that are read two and three times in each direction."""
+    case = Case((33, 7), 9, 4, ONE_ROW, 40, Frame(2, 3, 4, (3, 3), 1, 1))
+    tables = (reciprocal(case.scale), case.zero, case.times, ONE_ROW, case.segments, 255)
+    equal = []
+    for times in (2, 3):
+        frame = Frame(2, 3 * times, 4 * times, (3, 3), 1, 1)
+        large = torch.nn.functional.interpolate(case.x, scale_factor=times)
+        given = (case.x, large.contiguous(memory_format=torch.channels_last))
+        equal.append(torch.equal(*[triton_encode.encode(x, *tables, frame=frame) for x in given]))
+    return all(equal)
+
+
 def cases() -> list[tuple[Case, Config, bool]]:
     """Layers, how the product is cut, and whether everything is added."""
     out: list[tuple[Case, Config, bool]] = []
@@ -245,6 +258,7 @@ def main() -> None:
     sys.stdout.write(json.dumps({
         "cases": len(found), "sums": sum(f["sums"] for f in found), "unequal": sum(not f["equal"] for f in found),
         "codes": all(f["codes"] for f in found), "ratio": max(f["ratio"] for f in found), "mixed_rows": mixed_rows(),
+        "repeated": repeated(),
     }) + "\n")
 
 

@@ -27,7 +27,7 @@ from packed import conditioned, fill, pack
 FUSED = {"group_norm_encode": 30, "layer_norm_encode": 18, "int8_joined": 6, "int8_gated": 6, "int8_encode_each": 2,
          "int8_stacked": 4}  # fmt: skip
 """Operations of one call of `network`: 12 residual blocks, 6 transformer blocks with projections around them, of two
-sizes each; what reads the time embedding and what reads the prompt."""
+sizes each; what reads the time embedding and what reads the prompt. One block makes pictures larger."""
 
 
 def network(bits: int = 4, linear: bool = True, layers: int = 2, **options: Any) -> UNet2DConditionModel:
@@ -85,7 +85,7 @@ def test_a_fused_block_gives_what_its_layers_give(bits: int, other: bool) -> Non
     kernels.use(unet, "cuda-int8")
     blocks.unfuse(unet)
     given = list(recorded(unet))
-    assert set(blocks.fuse(unet).values()) == {"fused"} and len(given) == len(blocks.fused(unet)) == 24
+    assert set(blocks.fuse(unet).values()) == {"fused"} and len(given) == len(blocks.fused(unet)) == 25
     clock = next(iter(wrap.layers(unet).values())).input._clock[0]
     operations = Operations()
     for name, block, (args, kwargs, want) in given:
@@ -107,7 +107,7 @@ def test_blocks_take_bits_that_change_over_time() -> None:
     kernels.use(unet, "cuda-int8")
     blocks.unfuse(unet)
     given = list(recorded(unet))
-    assert set(blocks.fuse(unet).values()) == {"fused"} and len(given) == 24
+    assert set(blocks.fuse(unet).values()) == {"fused"} and len(given) == 25
     clock, operations = next(iter(wrap.layers(unet).values())).input._clock[0], Operations()
     for name, block, (args, kwargs, want) in given:
         with operations, clock.at(torch.tensor(500)), torch.no_grad():
@@ -348,6 +348,22 @@ def test_blocks_are_fewer_operations() -> None:
 
 
 @torch.no_grad()
+def test_larger_pictures_are_made_as_they_are_encoded() -> None:
+    unet = network()
+    kernels.use(unet, "cuda-int8")
+    block, x = unet.up_blocks[0].upsamplers[0], torch.randn(2, unet.up_blocks[0].upsamplers[0].channels, 3, 5)
+    clock = next(iter(wrap.layers(unet).values())).input._clock[0]
+    for size, repeats in ((None, 0), ((6, 10), 0), ((7, 9), 1)):  # diffusers asks for a size where 2 does not divide it
+        operations = Operations("aten")
+        with operations, clock.at(torch.tensor(500)):
+            got = block(x, size)
+        with clock.at(torch.tensor(500)):
+            want = block.plain_class.forward(block, x, size)
+        assert operations.count["upsample_nearest2d.vec"] + operations.count["upsample_nearest2d"] == repeats
+        assert torch.equal(got, want) and len(got.unique()) > 100
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("linear", [False, True])
 def test_nothing_is_copied_around_transformer_blocks(linear: bool) -> None:
     """Pictures lie in the order of tokens: neither convolutions nor linear layers around the blocks need a copy, and
@@ -373,9 +389,9 @@ def test_classes_keep_their_names_and_come_back() -> None:
     kinds = [type(module) for module in unet.modules()]
     kernels.use(unet, "auto")
     named = [type(module).__name__ for module in unet.modules()]
-    assert named == [kind.__name__ for kind in kinds] and len(blocks.fused(unet)) == 24
+    assert named == [kind.__name__ for kind in kinds] and len(blocks.fused(unet)) == 25
     assert all(isinstance(module, kind) for module, kind in itertools.zip_longest(unet.modules(), kinds))
     kernels.use(unet, "auto")  # twice is once
-    assert len(blocks.fused(unet)) == 24
+    assert len(blocks.fused(unet)) == 25
     kernels.use(unet, "reference")
     assert [type(module) for module in unet.modules()] == kinds

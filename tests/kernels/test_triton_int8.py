@@ -23,7 +23,7 @@ def _interpreted(*args: str) -> dict[str, Any]:
 def test_sums_are_equal_and_outputs_within_their_rounding() -> None:
     found = _interpreted()
     assert found["cases"] == 28 and found["sums"] > 9_000
-    assert found["unequal"] == 0 and found["codes"] and found["mixed_rows"]
+    assert found["unequal"] == 0 and found["codes"] and found["mixed_rows"] and found["repeated"]
     assert 0 < found["ratio"] <= 1
 
 

@@ -6,6 +6,7 @@
                              encode behind it in the product's epilogue; residuals are added where products round
     Transformer2DModel       the GroupNorm and encode before its first projection; the picture that came in is added
                              where its last one rounds
+    Upsample2D               pixels are repeated by the encode
     GroupNorm                outside of these blocks: channels last, as its pictures lie
 
 `fuse` gives a block whose parts are all plain a class that derives from its own (as PyTorch's parametrizations do) and
@@ -75,12 +76,14 @@ def _kinds() -> dict[type[nn.Module], tuple[type[FusedBlock], Callable[[Any], st
     from diffusers.models.attention import BasicTransformerBlock
     from diffusers.models.resnet import ResnetBlock2D
     from diffusers.models.transformers.transformer_2d import Transformer2DModel
+    from diffusers.models.upsampling import Upsample2D
 
-    from bitbrush.kernels import block_resnet, block_spatial, block_transformer
+    from bitbrush.kernels import block_resnet, block_spatial, block_transformer, block_upsample
 
     return {ResnetBlock2D: (block_resnet.FusedResnet, block_resnet.unfit),
             BasicTransformerBlock: (block_transformer.FusedTransformer, block_transformer.unfit),
-            Transformer2DModel: (block_spatial.FusedSpatial, block_spatial.unfit)}  # fmt: skip
+            Transformer2DModel: (block_spatial.FusedSpatial, block_spatial.unfit),
+            Upsample2D: (block_upsample.FusedUpsample, block_upsample.unfit)}  # fmt: skip
 
 
 @cache

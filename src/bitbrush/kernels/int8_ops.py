@@ -1,6 +1,7 @@
 """The int8 operations as torch ops: Triton on CUDA, the definition in plain torch elsewhere, shapes for tracing.
 
-    bitbrush::int8_encode    an input to codes less 128, rows of channels, or a frame (`triton_int8.Frame`) of them
+    bitbrush::int8_encode    an input to codes less 128, rows of channels, or a frame (`triton_int8.Frame`) of them; a
+                             frame of more pixels than the input has repeats them, as often in both directions
     bitbrush::int8_weight    packed rows below 8 bits to ``code - zero_point``
     bitbrush::int8_product   the integer product of both, scaled, with what is added to it: one rounding
 
@@ -68,6 +69,8 @@ def _encode_plain(
     frame: list[int], per_sample: int, factor: Tensor | None, places: Tensor | None = None,
 ) -> Tensor:
     place = frame_of(frame)
+    if place is not None and place.high != x.shape[2]:
+        x = torch.nn.functional.interpolate(x, (place.high, place.wide))
     rows = x if place is None else x.permute(0, 2, 3, 1)
     rows = rows.float() if factor is None else rows.float() * factor
     if places is not None:

@@ -43,6 +43,7 @@ def encode(
 
     Args:
         x: ``[R, C]`` contiguous, or pictures ``[B, C, H, W]`` whose pixels lie one after the other (channels last).
+            Pictures smaller than the frame's by a whole factor are repeated, pixel by pixel.
         inverse, zero_point, times, kind: As in `triton_int8.Tables`.
         counts: Channels of each segment.
         top: Largest code, where the table of zero-points does not hold it.
@@ -117,7 +118,8 @@ def _cut(
     options = {
         "PLACES": () if listed else segment_places(counts), "COUNT": len(counts),
         "CHANNELS": sum(counts), "LENGTH": length, "TABLE": kind,
-        "SPATIAL": frame is not None, "FACTOR": factor, "CHUNKS": CHUNKS, "num_warps": WARPS,
+        "SPATIAL": frame is not None, "TIMES": 1 if frame is None else frame.high // x.shape[2],
+        "FACTOR": factor, "CHUNKS": CHUNKS, "num_warps": WARPS,
         "enable_fp_fusion": False, **launched(x.device),
     }
     return (rows, length), Launch(kernels.encode, grid, numbers, options)

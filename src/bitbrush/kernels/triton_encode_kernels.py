@@ -89,9 +89,10 @@ def encode(
     x_ptr, out_ptr, factor_ptr, inverse_ptr, zero_ptr, times_ptr, places_ptr, top, rows, samples, per_sample, pitch,
     height, pad, high, wide,
     PLACES: tl.constexpr, COUNT: tl.constexpr, CHANNELS: tl.constexpr, LENGTH: tl.constexpr, TABLE: tl.constexpr,
-    SPATIAL: tl.constexpr, FACTOR: tl.constexpr, CHUNKS: tl.constexpr, EARLY: tl.constexpr,
+    SPATIAL: tl.constexpr, TIMES: tl.constexpr, FACTOR: tl.constexpr, CHUNKS: tl.constexpr, EARLY: tl.constexpr,
 ):
-    """``code - 128`` int8 of CHUNKS times 16 channels; padding holds the zero-point's code.
+    """``code - 128`` int8 of CHUNKS times 16 channels; padding holds the zero-point's code. With SPATIAL a pixel of the
+    input is one of the frame's, or TIMES in both directions.
 
     Without PLACES a table lists ``channel * 256 + segment`` of each column of the output: so layers whose groups have
     other sizes share a build. All 16 columns of a chunk are of one segment.
@@ -118,7 +119,7 @@ def encode(
         inside = (x >= 0) & (x < wide) & (y >= pad) & (y < pad + high)
         row = (sample * height + y) * pitch + at
         kept = (at < pitch) & ((y < height) | (sample == samples - 1))
-        source = (sample * high + y - pad) * wide + x
+        source = (sample * (high // TIMES) + (y - pad) // TIMES) * (wide // TIMES) + x // TIMES
     else:
         row, source = at, at
         kept = row < rows
