@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,28 @@ TESTS = Path(__file__).resolve().parent
 TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 
-def interpreted(script: str, *args: str, timeout: float = 300) -> dict[str, Any]:
+def interpreted(script: str, *args: str, timeout: int = 300) -> dict[str, Any]:
     """What ``tests/kernels/SCRIPT`` prints last: JSON."""
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(TESTS.parent / "src"), str(TESTS))), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, str(TESTS / "kernels" / script), *args], capture_output=True, text=True,
-                          env=env, timeout=timeout, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    with tempfile.TemporaryDirectory() as folder:
+        out, error = Path(folder, "out"), Path(folder, "error")
+        asked = [str(TESTS / "kernels" / script), args, timeout, str(out), str(error)]
+        status = _answer(json.dumps(asked))
+        assert status == "0", f"{script} {args}: {status or 'no answer'}\n{error.read_text()[-3000:]}"
+        found: dict[str, Any] = json.loads(out.read_text().strip().splitlines()[-1])
     return found
+
+
+def _answer(line: str) -> str:
+    server = _server()
+    assert server.stdin is not None and server.stdout is not None
+    server.stdin.write(line + "\n")
+    server.stdin.flush()
+    return str(server.stdout.readline().strip())
+
+
+@cache
+def _server() -> subprocess.Popen[str]:
+    """One for every process that tests; it ends with it."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(TESTS.parent / "src"), str(TESTS))), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, str(TESTS / "interpreter_server.py")], env=env, text=True,
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
