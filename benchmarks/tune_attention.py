@@ -4,8 +4,8 @@
     TRITON_INTERPRET=1 python benchmarks/tune_attention.py --smoke                     # tiny shapes in the interpreter
 
 What it is for: to choose the rules of `bitbrush.kernels.triton_attention.cut` and `attend_ops.fits`. ``codes`` is what
-a step takes, three encodes with it; ``cuts`` have the codes; ``attend_encode`` has float operands and gives codes. Times
-are of CUDA graphs of many launches, median of five. Written after every shape.
+a step takes, three encodes with it; ``cuts`` have the codes; ``attend_encode`` has float operands and gives codes.
+Times are of CUDA graphs of many launches, median of five. Written after every shape.
 """
 
 from __future__ import annotations
