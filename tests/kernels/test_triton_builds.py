@@ -80,7 +80,7 @@ def _product(config: Any, spatial: int, widths: tuple[int, ...], taps: tuple[int
     constants = {
         "COUNT": len(widths), "WIDTH": 0 if several else widths[0], "KH": taps[0], "KW": taps[1],
         "TABLE": table, "PARTS": parts, "SPATIAL": spatial,
-        "RESIDUAL": residual, "SHARED": residual, "KEEP": False, **_tiles(config, early),
+        "RESIDUAL": residual, "SHARED": residual, "KEEP": False, "SPLIT_K": config.split_k, **_tiles(config, early),
     }
     tables = {"scale_a_ptr": ("*fp32",) * parts, "zero_a_ptr": ("*u8",) * parts, "times_ptr": ("*i64",) * parts}
     return _built(kernels.product, constants, config.warps, config.stages, config.registers,
@@ -113,11 +113,12 @@ def test_products_multiply_on_the_tensor_cores_from_copies_in_flight() -> None:
         (Config(64, 128, warps=4), LINEAR, (0,), (1, 1), 1, 1), (Config(bk=64), FLAT, (320,), (3, 3), 0, 1),
         (Config(bk=64, tma=False), GATHERED, (320,), (3, 3), 0, 1),
         (Config(128, 64, 64), LINEAR, (640, 320), (1, 1), 0, 1), (Config(), LINEAR, (0,), (1, 1), JOINED, 3),
-        (Config(bk=32), FLAT, (96, 32) * 4, (3, 3), 0, 1),
+        (Config(bk=32), FLAT, (96, 32) * 4, (3, 3), 0, 1), (Config(split_k=3), FLAT, (1280,), (3, 3), 0, 1),
+        (Config(64, 64, 64, tma=False, warps=4, split_k=2), GATHERED, (320,), (3, 3), 0, 1),
     ):
         assert _multiplies_in_flight(_product(config, spatial, widths, taps, table, parts), config.tma)
         built += 1
-    assert built == 8
+    assert built == 10
 
 
 def test_segments_go_through_one_loop() -> None:
