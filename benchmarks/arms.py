@@ -120,8 +120,8 @@ def bars() -> list[Run]:
     found += [Run("cifar10-ddpm", "dgq", "w4a6", "bar"),
               Run("cifar10-ddpm", "vqdm", "w3a16", "bar", "--set tune.iterations=1500")]  # fmt: skip
     longer = "--set codebooks.epochs=16 --set codebooks.tolerance=0.001 --set codebooks.feedback_epochs=16"
-    found += [Run("emoji-sd", "vqdm", bits, "feedback", f"{two}--set tune.iterations=1500 {longer}")
-              for bits, two in (("w3a16", ""), ("w2a16", "--preset two "))]  # fmt: skip
+    found += [Run("emoji-sd", "vqdm", bits, "thorough", f"{how} --set tune.iterations=1500")
+              for bits, how in (("w3a16", "--preset thorough"), ("w2a16", f"--preset two {longer}"))]  # fmt: skip
     return found
 
 
