@@ -10,7 +10,7 @@ Parts, each with a JSON of its own in --out that is written after every item:
     conv, gemm    SDXL's costliest convolutions, SDXL's and FLUX's products, beside cuDNN, cuBLAS and torch._int_mm
     encode        encodes, alone and fused with a norm, as a share of the copy's bytes a second
     layers        one layer in every form, time tables, segments and codebooks among them
-    steps-MODEL   a step of sdxl, sd15, dit, flux, emoji: eager, compiled, in CUDA graphs; bf16 and packed
+    steps-MODEL   a step of sdxl, sd15, dit, flux, emoji, emoji-tiny: eager, compiled, in CUDA graphs; bf16 and packed
     memory        peak of putting SDXL on the GPU and one step
     peer-NAME     SDXL's step by another library; one process each
 

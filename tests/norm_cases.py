@@ -75,6 +75,23 @@ def layer_norms() -> Iterator[Case]:
             yield f"layer {plain}", "layer_norm_encode", args, (channels,)
 
 
+def modulated_norms() -> Iterator[Case]:
+    """LayerNorm with scale and shift of each sample, parts of longer rows, as adaLN has them: rows of samples that fill
+    programs, and that do not."""
+    for i, (channels, rows, many, dtype) in enumerate(((40, 8, 3, FLOATS[1]), (1150, 3, 2, FLOATS[1]),
+                                                       (320, 7, 1, FLOATS[2]), (70, 4, 1, FLOATS[0]))):
+        g = drawn(20 + i)
+        found = list(zip(*(tables(g, 1, 255, changing=bool(i % 2)) for _ in range(many)), strict=True))
+        for plain in ("exact", "random"):
+            given = dyadic(3 * 6 * channels, g).reshape(3, 6 * channels).to(dtype)
+            shift, scale, *_ = given.chunk(6, 1)
+            x = exact((3 * rows, channels), g).reshape(3, rows, channels)
+            x = x if plain == "exact" else torch.randn(x.shape, generator=g) * 3 + 1
+            args = (x.to(dtype), None, None, 0.0 if plain == "exact" else 1e-6, *map(list, found), [255] * many,
+                    [None] * many, scale, shift)
+            yield f"modulated {plain}", "layer_norm_encode", args, (channels,)
+
+
 def group_norms() -> Iterator[Case]:
     """GroupNorm: frames or rows, segments, groups of odd sizes, chunks that end within a picture; last, what one launch
     does where processors are few: parts of one group or more, a last tile that few or no pixels fill."""
@@ -113,6 +130,18 @@ def geglus() -> Iterator[Case]:
         yield "geglu random", "geglu_encode", args, (channels,)
 
 
+def gelus() -> Iterator[Case]:
+    """GELU by erf and by tanh, also of the largest and smallest numbers."""
+    for i, (channels, dtype) in enumerate(((40, FLOATS[1]), (64, FLOATS[2]), (96, FLOATS[0]), (1152, FLOATS[1]))):
+        g = drawn(70 + i)
+        x = torch.randn((3, 11, channels), generator=g) * 4
+        x[0, 0] = torch.linspace(-40, 40, channels)
+        found = tables(g, 1, 63 if i == 1 else 255, changing=i == 1)
+        for tanh in (False, True):
+            args = (x.to(dtype), tanh, *found, 255, torch.rand(channels, generator=g) if i else None)
+            yield f"gelu {'tanh' if tanh else 'erf'}", "gelu_encode", args, (channels,)
+
+
 def encodes() -> Iterator[Case]:
     """The encode alone: every row of a frame, which the tests of products see through sums only."""
     for i, (counts, batch, high, wide, pad) in enumerate((
@@ -130,7 +159,7 @@ def encodes() -> Iterator[Case]:
 
 def every() -> Iterator[Case]:
     """All cases."""
-    for make in (layer_norms, group_norms, geglus, encodes):
+    for make in (layer_norms, modulated_norms, group_norms, geglus, gelus, encodes):
         yield from make()
 
 

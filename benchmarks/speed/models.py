@@ -14,6 +14,8 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
+from bitbrush.network.clock import expanded
+
 diffusers.utils.logging.set_verbosity_error()  # else every network in bf16 is warned of
 Inputs = dict[str, Any]
 Noise = Callable[..., Tensor]
@@ -43,6 +45,13 @@ FLUX = {
     "patch_size": 1, "in_channels": 64, "num_layers": 0, "num_single_layers": 8, "attention_head_dim": 128,
     "num_attention_heads": 24, "joint_attention_dim": 4096, "pooled_projection_dim": 768, "guidance_embeds": True,
     "axes_dims_rope": (16, 56, 56),
+}  # fmt: skip
+EMOJI = {
+    "sample_size": 32, "in_channels": 4, "out_channels": 4, "layers_per_block": 2,
+    "block_out_channels": (128, 256, 384),
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    "attention_head_dim": 8, "cross_attention_dim": 256, "norm_num_groups": 32,
 }  # fmt: skip
 FLUX_TOKENS, FLUX_TEXT = 4096, 512
 TEXT = 77
@@ -105,7 +114,9 @@ class Model:
 def _placed(value: Any, device: str) -> Any:
     if isinstance(value, dict):
         return {name: _placed(one, device) for name, one in value.items()}
-    return value.to(device) if isinstance(value, Tensor) else value
+    if not isinstance(value, Tensor):
+        return value
+    return value[:1].to(device).expand(value.shape) if expanded(value) else value.to(device)
 
 
 def _unet(model: Model, noise: Noise) -> Inputs:
@@ -127,7 +138,7 @@ def _dit(model: Model, noise: Noise) -> Inputs:
     size, batch = model.config["sample_size"], model.batch
     return {
         "hidden_states": noise(batch, model.config["in_channels"], size, size),
-        "timestep": torch.full((batch,), 481),
+        "timestep": torch.tensor([481]).expand(batch),  # as the pipeline does
         "class_labels": torch.full((batch,), 207),
     }
 
@@ -143,7 +154,7 @@ def _flux(model: Model, noise: Noise) -> Inputs:
     }  # fmt: skip
 
 
-def _emoji() -> dict[str, Any]:
+def _tiny() -> dict[str, Any]:
     from bitbrush import assets
 
     config = json.loads((assets.path("emoji-sd-tiny") / "unet" / "config.json").read_text(encoding="utf-8"))
@@ -157,6 +168,10 @@ def find(name: str) -> Model:
 
 _TINY_UNET = {"sample_size": 8, "block_out_channels": (32, 64), "layers_per_block": 1, "cross_attention_dim": 32,
               "norm_num_groups": 8}  # fmt: skip
+_TINY_CROSS = _TINY_UNET | {
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "attention_head_dim": 4,
+}  # fmt: skip
 MODELS: dict[str, Callable[[], Model]] = {
     "sdxl": lambda: Model(
         "sdxl", "SDXL UNet, 1024 x 1024, batch 2", "UNet2DConditionModel", SDXL, 2, _unet,
@@ -167,8 +182,7 @@ MODELS: dict[str, Callable[[], Model]] = {
     ),
     "sd15": lambda: Model(
         "sd15", "SD 1.5 UNet, 512 x 512, batch 2", "UNet2DConditionModel", SD15, 2, _unet,
-        _TINY_UNET | {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-                      "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "attention_head_dim": 4},
+        _TINY_CROSS,
     ),
     "dit": lambda: Model(
         "dit", "DiT-XL/2, 256 x 256, batch 2", "DiTTransformer2DModel", DIT, 2, _dit,
@@ -180,9 +194,10 @@ MODELS: dict[str, Callable[[], Model]] = {
          "pooled_projection_dim": 32, "axes_dims_rope": (8, 12, 12)}, tokens=(FLUX_TOKENS, FLUX_TEXT),
     ),
     "emoji": lambda: Model(
-        "emoji", "emoji-sd-tiny UNet, batch 32", "UNet2DConditionModel", _emoji(), 32, _unet,
-        _TINY_UNET | {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-                      "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "attention_head_dim": 4},
+        "emoji", "emoji-sd UNet, batch 32", "UNet2DConditionModel", EMOJI, 32, _unet, _TINY_CROSS, tokens=(0, 24),
+    ),
+    "emoji-tiny": lambda: Model(
+        "emoji-tiny", "emoji-sd-tiny UNet, batch 32", "UNet2DConditionModel", _tiny(), 32, _unet, _TINY_CROSS,
     ),
 }  # fmt: skip
 """Models by name, the most telling first."""

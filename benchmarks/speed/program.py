@@ -37,11 +37,12 @@ KERNEL_PARTS: dict[str, Callable[..., None]] = {
 FORMS = {
     "sdxl": ("w8a8", "w4a8", "vq3", "w8a8-times", "w8a8-segments8", "w4a8-groups8", "w4"), "sd15": ("w8a8", "w4a8"),
     "dit": ("w8a8", "w4a8"), "flux": ("w8a8", "w4a8"), "emoji": ("w8a8", "w4a8"),
+    "emoji-tiny": ("w8a8", "w4a8"),
 }  # fmt: skip
 """Forms of each model, the most telling first."""
 PARTS = (
     "ceilings", "conv", "gemm", "steps-sdxl", "encode", "steps-sd15", "memory", "layers",
-    *(f"peer-{name}" for name in peers.PEERS), "steps-flux", "steps-dit", "steps-emoji",
+    *(f"peer-{name}" for name in peers.PEERS), "steps-flux", "steps-dit", "steps-emoji", "steps-emoji-tiny",
 )  # fmt: skip
 """All parts, the most telling first."""
 

@@ -41,7 +41,7 @@ BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D", "Upsample2D", "Downsample2D"
 WAYS = {"auto": ((BY_BLOCKS, WHOLE), (BY_BLOCKS,)), "both": ((BY_BLOCKS, WHOLE),) * 2, "whole": ((WHOLE,),) * 2,
         "blocks": ((BY_BLOCKS,),) * 2, "none": ((), ())}  # fmt: skip
 """What ``--compile`` says to how float activations, and how those in codes, are compiled."""
-SECONDS = {"sdxl": 105.0, "sd15": 70.0, "dit": 45.0, "flux": 45.0, "emoji": 40.0}
+SECONDS = {"sdxl": 105.0, "sd15": 70.0, "dit": 45.0, "flux": 45.0, "emoji": 40.0, "emoji-tiny": 40.0}
 """What an item may take, mostly compiling; less is not started. See `run`."""
 
 

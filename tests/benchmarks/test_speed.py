@@ -39,7 +39,7 @@ def test_dit_and_sd15_are_counted_as_they_are_known(script: Script) -> None:
     assert sd15.parameters == 859_520_964
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd15", "dit", "flux", "emoji"])
+@pytest.mark.parametrize("name", ["sdxl", "sd15", "dit", "flux", "emoji", "emoji-tiny"])
 def test_the_count_is_that_of_torch(script: Script, name: str) -> None:
     shapes, models = script("speed.shapes"), script("speed.models")
     model = models.find(name).shrunk()
@@ -222,7 +222,7 @@ def test_parts_are_chosen_by_name_and_group(script: Script, capsys: pytest.Captu
     program = script("speed.program")
     assert program.arguments(["--smoke"]).parts == list(program.PARTS)
     assert program.arguments(["steps", "conv", "steps-sdxl"]).parts == [
-        "steps-sdxl", "steps-sd15", "steps-flux", "steps-dit", "steps-emoji", "conv",
+        "steps-sdxl", "steps-sd15", "steps-flux", "steps-dit", "steps-emoji", "steps-emoji-tiny", "conv",
     ]  # fmt: skip
     assert program.arguments(["conv"]).out == program.RESULTS
     assert program.arguments(["conv", "--smoke"]).out != program.RESULTS  # no smoke run among the results

@@ -62,8 +62,11 @@ def plant(name: str) -> None:
     """A fault in what the kernels are given or do."""
     layer, group = triton_norm.layer_norm, triton_norm.group_norm
 
-    def consumers(x: Tensor, weight: Any, bias: Any, eps: float, given: Any, tops: Any) -> Tensor:
-        return layer(x, weight, bias, eps, given[::-1], tops[::-1])
+    def consumers(x: Tensor, weight: Any, bias: Any, eps: float, given: Any, tops: Any, modulation: Any) -> Tensor:
+        return layer(x, weight, bias, eps, given[::-1], tops[::-1], modulation)
+
+    def sample(*args: Any) -> Tensor:
+        return layer(*args[:-1], args[-1] and tuple(part.roll(1, 0) for part in args[-1]))
 
     def shifted(*args: Any) -> Tensor:
         out, frame = group(*args), args[11]
@@ -71,6 +74,8 @@ def plant(name: str) -> None:
 
     if name == "consumers":
         triton_norm.layer_norm = consumers
+    elif name == "sample":
+        triton_norm.layer_norm = sample
     elif name == "place":
         triton_norm.group_norm = shifted
     elif name == "sums":
@@ -81,6 +86,8 @@ def plant(name: str) -> None:
         small.cut = lambda *given: (lambda how: how and how._replace(tiles=max(how.own, how.tiles - 1)))(held(*given))
     elif name == "gelu":
         triton_norm_kernels.gelu = triton_norm_kernels.silu
+    elif name == "tanh":
+        triton_norm_kernels.gelu_tanh = triton_norm_kernels.gelu
     elif name == "half-up":
         assert small_kernels.centred is triton_encode_kernels.centred  # imported before, so that encodes alone err
         triton_encode_kernels.centred = half_up

@@ -18,7 +18,8 @@ POINTERS = {
     "y_ptr": "*bf16", "acc_ptr": "*bf16", "bias_ptr": "*fp32", "residual_ptr": "*bf16", "shared_ptr": "*bf16",
     "scale_a_ptr": "*fp32", "zero_a_ptr": "*u8", "times_ptr": "*i64", "scale_w_ptr": "*fp32", "sum_w_ptr": "*i32",
     "x_ptr": "*bf16", "factor_ptr": "*fp32", "inverse_ptr": "*fp32", "data": "*u8",
-    "weight_ptr": "*bf16", "mean_ptr": "*fp32", "square_ptr": "*fp32", "next_times_ptr": "*i64",
+    "weight_ptr": "*bf16", "scale_ptr": "*bf16", "shift_ptr": "*bf16", "mean_ptr": "*fp32", "square_ptr": "*fp32",
+    "next_times_ptr": "*i64",
     "zero_ptr": "*u8", "order_ptr": "*i16", "book_ptr": "*fp16", "a": "*i8", "w": "*i8",
 }
 ATTENTION = {
@@ -143,8 +144,8 @@ def test_a_kernel_that_is_launched_early_waits_before_it_reads_or_writes() -> No
     from bitbrush.kernels.triton_int8 import LINEAR, Config
 
     early, usual = (_product(Config(), LINEAR, (0,), (1, 1), 0, early=on) for on in (True, False))
-    size = {"CHANNELS": 640, "LENGTH": 640, "FACTOR": False, "CHUNKS": 128, "EARLY": True}
-    geglu = _built(triton_norm_kernels.geglu, size, out_ptr="*i8")
+    size = {"CHANNELS": 640, "LENGTH": 640, "GATED": True, "TANH": False, "FACTOR": False, "CHUNKS": 128, "EARLY": True}
+    geglu = _built(triton_norm_kernels.activated, size, out_ptr="*i8")
     assert "griddepcontrol" not in usual
     for text, least in ((early, 15), (geglu, 5)):
         wait, launch = (text.index(f"griddepcontrol.{what};") for what in ("wait", "launch_dependents"))
@@ -227,19 +228,21 @@ def _norms() -> dict[str, str]:
     from bitbrush.kernels import triton_norm_kernels as kernels
     from bitbrush.kernels import triton_norm_small_kernels as small
 
-    rows = {"TOPS": (255, 255), "WEIGHT": True, "BIAS": True, "FACTORS": (False, True), "EARLY": False}
+    rows = {"TOPS": (255, 255), "WEIGHT": True, "BIAS": True, "MODULATED": False, "FACTORS": (False, True),
+            "EARLY": False}
     block, columns = cuts.sum_block(32, 20)
     held = {"HIGH": 32, "WIDE": 32, "HEIGHT": 33, "PITCH": 33, "PAD": 1, "BELOW": 66, "VECTOR": 8, "LANES": 512,
             "TILES": 11, "OWN": 6, "SPLIT": 2, "SILU": True, "FACTOR": False, "EARLY": False}  # fmt: skip
     second = {"LENGTH": 640, "BLOCKS": ((0, 0, 0, 640, 640),), "SILU": True, "FACTOR": False, "SPATIAL": True,
               "CODES": True, "MOST": 64, "BG": 8, "BC": cuts.COLUMNS, "BR": cuts.ROWS, "EARLY": False}  # fmt: skip
     made = {}
-    for channels in (640, 1280):
+    bare = {"WEIGHT": False, "BIAS": False, "MODULATED": True}  # of a DiT
+    for name, channels, more in (("layer 640", 640, {}), ("layer 1280", 1280, {}), ("modulated", 1152, bare)):
         vector, warps, parts, height = cuts.row_cut(channels)
         size = {"CHANNELS": channels, "LENGTH": channels, "PARTS": parts, "BR": height, "INNER": 32 * warps * vector,
                 "VECTOR": vector}  # fmt: skip
-        made[f"layer {channels}"] = _built(kernels.layer_norm, {**size, **rows}, out_ptr="*i8", bias_ptr="*bf16",
-                                           warps=warps, registers=cuts.REGISTERS)  # fmt: skip
+        made[name] = _built(kernels.layer_norm, {**size, **rows, **more}, out_ptr="*i8", bias_ptr="*bf16",
+                            warps=warps, registers=cuts.REGISTERS)  # fmt: skip
     for paired in (False, True):
         made[f"group {paired}"] = _built(kernels.group_norm, {**GROUP, **second, "PAIRED": paired}, out_ptr="*i8",
                                          bias_ptr="*bf16", registers=cuts.APPLY_REGISTERS)  # fmt: skip
@@ -258,16 +261,18 @@ def test_norms_are_read_in_sixteen_bytes_and_use_no_slow_conversion(tmp_path: Pa
     from bitbrush.kernels import triton_norm_kernels as kernels
 
     size = {"CHANNELS": 640, "LENGTH": 640, "FACTOR": False, "CHUNKS": 128, "EARLY": False}
-    ptx = {**_norms(), "geglu": _built(kernels.geglu, size, out_ptr="*i8")}
-    stores = {"layer 640": {"b32"}, "layer 1280": {"v2.b32"}, "held": {"v2.b32"}, "sums True": {"b32"},
-              "sums False": {"b32"}}  # fmt: skip
+    ptx = _norms()
+    for name, gated, tanh in (("geglu", True, False), ("gelu", False, False), ("gelu tanh", False, True)):
+        ptx[name] = _built(kernels.activated, {**size, "GATED": gated, "TANH": tanh}, out_ptr="*i8")
+    stores = {"layer 640": {"b32"}, "modulated": {"b32"}, "layer 1280": {"v2.b32"}, "held": {"v2.b32"},
+              "sums True": {"b32"}, "sums False": {"b32"}}  # fmt: skip
     for name, text in ptx.items():
-        assert f"ld.global.{'v2' if name == 'layer 640' else 'v4'}.b32" in text, name
+        assert f"ld.global.{'v2' if name in ('layer 640', 'modulated') else 'v4'}.b32" in text, name
         assert set(re.findall(r"st\.global\.(\S+?)\s", text)) == stores.get(name, {"v4.b32"}), name
         assert not re.search(r"cvt\.r[nzmp]i|cvt\.rn\.bf16\.f32", text), name
         assert ("cvt.rn.bf16x2.f32" in text) == (not name.startswith("sums")), name
         assert ".local" not in text and needs(text, tmp_path).spilled == 0, name
-    assert "ld.shared" not in ptx["layer 1280"] + ptx["layer 640"] and len(ptx) == 8
+    assert "ld.shared" not in ptx["layer 1280"] + ptx["layer 640"] + ptx["modulated"] and len(ptx) == 11
 
 
 def test_a_second_pass_that_is_launched_early_reads_sums_and_writes_when_they_are_there() -> None:

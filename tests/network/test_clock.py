@@ -75,7 +75,8 @@ def test_an_empty_grid_raises() -> None:
 
 
 @pytest.mark.parametrize(
-    "now", [500, 500.0, torch.tensor(500), torch.tensor([500.0]), torch.tensor(500, dtype=torch.int32)]
+    "now", [500, 500.0, torch.tensor(500), torch.tensor([500.0]), torch.tensor(500, dtype=torch.int32),
+            torch.tensor([500]).expand(2)],
 )
 def test_every_form_of_a_timestep(now: Tensor | float | int) -> None:
     model, clock = _model()
@@ -85,6 +86,8 @@ def test_every_form_of_a_timestep(now: Tensor | float | int) -> None:
     assert torch.equal(model(x, timestep=now), want)
     assert torch.equal(model(sample=x, timestep=now), want)
     assert clock.now is None
+    with clock.at(now):
+        assert clock.rows("nearest").shape == (1,)  # one value for the batch is one row
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

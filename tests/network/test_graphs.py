@@ -92,6 +92,23 @@ def test_replays_are_the_model_at_every_timestep() -> None:
     assert not torch.equal(answer(plain, 0, 999), answer(plain, 0, 1)), "the tables matter here"
 
 
+def test_a_timestep_expanded_over_the_batch_stays_one_row() -> None:
+    """As DiT's pipeline gives it; one a sample is another signature."""
+    model = network()
+    plain, recorder, rows = copy.deepcopy(model), enabled(model), []
+    clock = next(iter(wrap.layers(model).values())).input._clock[0]
+    hook = model.conv_out.register_forward_pre_hook(lambda *_: rows.append(len(clock.rows("nearest"))))
+    for seed, time in enumerate((999, 500, 1)):
+        assert torch.equal(answer(model, seed, torch.tensor([time]).expand(2)), answer(plain, seed, time))
+    assert recorder.captures == 0 and rows == [1, 1, 1]  # somebody looks in
+    hook.remove()
+    for seed, time in enumerate((999, 500, 1)):
+        assert torch.equal(answer(model, seed, torch.tensor([time]).expand(2)), answer(plain, seed, time))
+    assert recorder.captures == 1 and recorder.replays == 2
+    (known,) = [graph for graph in model.graphs.known.values() if graph is not None]
+    assert [place.stride() for place in known.inputs if place.shape == (2,)] == [(0,)]
+
+
 def test_answers_stay_what_they_were() -> None:
     model = network()
     enabled(model)

@@ -1,4 +1,4 @@
-"""diffusers' BasicTransformerBlock on codes; see `bitbrush.kernels.blocks`."""
+"""diffusers' BasicTransformerBlock of a UNet on codes; see `bitbrush.kernels.blocks`."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def unfit(block: Any) -> str | None:
         return "a part that is not in every block of its kind"
     if not all(type(norm) is nn.LayerNorm for norm in (block.norm1, block.norm2, block.norm3)):
         return "a norm other than LayerNorm"
-    odd = _odd_attention(block.attn1) or _odd_attention(block.attn2) or _odd_feed_forward(block.ff)
+    odd = odd_attention(block.attn1) or odd_attention(block.attn2) or _odd_feed_forward(block.ff)
     return odd or first_reason(_layers(block))
 
 
-def _odd_attention(attn: Any) -> str | None:
+def odd_attention(attn: Any) -> str | None:
     """Why an attention is not plain."""
     if type(attn.processor) is not plain_processor():
         return f"attention by {type(attn.processor).__name__}"
@@ -84,19 +84,29 @@ class FusedTransformer(FusedBlock):
 
     def join(self: Any) -> None:
         """Queries, keys and values as one product, and those of the context, where the weights are on a GPU."""
-        from bitbrush import kernels
-
         self.joined = {}
         for name, layers in (
             (_SELF, [self.attn1.to_q, self.attn1.to_k, self.attn1.to_v]), (_CONTEXT, [self.attn2.to_k, self.attn2.to_v])
         ):
-            packed = all(hasattr(layer, "declare_packed") for layer in layers)
-            device = layers[0].weight_scale.device.type if packed else ""
-            if packed and all(kernels.chosen(layer, device) == "cuda-int8" for layer in layers) and joined.able(layers):
-                self.joined[name] = joined.join(layers)
+            made = joined_where_run(layers)
+            if made is not None:
+                self.joined[name] = made
 
 
-class _Attention(NamedTuple):
+def joined_where_run(layers: list[Any]) -> Joined | None:
+    """The layers as one, where all of them are run by this kernel and can be joined."""
+    from bitbrush import kernels
+
+    packed = all(hasattr(layer, "declare_packed") for layer in layers)
+    device = layers[0].weight_scale.device.type if packed else ""
+    if packed and all(kernels.chosen(layer, device) == "cuda-int8" for layer in layers) and joined.able(layers):
+        return joined.join(layers)
+    return None
+
+
+class Heads(NamedTuple):
+    """An attention, and its layers."""
+
     module: Any
     q: Any
     k: Any
@@ -108,8 +118,8 @@ class _Parts(NamedTuple):
     """The block's parts as they are now: whoever puts others in shall be seen."""
 
     norms: tuple[Any, Any, Any]
-    own: _Attention
-    cross: _Attention
+    own: Heads
+    cross: Heads
     ff: tuple[Any, Any]
     first: Any
     last: Any
@@ -119,15 +129,16 @@ class _Parts(NamedTuple):
         return (*self.own[1:], *self.cross[1:], self.first, self.last)
 
 
-def _attention(attn: Any) -> _Attention:
+def heads_of(attn: Any) -> Heads:
+    """An attention and its layers as they are now; KeyError or AttributeError where others stand in their place."""
     held = attn._modules
-    return _Attention(attn, held["to_q"], held["to_k"], held["to_v"], held["to_out"]._modules["0"])
+    return Heads(attn, held["to_q"], held["to_k"], held["to_v"], held["to_out"]._modules["0"])
 
 
 def _parts(block: Any) -> _Parts:
     held = block._modules
     ff, net = held["ff"], held["ff"]._modules["net"]._modules
-    return _Parts((held["norm1"], held["norm2"], held["norm3"]), _attention(held["attn1"]), _attention(held["attn2"]),
+    return _Parts((held["norm1"], held["norm2"], held["norm3"]), heads_of(held["attn1"]), heads_of(held["attn2"]),
                   (ff, net["0"]), net["0"]._modules["proj"], net["2"])  # fmt: skip
 
 
@@ -148,18 +159,20 @@ def _plain_now(block: Any, x: Tensor) -> _Parts | None:
 
 
 # ---- parts -----------------------------------------------------------------------------------------------------------
-def _normed(norm: nn.LayerNorm, layers: list[Any], x: Tensor) -> tuple[Tensor, list[Given]]:
-    """Codes of the norm for each layer, one below the other, and what encoded them."""
+def normed(
+    norm: nn.LayerNorm, layers: list[Any], x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None
+) -> tuple[Tensor, list[Given]]:
+    """Codes of the norm (and its modulation) for each layer, one below the other, and what encoded them."""
     given, weights = [gpu.given_input(layer, x) for layer in layers], norm._parameters
     codes = _OPS.layer_norm_encode(
         x, weights["weight"], weights["bias"], norm.eps, [g.inverse for g in given], [g.encoding for g in given],
         [g.times for g in given], [gpu.facts(layer).top for layer in layers],
-        [gpu.input_scale(layer) for layer in layers],
+        [gpu.input_scale(layer) for layer in layers], scale, shift,
     )
     return codes, given
 
 
-def _products(layers: list[Any], join: Joined | None, codes: Tensor, given: list[Given], x: Tensor) -> list[Tensor]:
+def products(layers: list[Any], join: Joined | None, codes: Tensor, given: list[Given], x: Tensor) -> list[Tensor]:
     """Each layer's output ``[B, L, N]`` for its codes: of one product where the layers are joined."""
     if join is None or join.codes.device != codes.device:  # offloading moves the layers' tensors one by one
         own = codes.reshape(len(layers), -1, codes.shape[-1]).unbind(0) if len(layers) > 1 else (codes,)
@@ -168,44 +181,44 @@ def _products(layers: list[Any], join: Joined | None, codes: Tensor, given: list
     return list(out.reshape(len(layers), *x.shape[:-1], -1).unbind(0))
 
 
-def _attended(attn: _Attention, parts: list[Tensor], x: Tensor) -> Tensor:
-    """``x`` and what the heads make of queries, keys and values, through the last layer."""
+def attended(attn: Heads, parts: list[Tensor], x: Tensor, residual: Tensor | None) -> Tensor:
+    """What the heads make of queries, keys and values, through the last layer, and the residual; shaped as ``x``."""
     heads, last = attn.module.heads, attn.last
     q, k, v = [part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in parts]
     given = gpu.given_input(last, x)
     if attend_ops.fits(q, k, given.kind):
         codes = _OPS.attend_encode(q, k, v, given.inverse, given.encoding, given.times, gpu.facts(last).top,
                                    gpu.input_scale(last))  # fmt: skip
-        return gpu.multiply(last, codes, given, x, residual=x)
+        return gpu.multiply(last, codes, given, x, residual=residual)
     found = F.scaled_dot_product_attention(q, k, v, dropout_p=0.0, is_causal=False)
     side = found.transpose(1, 2).flatten(2)
     given = gpu.given_input(last, side)
-    return gpu.multiply(last, gpu.input_rows(last, side, given), given, side, residual=x)
+    return gpu.multiply(last, gpu.input_rows(last, side, given), given, side, residual=residual)
 
 
 def _self_attention(parts: _Parts, join: Joined | None, x: Tensor) -> Tensor:
     attn = parts.own
     layers = [attn.q, attn.k, attn.v]
-    codes, given = _normed(parts.norms[0], layers, x)
-    return _attended(attn, _products(layers, join, codes, given, x), x)
+    codes, given = normed(parts.norms[0], layers, x)
+    return attended(attn, products(layers, join, codes, given, x), x, residual=x)
 
 
 def _cross_attention(parts: _Parts, join: Joined | None, readers: Any, x: Tensor, context: Tensor) -> Tensor:
     attn = parts.cross
     layers = [attn.k, attn.v]
-    codes, given = _normed(parts.norms[1], [attn.q], x)
-    query = _products([attn.q], None, codes, given, x)
+    codes, given = normed(parts.norms[1], [attn.q], x)
+    query = products([attn.q], None, codes, given, x)
     taken = None if readers is None else readers.take(layers, context, lambda: context)
     if taken is not None:
-        return _attended(attn, query + taken, x)
+        return attended(attn, query + taken, x, residual=x)
     given = [gpu.given_input(layer, context) for layer in layers]
     codes = torch.cat([gpu.input_rows(layer, context, g) for layer, g in zip(layers, given, strict=True)])
-    return _attended(attn, query + _products(layers, join, codes, given, context), x)
+    return attended(attn, query + products(layers, join, codes, given, context), x, residual=x)
 
 
 def _feed_forward(parts: _Parts, x: Tensor) -> Tensor:
     first, last = parts.first, parts.last
-    codes, (given,) = _normed(parts.norms[2], [first], x)
+    codes, (given,) = normed(parts.norms[2], [first], x)
     behind = gpu.given_input(last, x)
     gated = _OPS.int8_gated(
         codes, gpu.int8_weight(first), given.scale, given.zero_point, given.times, first._buffers["weight_scale"],

@@ -2,8 +2,9 @@
 
     ResnetBlock2D            GroupNorm, SiLU and encode in one pass; the time embedding and the shortcut are added where
                              the convolutions round
-    BasicTransformerBlock    LayerNorm and encode in one pass; queries, keys and values as one product; GEGLU and the
-                             encode behind it in the product's epilogue; residuals are added where products round
+    BasicTransformerBlock    LayerNorm, in a DiT with its modulation, and encode in one pass; queries, keys and values
+                             as one product; GEGLU and the encode behind it in the product's epilogue, or GELU and
+                             encode in one pass; residuals are added where products round
     Transformer2DModel       the GroupNorm and encode before its first projection; the picture that came in is added
                              where its last one rounds
     Upsample2D               pixels are repeated by the encode
@@ -50,6 +51,8 @@ class FusedBlock(nn.Module):
     plain_class: type[nn.Module]
     passes_codes = True
     """Not a norm alone."""
+    norm_types: tuple[str, ...] | None = None
+    """Of the blocks of a class it is for; None: of all."""
     joined: dict[str, Any]
     readers: Any = None
     gpu_readers: Any = None
@@ -70,28 +73,36 @@ class FusedBlock(nn.Module):
         self.join()
 
 
+Form = tuple[Any, Callable[[Any], str | None]]
+"""What a block is mixed with, and what says why it cannot be fused."""
+
+
 @cache
-def _kinds() -> dict[type[nn.Module], tuple[type[FusedBlock], Callable[[Any], str | None]]]:
-    """diffusers' classes, what each is mixed with, and what says why a block cannot be fused."""
+def _kinds() -> dict[type[nn.Module], tuple[Form, ...]]:
+    """diffusers' classes, and the forms that their blocks have."""
     from diffusers.models.attention import BasicTransformerBlock
     from diffusers.models.resnet import ResnetBlock2D
     from diffusers.models.transformers.transformer_2d import Transformer2DModel
     from diffusers.models.upsampling import Upsample2D
 
-    from bitbrush.kernels import block_resnet, block_spatial, block_transformer, block_upsample
+    from bitbrush.kernels import block_adaptive, block_resnet, block_spatial, block_transformer, block_upsample
 
-    return {ResnetBlock2D: (block_resnet.FusedResnet, block_resnet.unfit),
-            BasicTransformerBlock: (block_transformer.FusedTransformer, block_transformer.unfit),
-            Transformer2DModel: (block_spatial.FusedSpatial, block_spatial.unfit),
-            Upsample2D: (block_upsample.FusedUpsample, block_upsample.unfit)}  # fmt: skip
+    return {ResnetBlock2D: ((block_resnet.FusedResnet, block_resnet.unfit),),
+            BasicTransformerBlock: ((block_adaptive.FusedAdaptive, block_adaptive.unfit),
+                                    (block_transformer.FusedTransformer, block_transformer.unfit)),
+            Transformer2DModel: ((block_spatial.FusedSpatial, block_spatial.unfit),),
+            Upsample2D: ((block_upsample.FusedUpsample, block_upsample.unfit),)}  # fmt: skip
+
+
+def _form(block: Any) -> Form:
+    """The first that is for a block."""
+    return next(form for form in _kinds()[type(block)]
+                if form[0].norm_types is None or block.norm_type in form[0].norm_types)  # fmt: skip
 
 
 @cache
-def _mixed(base: Any) -> Any:
+def _mixed(base: Any, mixed: Any) -> Any:
     """The class of a fused block: it has the name of diffusers' class."""
-    from bitbrush.kernels import block_norm
-
-    mixed = block_norm.FusedNorm if base is nn.GroupNorm else _kinds()[base][0]
     return type(base.__name__, (mixed, base), {"plain_class": base, "__module__": base.__module__})
 
 
@@ -101,27 +112,33 @@ def fuse(model: nn.Module) -> dict[str, str]:
     Returns:
         Block name to ``fused``, or to the reason why not.
     """
+    from bitbrush.kernels import block_norm
+
     answer: dict[str, str] = {}
     if not any(hasattr(module, "declare_packed") for module in model.modules()):
         return answer
     for name, block in model.named_modules():
         if type(block) not in _kinds():
             continue
-        reason = _kinds()[type(block)][1](block)
+        kind: Any = type(block)
+        mixed, unfit = _form(block)
+        reason = unfit(block)
         answer[name] = reason or "fused"
         if reason is None:
-            mix(block, _mixed(block.__class__))
+            mix(block, _mixed(kind, mixed))
     _share(model)
+    plain: tuple[Any, Any] = (nn.GroupNorm, block_norm.FusedNorm)
     inside = {part for block in model.modules() if isinstance(block, FusedBlock) for part in block.modules()}
     for norm in model.modules():
         if type(norm) is nn.GroupNorm and norm.affine and norm not in inside:
-            mix(norm, _mixed(nn.GroupNorm))
+            mix(norm, _mixed(*plain))
     return answer
 
 
 def _share(model: nn.Module) -> None:
-    """What reads the time embedding, and what reads the prompt."""
+    """What reads the time embedding or the time, and what reads the prompt."""
     from bitbrush.kernels import gpu_readers
+    from bitbrush.kernels.block_adaptive import FusedAdaptive
     from bitbrush.kernels.block_resnet import FusedResnet
     from bitbrush.kernels.block_transformer import FusedTransformer
 
@@ -131,6 +148,12 @@ def _share(model: nn.Module) -> None:
                            and block.time_emb_proj is not None and block.skip_time_act == bare])
     crossing: list[Any] = [block for block in found if isinstance(block, FusedTransformer)]
     gpu_readers.share([(block, [block.attn2.to_k, block.attn2.to_v]) for block in crossing])
+    timed: dict[Any, list[Any]] = {}
+    for block in found:
+        if isinstance(block, FusedAdaptive) and block.projects_time() is not None:
+            timed.setdefault(block.projects_time(), []).append(block)
+    for alike in timed.values():
+        gpu_readers.share([(block, [block.norm1.emb.timestep_embedder.linear_1]) for block in alike])
 
 
 def mix(module: Any, mixed: Any) -> None:

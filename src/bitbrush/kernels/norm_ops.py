@@ -1,14 +1,17 @@
-"""A norm or a GEGLU together with the encode of what follows it, as torch ops: the codes are written, nothing between.
+"""A norm, a GELU or a GEGLU together with the encode of what follows it, as torch ops: the codes are written, and
+nothing between.
 
-    bitbrush::layer_norm_encode    LayerNorm, then the codes of one to three linear layers that share it
+    bitbrush::layer_norm_encode    LayerNorm, modulated where scale and shift are given (adaLN), then the codes of one
+                                   to three linear layers that share it
     bitbrush::group_norm_encode    GroupNorm, SiLU where there is one, then rows of pixels or the frame of a convolution
     bitbrush::group_norm           GroupNorm alone, channels last, where no product on codes follows at once
     bitbrush::geglu_encode         ``hidden * gelu(gate)``, then the codes of a linear layer
+    bitbrush::gelu_encode          ``gelu(x)``, by erf or by tanh, then the codes of a linear layer
 
 Each is the chain of its parts in the dtype of ``x``: computed in float32, rounded to that dtype where the chain of
-separate operations rounds (after the norm, after SiLU, after gelu and after the product), then encoded as
-`numbers.codec.encode` does. What is defined here in plain torch runs on the CPU; Triton's sums of a norm are in
-another order, so that a code may differ by one where a value lies at an edge.
+separate operations rounds (after the norm, after each step of its modulation, after SiLU, after gelu and after the
+product), then encoded as `numbers.codec.encode` does. What is defined here in plain torch runs on the CPU; Triton's
+sums of a norm are in another order, so that a code may differ by one where a value lies at an edge.
 
 Every table serves one row (`triton_int8.ONE_ROW`): ``inverse`` float32 and ``zero_point`` uint8 or float32 ``[T, S]``
 (int32: with the largest codes, `int8_ops.with_tops`), ``times`` int64 ``[1]``. Codes are int8 less 128, segments padded
@@ -29,7 +32,7 @@ from bitbrush.numbers.codec import encode
 _LIBRARY = torch.library.Library("bitbrush", "FRAGMENT")
 _LIBRARY.define(
     "layer_norm_encode(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor[] inverse, Tensor[] zero_point, "
-    "Tensor[] times, int[] tops, Tensor?[] factors) -> Tensor"
+    "Tensor[] times, int[] tops, Tensor?[] factors, Tensor? scale=None, Tensor? shift=None) -> Tensor"
 )
 _LIBRARY.define(
     "group_norm_encode(Tensor x, Tensor weight, Tensor bias, int groups, float eps, bool silu, Tensor inverse, "
@@ -38,6 +41,10 @@ _LIBRARY.define(
 _LIBRARY.define("group_norm(Tensor x, Tensor weight, Tensor bias, int groups, float eps, bool silu) -> Tensor")
 _LIBRARY.define(
     "geglu_encode(Tensor x, Tensor inverse, Tensor zero_point, Tensor times, int top, Tensor? factor) -> Tensor"
+)
+_LIBRARY.define(
+    "gelu_encode(Tensor x, bool tanh, Tensor inverse, Tensor zero_point, Tensor times, int top, Tensor? factor)"
+    " -> Tensor"
 )
 
 
@@ -64,30 +71,42 @@ def _codes(
 # ---- LayerNorm -------------------------------------------------------------------------------------------------------
 def _layer_norm_cuda(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, inverse: list[Tensor], zero_point: list[Tensor],
-    times: list[Tensor], tops: list[int], factors: list[Tensor | None],
+    times: list[Tensor], tops: list[int], factors: list[Tensor | None], scale: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor:
     tables = tuple(zip(inverse, zero_point, times, factors, strict=True))
-    return triton_norm.layer_norm(x.reshape(-1, x.shape[-1]).contiguous(), weight, bias, eps, tables, tuple(tops))
+    rows, modulation = x.reshape(-1, x.shape[-1]).contiguous(), None
+    if scale is not None and shift is not None:
+        alike = scale.stride() == shift.stride() and scale.stride(1) == 1
+        modulation = (scale, shift) if alike else (scale.contiguous(), shift.contiguous())
+    return triton_norm.layer_norm(rows, weight, bias, eps, tables, tuple(tops), modulation)
 
 
 def _layer_norm_plain(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, inverse: list[Tensor], zero_point: list[Tensor],
-    times: list[Tensor], tops: list[int], factors: list[Tensor | None],
+    times: list[Tensor], tops: list[int], factors: list[Tensor | None], scale: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor:
     """int8 ``[P * R, padded(C)]``: the codes of P consumers of ``x [.., C]``, R rows each, one below the other.
 
     Args:
         factors: ``input_scale`` float32 ``[C]`` of each consumer, or None.
+        scale, shift: ``[B, C]`` in the dtype of ``x [B, .., C]``, or None: the norm is multiplied by ``1 + scale`` of
+            its sample, and shift added.
     """
     channels = x.shape[-1]
     normed = F.layer_norm(x.float(), (channels,), _float(weight), _float(bias), eps).to(x.dtype)
+    if scale is not None and shift is not None:
+        each = (len(x), *[1] * (x.ndim - 2), channels)
+        normed = normed * (1 + scale.reshape(each)) + shift.reshape(each)
     consumers = zip(inverse, zero_point, times, tops, factors, strict=True)
     return torch.cat([_codes(normed, i, z, t, [channels], top, [], f) for i, z, t, top, f in consumers])
 
 
 def _layer_norm_shape(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, inverse: list[Tensor], zero_point: list[Tensor],
-    times: list[Tensor], tops: list[int], factors: list[Tensor | None],
+    times: list[Tensor], tops: list[int], factors: list[Tensor | None], scale: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor:
     rows = x.numel() // x.shape[-1]
     return x.new_empty((len(inverse) * rows, *packing.padded((x.shape[-1],))), dtype=torch.int8)
@@ -165,11 +184,34 @@ def _geglu_shape(
     return x.new_empty((x.numel() // x.shape[-1], *packing.padded((x.shape[-1] // 2,))), dtype=torch.int8)
 
 
+# ---- GELU ------------------------------------------------------------------------------------------------------------
+def _gelu_cuda(
+    x: Tensor, tanh: bool, inverse: Tensor, zero_point: Tensor, times: Tensor, top: int, factor: Tensor | None
+) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    return triton_norm.gelu(rows, tanh, inverse, zero_point, times, top, factor)
+
+
+def _gelu_plain(
+    x: Tensor, tanh: bool, inverse: Tensor, zero_point: Tensor, times: Tensor, top: int, factor: Tensor | None
+) -> Tensor:
+    """int8 ``[R, padded(C)]`` of ``gelu(x)``, ``x [.., C]``. tanh: its approximation by tanh."""
+    made = F.gelu(x.float(), approximate="tanh" if tanh else "none").to(x.dtype)
+    return _codes(made, inverse, zero_point, times, [x.shape[-1]], top, [], factor)
+
+
+def _gelu_shape(
+    x: Tensor, tanh: bool, inverse: Tensor, zero_point: Tensor, times: Tensor, top: int, factor: Tensor | None
+) -> Tensor:
+    return x.new_empty((x.numel() // x.shape[-1], *packing.padded((x.shape[-1],))), dtype=torch.int8)
+
+
 for _name, _cuda, _plain, _shape in (
     ("layer_norm_encode", _layer_norm_cuda, _layer_norm_plain, _layer_norm_shape),
     ("group_norm_encode", _group_norm_cuda, _group_norm_plain, _group_norm_shape),
     ("group_norm", _group_norm_float_cuda, _group_norm_float_plain, _group_norm_float_shape),
     ("geglu_encode", _geglu_cuda, _geglu_plain, _geglu_shape),
+    ("gelu_encode", _gelu_cuda, _gelu_plain, _gelu_shape),
 ):
     _LIBRARY.impl(_name, _cuda, "CUDA")
     _LIBRARY.impl(_name, _plain, "CPU")

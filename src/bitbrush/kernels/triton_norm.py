@@ -1,4 +1,4 @@
-"""Launches the kernels that join a norm or a GEGLU with the encode of what follows it.
+"""Launches the kernels that join a norm, a GELU or a GEGLU with the encode of what follows it.
 
 **LayerNorm** goes once over memory: a program holds whole rows. **GroupNorm** needs two kernels, for a group of a large
 picture is more than a program holds: sums of chunks of the pixels, then a second pass that merges them (a few thousand
@@ -65,23 +65,26 @@ def row_cut(channels: int) -> tuple[int, int, int, int]:
 def layer_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
     tables: tuple[tuple[Tensor, Tensor, Tensor, Tensor | None], ...], tops: tuple[int, ...],
+    modulation: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """int8 codes less 128 ``[P * R, padded(C)]`` of ``x [R, C]``, contiguous.
 
     Args:
         tables: (inverse, zero_point, times, factor or None) of each of the P consumers.
+        modulation: scale and shift ``[B, C]`` of samples of R / B rows each, of one stride, rows contiguous.
     """
     rows, channels = x.shape
     factors = tuple(f is not None for *_, f in tables)
-    key = (x.shape, weight is None, bias is None, eps, tops, factors, x.device, early(x.device))
+    samples = None if modulation is None else (len(modulation[0]), modulation[0].stride(0))
+    key = (x.shape, weight is None, bias is None, samples, eps, tops, factors, x.device, early(x.device))
     launch = _LAYER_NORMS.get(key)
     if launch is None:
-        launch = _LAYER_NORMS[key] = _cut_rows(x, weight is not None, bias is not None, eps, tops, factors)
+        launch = _LAYER_NORMS[key] = _cut_rows(x, weight is not None, bias is not None, samples, eps, tops, factors)
     out = torch.empty((len(tops) * rows, *packing.padded((channels,))), dtype=torch.int8, device=x.device)
     if not out.numel():
         return out
     given = tuple([(i, z, t, x if f is None else f) for i, z, t, f in tables])
-    alone = (x, x if weight is None else weight, x if bias is None else bias, out)
+    alone = (x, x if weight is None else weight, x if bias is None else bias, *(modulation or (x, x)), out)
     launch((*alone, *[t for table in given for t in table]), (*alone, given))
     return out
 
@@ -90,19 +93,26 @@ _LAYER_NORMS: dict[Any, Launch] = {}
 
 
 def _cut_rows(
-    x: Tensor, weight: bool, bias: bool, eps: float, tops: tuple[int, ...], factors: tuple[bool, ...]
+    x: Tensor, weight: bool, bias: bool, samples: tuple[int, int] | None, eps: float, tops: tuple[int, ...],
+    factors: tuple[bool, ...],
 ) -> Launch:
+    """samples: how many are modulated, and how far their scales lie apart."""
     from bitbrush.kernels import triton_norm_kernels as kernels
 
     rows, channels = x.shape
     (length,) = packing.padded((channels,))
     vector, warps, parts, height = row_cut(length)
+    count, stride = samples or (1, 0)
+    per_sample = max(1, rows // count)
+    while samples and per_sample % height:  # a program's rows have one scale and shift
+        height //= 2
     options = {
-        "TOPS": tops, "CHANNELS": channels, "LENGTH": length, "WEIGHT": weight, "BIAS": bias, "FACTORS": factors,
-        "PARTS": parts, "BR": height, "INNER": 32 * warps * vector, "VECTOR": vector, "num_warps": warps,
-        "maxnreg": REGISTERS, "enable_fp_fusion": False, **launched(x.device),
+        "TOPS": tops, "CHANNELS": channels, "LENGTH": length, "WEIGHT": weight, "BIAS": bias,
+        "MODULATED": samples is not None, "FACTORS": factors, "PARTS": parts, "BR": height,
+        "INNER": 32 * warps * vector, "VECTOR": vector, "num_warps": warps, "maxnreg": REGISTERS,
+        "enable_fp_fusion": False, **launched(x.device),
     }
-    return Launch(kernels.layer_norm, (-(-rows // height),), (eps, rows), options)
+    return Launch(kernels.layer_norm, (-(-rows // height),), (eps, rows, per_sample, stride), options)
 
 
 def sum_block(groups: int, size: int) -> tuple[int, int]:
@@ -250,17 +260,29 @@ def geglu(
     x: Tensor, inverse: Tensor, zero_point: Tensor, times: Tensor, top: int, factor: Tensor | None
 ) -> Tensor:
     """int8 codes less 128 ``[R, padded(C)]`` of ``x [R, 2 C]``, contiguous: ``hidden * gelu(gate)``."""
+    return _activated(x, (inverse, zero_point, times, factor), top, x.shape[1] // 2, gated=True, tanh=False)
+
+
+def gelu(
+    x: Tensor, tanh: bool, inverse: Tensor, zero_point: Tensor, times: Tensor, top: int, factor: Tensor | None
+) -> Tensor:
+    """int8 codes less 128 ``[R, padded(C)]`` of ``x [R, C]``, contiguous: ``gelu(x)``, by tanh or by erf."""
+    return _activated(x, (inverse, zero_point, times, factor), top, x.shape[1], gated=False, tanh=tanh)
+
+
+def _activated(
+    x: Tensor, tables: tuple[Tensor, Tensor, Tensor, Tensor | None], top: int, channels: int, *, gated: bool, tanh: bool
+) -> Tensor:
     from bitbrush.kernels import triton_norm_kernels as kernels
 
-    rows, channels = x.shape[0], x.shape[1] // 2
-    (length,) = packing.padded((channels,))
-    out = torch.empty((rows, length), dtype=torch.int8, device=x.device)
+    (length,), factor = packing.padded((channels,)), tables[3]
+    out = torch.empty((len(x), length), dtype=torch.int8, device=x.device)
     if not out.numel():
         return out
     with torch.cuda.device_of(x):
-        kernels.geglu[(-(-rows * length // CHUNK // CHUNKS),)](
-            x, out, inverse, zero_point, times, x if factor is None else factor, float(top), rows,
-            CHANNELS=channels, LENGTH=length, FACTOR=factor is not None, CHUNKS=CHUNKS, num_warps=WARPS,
-            enable_fp_fusion=False, **launched(x.device),
+        kernels.activated[(-(-out.numel() // CHUNK // CHUNKS),)](
+            x, out, *tables[:3], x if factor is None else factor, float(top), len(x),
+            CHANNELS=channels, LENGTH=length, GATED=gated, TANH=tanh, FACTOR=factor is not None, CHUNKS=CHUNKS,
+            num_warps=WARPS, enable_fp_fusion=False, **launched(x.device),
         )
     return out

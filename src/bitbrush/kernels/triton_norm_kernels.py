@@ -69,6 +69,14 @@ def gelu(v):
 
 
 @triton.jit
+def gelu_tanh(v):
+    """``v * (1 + tanh(u)) / 2`` of float32 with ``u = sqrt(2 / pi) * (v + 0.044715 v ** 3)``, as ``v`` times the
+    logistic function of ``2 u``, in which nothing cancels; to about 2**-21."""
+    u = v * tl.fma(v * v, 0.044715, 1.0)
+    return v * _reciprocal(1.0 + _power_of_two(u * -2.302208198144325))
+
+
+@triton.jit
 def _share(total, COUNT: tl.constexpr):
     """``total / COUNT`` of float32, exact where the quotient is a number; an IEEE division would branch."""
     first = total * (1.0 / COUNT)
@@ -78,10 +86,10 @@ def _share(total, COUNT: tl.constexpr):
 # ---- LayerNorm -------------------------------------------------------------------------------------------------------
 @triton.jit(do_not_specialize=("rows",))
 def layer_norm(
-    x_ptr, weight_ptr, bias_ptr, out_ptr, tables, eps, rows,
+    x_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, out_ptr, tables, eps, rows, per_sample, stride,
     TOPS: tl.constexpr, CHANNELS: tl.constexpr, LENGTH: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
-    FACTORS: tl.constexpr, PARTS: tl.constexpr, BR: tl.constexpr, INNER: tl.constexpr, VECTOR: tl.constexpr,
-    EARLY: tl.constexpr,
+    MODULATED: tl.constexpr, FACTORS: tl.constexpr, PARTS: tl.constexpr, BR: tl.constexpr, INNER: tl.constexpr,
+    VECTOR: tl.constexpr, EARLY: tl.constexpr,
 ):
     """BR whole rows in registers; their codes for each consumer, whose rows lie below those of the one before.
 
@@ -89,15 +97,22 @@ def layer_norm(
     waits: first what belongs to columns, which serves all rows of a thread.
 
     Args:
+        scale_ptr, shift_ptr: MODULATED: a row of each sample, ``stride`` apart. A sample has ``per_sample`` rows of
+            ``x``; those of a program belong to one sample.
         tables: (inverse, zero_point, times, factor) of each consumer.
     """
     in_turn(EARLY)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
     row = tl.program_id(0) * BR + tl.arange(0, BR)
     inner = tl.max_contiguous(tl.arange(0, INNER), VECTOR)[None, :]
     kept, where = (row < rows)[:, None], row.to(tl.int64)[:, None]
     pieces, weights, biases, steps = tl.tuple([]), tl.tuple([]), tl.tuple([]), tl.tuple([])
+    scales, shifts, sample = tl.tuple([]), tl.tuple([]), (tl.program_id(0) * BR // per_sample).to(tl.int64) * stride
     for d in tl.static_range(PARTS):
         column = d * INNER + inner
+        if MODULATED:
+            scales += (tl.load(scale_ptr + sample + column, mask=column < CHANNELS, other=0.0),)
+            shifts += (tl.load(shift_ptr + sample + column, mask=column < CHANNELS, other=0.0),)
         if WEIGHT:
             weights += (tl.load(weight_ptr + column, mask=column < CHANNELS, other=0.0),)
         if BIAS:
@@ -131,7 +146,10 @@ def layer_norm(
             x = x * weights[d].to(tl.float32)
         elif BIAS:
             x = x + biases[d].to(tl.float32)
-        x = rounded(x, x_ptr.dtype.element_ty)
+        x = rounded(x, dtype)
+        if MODULATED:
+            x = rounded(x * rounded(scales[d].to(tl.float32) + 1.0, dtype), dtype)
+            x = rounded(x + shifts[d].to(tl.float32), dtype)
         if (d + 1) * INNER > CHANNELS:
             x = tl.where(column < CHANNELS, x, 0.0)
         for p in tl.static_range(len(TOPS)):
@@ -343,25 +361,32 @@ def group_norm(
 
 # ---- GEGLU -----------------------------------------------------------------------------------------------------------
 @triton.jit(do_not_specialize=("rows",))
-def geglu(
+def activated(
     x_ptr, out_ptr, inverse_ptr, zero_ptr, times_ptr, factor_ptr, top, rows,
-    CHANNELS: tl.constexpr, LENGTH: tl.constexpr, FACTOR: tl.constexpr, CHUNKS: tl.constexpr, EARLY: tl.constexpr,
+    CHANNELS: tl.constexpr, LENGTH: tl.constexpr, GATED: tl.constexpr, TANH: tl.constexpr, FACTOR: tl.constexpr,
+    CHUNKS: tl.constexpr, EARLY: tl.constexpr,
 ):
-    """``code - 128`` int8 of ``hidden * gelu(gate)``: CHUNKS times 16 channels, counted as in `encode`."""
+    """``code - 128`` int8 of ``gelu(x)``, GATED: of ``hidden * gelu(gate)``: CHUNKS times 16 channels, counted as in
+    `encode`. TANH: gelu by tanh, not by erf."""
     in_turn(EARLY)
     PER_ROW: tl.constexpr = LENGTH // 16
+    PITCH: tl.constexpr = 2 * CHANNELS if GATED else CHANNELS
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     chunk = tl.program_id(0) * CHUNKS + tl.arange(0, CHUNKS)
     row, column = chunk // PER_ROW, ((chunk % PER_ROW) * 16)[:, None] + tl.arange(0, 16)[None, :]
     kept = (row < rows)[:, None]
     real = kept & (column < CHANNELS)
-    at = x_ptr + row.to(tl.int64)[:, None] * (2 * CHANNELS) + column
-    gate = tl.load(at + CHANNELS, mask=real, other=0.0).to(tl.float32)
+    at = x_ptr + row.to(tl.int64)[:, None] * PITCH + column
     hidden = tl.load(at, mask=real, other=0.0).to(tl.float32)
+    gate = hidden
+    if GATED:
+        gate = tl.load(at + CHANNELS, mask=real, other=0.0).to(tl.float32)
     time = tl.load(times_ptr)
     inverse = tl.load(inverse_ptr + time)
     zero, top = zero_and_top(zero_ptr, time, top)
-    y = rounded(hidden * rounded(gelu(gate), dtype), dtype)
+    y = rounded(gelu_tanh(gate) if TANH else gelu(gate), dtype)
+    if GATED:
+        y = rounded(hidden * y, dtype)
     if FACTOR:
         y = y * tl.load(factor_ptr + column, mask=real, other=0.0)
     tl.store(out_ptr + row.to(tl.int64)[:, None] * LENGTH + column, centred(y, inverse, zero, top), mask=kept)

@@ -10,8 +10,9 @@ set raises when a layer needs it: there is no default row.
 Reconstruction runs single blocks, where no denoiser forward happens; ``with clock.at(t):`` sets the time there.
 
 The time is kept as a tensor ``[1]`` or ``[batch]``, so a compiled graph takes it as data and is not compiled again
-when it changes. Rows for a batch of mixed timesteps are looked up per sample. Within one denoiser forward they are
-looked up once, not by every layer.
+when it changes. Rows for a batch of mixed timesteps are looked up per sample; of one timestep that a pipeline has
+expanded over the batch (as DiT's and SD 3's do) there is one row, which kernels take faster. Within one denoiser
+forward they are looked up once, not by every layer.
 
 A timestep that is not on the grid (other step counts than the calibrated one) gets the row that the layer's ``lookup``
 says, and the denoiser warns once: at the first such call, or, of a timestep on a GPU, at a call after it, since nobody
@@ -36,6 +37,11 @@ from bitbrush.network.dtypes import moving_only
 from bitbrush.numbers.grid import Lookup
 
 _Groups = tuple[int, ...]
+
+
+def expanded(timestep: Tensor) -> bool:
+    """Whether one value in memory serves all samples. Equal values beside each other cannot be told without a wait."""
+    return timestep.ndim == 1 and len(timestep) > 1 and timestep.stride(0) == 0
 
 
 class Clock(nn.Module):
@@ -67,6 +73,7 @@ class Clock(nn.Module):
         """Set the time of the call that is starting; a scalar or one value a sample."""
         device = self.timesteps.device
         tensor = timestep if isinstance(timestep, Tensor) else torch.tensor(timestep, dtype=torch.float32)
+        tensor = tensor[:1] if expanded(tensor) else tensor
         self.now = tensor.to(device=device, dtype=torch.float32).reshape(-1)
         self._found, self._grouped = None, {}
 

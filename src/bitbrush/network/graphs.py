@@ -33,6 +33,7 @@ from bitbrush.errors import Notice
 from bitbrush.kernels import building
 from bitbrush.network import correction
 from bitbrush.network.activation import ActivationQuantizer
+from bitbrush.network.clock import expanded
 
 Run = Callable[[], Any]
 Recorder = Callable[[Run, Any], tuple[Callable[[], None], Any]]
@@ -106,13 +107,13 @@ class Graphs:
         if graph.replay is None:
             return plain(*args, **kwargs)
         for place, given in zip(graph.inputs, tensors, strict=True):
-            place.copy_(given)
+            _fill(place, given)
         graph.replay()
         return pytree.tree_map_only(torch.Tensor, torch.clone, graph.output)
 
     def _captured(self, plain: Callable[..., Any], leaves: list[Any], shape: Any) -> _Graph:
         with torch.inference_mode(False):  # tensors that may be written to in any mode
-            places = [torch.empty_like(x).copy_(x) if isinstance(x, Tensor) else x for x in leaves]
+            places = [_place(x) if isinstance(x, Tensor) else x for x in leaves]
         args, kwargs = pytree.tree_unflatten(places, shape)
         graph = _Graph([place for place in places if isinstance(place, Tensor)])
         if self.pool is None and self.kind == "cuda":
@@ -135,10 +136,22 @@ class Graphs:
             return args, kwargs, None
         if not isinstance(given, Tensor):  # as diffusers makes a tensor of a number
             given = torch.tensor(given, dtype=torch.float64 if isinstance(given, float) else torch.int64)
-        given = given.to(device)
+        given = given[:1].to(device).expand(given.shape) if expanded(given) else given.to(device)
         if "timestep" in kwargs:
             return args, {**kwargs, "timestep": given}, given
         return (*args[:place], given, *args[place + 1 :]), kwargs, given
+
+
+def _place(x: Tensor) -> Tensor:
+    """What a graph reads instead of an input; a timestep for all samples stays one."""
+    one = x[:1] if expanded(x) else x
+    return torch.empty_like(one).copy_(one).expand(x.shape)
+
+
+def _fill(place: Tensor, given: Tensor) -> None:
+    if expanded(place):
+        place, given = place[:1], given[:1]
+    place.copy_(given)
 
 
 class _Parts:

@@ -1,0 +1,169 @@
+"""diffusers' BasicTransformerBlock of a DiT on codes: norms that the timestep and the class modulate (adaLN-zero); see
+`bitbrush.kernels.blocks`.
+
+Every block has an embedding of the timestep of its own, whose first layer reads the same sinusoid as the others': it is
+made once, and all those layers are one product (`gpu_readers`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bitbrush.kernels import direct, gpu, norm_ops  # noqa: F401 - the operations are registered by their module
+from bitbrush.kernels.block_transformer import (
+    Heads,
+    attended,
+    heads_of,
+    joined_where_run,
+    normed,
+    odd_attention,
+    products,
+)
+from bitbrush.kernels.blocks import FusedBlock, first_reason, plain_processor, ready, watched
+from bitbrush.kernels.joined import Joined
+
+_SELF = "queries, keys and values"
+
+
+def unfit(block: Any) -> str | None:
+    """Why a block cannot be computed on codes, whatever it is given."""
+    from diffusers.models.activations import GELU
+    from diffusers.models.normalization import AdaLayerNormZero
+
+    if hasattr(block, "fuser") or block.attn2 is not None or block._chunk_size is not None:
+        return "a part that is not in every block of its kind"
+    if block.pos_embed is not None or block.only_cross_attention:
+        return "positions, or no self-attention"
+    first, net = block.norm1, block.ff.net
+    if type(first) is not AdaLayerNormZero or first.emb is None:
+        return f"a norm that is modulated by {type(first).__name__}"
+    if type(first.norm) is not nn.LayerNorm or type(block.norm3) is not nn.LayerNorm:
+        return "a norm other than LayerNorm"
+    if type(net[0]) is not GELU or len(net) > 4:
+        return f"a feed-forward layer with {type(net[0]).__name__}"
+    if any(isinstance(part, nn.Dropout) and part.p > 0 and part.training for part in net):
+        return "it drops values"
+    return odd_attention(block.attn1) or first_reason(_layers(block))
+
+
+def _layers(block: Any) -> dict[str, Any]:
+    """Those whose input is encoded by what stands before them."""
+    named = {f"attn1.{to}": getattr(block.attn1, to) for to in ("to_q", "to_k", "to_v")}
+    named |= {"attn1.to_out.0": block.attn1.to_out[0]}
+    return named | {"ff.net.0.proj": block.ff.net[0].proj, "ff.net.2": block.ff.net[2]}
+
+
+class FusedAdaptive(FusedBlock):
+    """A BasicTransformerBlock with adaLN-zero whose products pass codes to one another."""
+
+    norm_types = ("ada_norm_zero",)
+
+    def forward(
+        self: Any, hidden_states: Tensor, attention_mask: Any = None, encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Any = None, timestep: Any = None, cross_attention_kwargs: Any = None,
+        class_labels: Any = None, added_cond_kwargs: Any = None,
+    ) -> Tensor:
+        """The block's output; see `diffusers.models.attention.BasicTransformerBlock`."""
+        x = hidden_states
+        able = attention_mask is None and not cross_attention_kwargs and x.ndim == 3
+        parts = _plain_now(self, x) if able else None
+        if parts is None:
+            out: Tensor = self.plain_class.forward(
+                self, hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep,
+                cross_attention_kwargs, class_labels, added_cond_kwargs,
+            )
+            return out
+        shift, scale, gate, shift2, scale2, gate2 = _modulation(parts, self.gpu_readers, timestep, class_labels, x)
+        x = torch.addcmul(x, gate[:, None], _self_attention(parts, self.joined.get(_SELF), x, scale, shift))
+        return torch.addcmul(x, gate2[:, None], _feed_forward(parts, x, scale2, shift2))
+
+    def join(self: Any) -> None:
+        """Queries, keys and values as one product, where the weights are on a GPU."""
+        made = joined_where_run([self.attn1.to_q, self.attn1.to_k, self.attn1.to_v])
+        self.joined = {} if made is None else {_SELF: made}
+
+    def projects_time(self: Any) -> tuple[Any, ...] | None:
+        """What the sinusoid is made with that the timestep's first layer reads; None where it is no such embedding."""
+        from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings, TimestepEmbedding, Timesteps
+
+        emb = self.norm1.emb
+        if type(emb) is not CombinedTimestepLabelEmbeddings or type(emb.time_proj) is not Timesteps:
+            return None
+        if type(emb.timestep_embedder) is not TimestepEmbedding or emb.timestep_embedder.post_act is not None:
+            return None
+        made = emb.time_proj
+        return (made.num_channels, made.flip_sin_to_cos, made.downscale_freq_shift, made.scale)
+
+
+class _Parts(NamedTuple):
+    """The block's parts as they are now: whoever puts others in shall be seen."""
+
+    adaptive: Any
+    norm: Any
+    own: Heads
+    ff: Any
+    act: Any
+    last: Any
+
+    def layers(self) -> tuple[Any, ...]:
+        """All that are given codes."""
+        return (*self.own[1:], self.act._modules["proj"], self.last)
+
+    def others(self) -> tuple[Any, ...]:
+        """All that somebody may look into, but those."""
+        first, emb = self.adaptive._modules, self.adaptive.emb
+        inside = (emb, *emb._modules.values(), *emb.timestep_embedder._modules.values())
+        return (self.adaptive, first["norm"], self.norm, self.own.module, self.ff, self.act, *filter(None, inside))
+
+
+def _plain_now(block: Any, x: Tensor) -> _Parts | None:
+    """The block's parts, or None where somebody has changed its attention or looks into it, or where not all of it is
+    run by this kernel."""
+    held = block._modules
+    try:
+        net = held["ff"]._modules["net"]._modules
+        parts = _Parts(held["norm1"], held["norm3"], heads_of(held["attn1"]), held["ff"], net["0"], net["2"])
+        layers, others = parts.layers(), parts.others()
+    except (KeyError, AttributeError):  # another module stands where one of the class's own did
+        return None
+    if type(parts.own.module.processor) is not plain_processor() or block._chunk_size is not None:
+        return None
+    return None if watched(others) or watched(layers) or not ready(layers, x) else parts
+
+
+# ---- parts -----------------------------------------------------------------------------------------------------------
+def _modulation(parts: _Parts, readers: Any, timestep: Any, labels: Any, x: Tensor) -> tuple[Tensor, ...]:
+    """(shift, scale, gate) ``[B, C]`` of the attention's norm and of the feed-forward layer's."""
+    norm, emb = parts.adaptive, parts.adaptive.emb
+    taken = None
+    if readers is not None and isinstance(timestep, Tensor):
+        first = emb.timestep_embedder.linear_1
+        taken = readers.take([first], timestep, lambda: emb.time_proj(timestep).to(x.dtype))
+    if taken is None:
+        made = emb(timestep, labels, hidden_dtype=x.dtype)
+    else:
+        later = emb.timestep_embedder
+        hidden = taken[0] if later.act is None else later.act(taken[0])
+        made = later.linear_2(hidden) + emb.class_embedder(labels)
+    return tuple(norm.linear(norm.silu(made)).to(x.dtype).chunk(6, 1))
+
+
+def _self_attention(parts: _Parts, join: Joined | None, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    attn = parts.own
+    layers = [attn.q, attn.k, attn.v]
+    codes, given = normed(parts.adaptive._modules["norm"], layers, x, scale, shift)
+    return attended(attn, products(layers, join, codes, given, x), x, residual=None)
+
+
+def _feed_forward(parts: _Parts, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    first, last = parts.act._modules["proj"], parts.last
+    codes, (given,) = normed(parts.norm, [first], x, scale, shift)
+    hidden, behind = gpu.multiply(first, codes, given, x), gpu.given_input(last, x)
+    activated = direct.OPS.gelu_encode(
+        hidden, parts.act.approximate == "tanh", behind.inverse, behind.encoding, behind.times, gpu.facts(last).top,
+        gpu.input_scale(last),
+    )
+    return gpu.multiply(last, activated, behind, x)
