@@ -195,11 +195,16 @@ def shared(device: str) -> dict[str, Any]:
     w, weight_scale, total, bias = weight_of(parts * n, k, "cpu")
     given = (x, 1 / scale, zero, times, 255, torch.rand((parts, k)) + 0.5)
     codes = torch.ops.bitbrush.int8_encode_each(*given)
+    own = (torch.randn((parts, m, k)).bfloat16(), *given[1:])  # an input each
+    want_own = torch.ops.bitbrush.int8_encode_each(*own)
     operands = (codes, w, scale, zero, times, weight_scale, total, k, bias, torch.bfloat16)
     want = torch.ops.bitbrush.int8_stacked(*operands)
-    given, operands = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), (given, operands))
+    given, own, operands = torch.utils._pytree.tree_map_only(
+        torch.Tensor, lambda t: t.to(device), (given, own, operands))
     if not torch.equal(torch.ops.bitbrush.int8_encode_each(*given).cpu(), codes):
         report["wrong"].append("encode")
+    if not torch.equal(torch.ops.bitbrush.int8_encode_each(*own).cpu(), want_own):
+        report["wrong"].append("encode of an input each")
     usual = tuning.config
     for cut in (*tuning.CANDIDATES, *tuning.GATHERED, *tuning.FLOWS):
         tuning.config = lambda problem, device, run, cut=cut: cut  # type: ignore[assignment]

@@ -35,11 +35,13 @@ def main() -> None:
     for fault in sys.argv[1:]:
         plant(fault)
     found = dict.fromkeys(("cases", "codes", "codes_unequal", "outputs", "outputs_unequal"), 0)
-    for seed, (layers, tma) in enumerate(((3, True), (2, False), (4, True), (1, True))):
+    for seed, (layers, tma, own) in enumerate(((3, True, False), (2, False, False), (4, True, True), (1, True, False),
+                                               (3, True, True))):  # an input for all, or one each
         g = torch.Generator().manual_seed(seed)
         tuning.config = lambda problem, device, run, tma=tma: Config(16, 32, 32, 2, 4, 2, tma=tma)
         rows, channels, n, width = 21, 40, 40, 64
-        x, times = torch.randn((rows, channels), generator=g).half(), torch.tensor([2])
+        x, times = torch.randn((layers * rows, channels), generator=g).half(), torch.tensor([2])
+        x = x.reshape(layers, rows, channels) if own else x[:rows]
         scale = torch.rand((layers, 4), generator=g) * 0.02 + 0.01
         zero = torch.randint(90, 166, (layers, 4), generator=g).to(torch.float32 if seed == 1 else torch.uint8)
         factor = torch.rand((layers, channels), generator=g) + 0.5 if seed % 2 else None

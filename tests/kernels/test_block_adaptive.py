@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
+import reading
 from bitbrush import kernels
 from bitbrush.kernels import blocks, gpu, gpu_decode
 from bitbrush.network import wrap
@@ -20,9 +23,9 @@ from operations import Operations
 from packed import fill, pack
 
 LAYERS = 3
-FUSED = {"layer_norm_encode": 2 * LAYERS, "int8_joined": LAYERS, "gelu_encode": LAYERS, "int8_encode_each": 1,
-         "int8_stacked": 1}  # fmt: skip
-"""Operations of one call of `network`: of each block, and what reads the timestep."""
+FUSED = {"layer_norm_encode": 2 * LAYERS, "int8_joined": LAYERS, "gelu_encode": LAYERS, "int8_encode_each": 3,
+         "int8_stacked": 3}  # fmt: skip
+"""Operations of one call of `network`: of each block, and the three layers that modulate all of them."""
 
 
 @pytest.fixture(autouse=True)
@@ -85,11 +88,15 @@ def test_the_whole_network_is_few_operations_and_the_time_is_read_once() -> None
     out, count = called(dit, *given)
     assert {name: count[name] for name in FUSED} == FUSED
     alone = len([name for name in wrap.layers(dit) if "transformer_blocks" not in name])
-    assert count["int8_product"] == 5 * LAYERS + alone + 2  # the last norm asks the first block's embedding again
+    assert count["int8_product"] == 3 * LAYERS + alone + 2  # the last norm asks the first block's embedding again
     again, _ = called(dit, *given)
-    assert torch.equal(out, again)
-    other, _ = called(dit, given[0], torch.tensor([999]).expand(2), given[2])
-    assert not torch.equal(out, other)  # what was made for one time is not served at another
+    assert torch.equal(out, again) and torch.equal(out, reading.alone(dit, "gpu_readers", *given))
+    (shared,) = reading.readers(dit, "gpu_readers")
+    assert shared.made is None  # every block has taken its part
+    for time, labels in ((999, given[2]), (500, given[2].flip(0))):  # what was made for one is not served to another
+        others = (given[0], torch.tensor([time]).expand(2), labels)
+        other, _ = called(dit, *others)
+        assert not torch.equal(out, other) and torch.equal(other, reading.alone(dit, "gpu_readers", *others))
     kernels.use(dit, "reference")
     want, count = called(dit, *given)
     assert not count["gelu_encode"] and float((out - want).std() / want.std()) < 0.05
@@ -138,17 +145,44 @@ def test_reasons_by_name() -> None:
     assert not blocks.fused(dit)
 
 
-def test_other_weights_and_times_are_seen() -> None:
-    dit = network()
+CHANGES: list[Callable[[Any], object]] = [
+    lambda norm: fill(norm.emb.timestep_embedder.linear_1, torch.Generator().manual_seed(9)),
+    lambda norm: norm.emb.timestep_embedder.linear_2.weight_scale.mul_(2),
+    lambda norm: norm.emb.class_embedder.embedding_table.weight.mul_(3),
+    lambda norm: norm.linear._apply(lambda tensor: tensor.clone()) and norm.linear.weight_scale.mul_(3),
+    lambda norm: norm.emb.timestep_embedder.linear_2.register_forward_hook(lambda module, args, out: out * 2),
+    lambda norm: setattr(norm, "linear", nn.Sequential(norm.linear)),
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", range(len(CHANGES)))
+def test_a_change_of_one_block_is_followed(change: int) -> None:
+    dit, given = network(), inputs()
     kernels.use(dit, "cuda-int8")
-    before, _ = called(dit, *inputs())
-    for block in dit.transformer_blocks:
-        fill(block.norm1.emb.timestep_embedder.linear_1, torch.Generator().manual_seed(9))
-    after, count = called(dit, *inputs())
-    assert count["int8_stacked"] == 1 and not torch.equal(before, after)
-    kernels.use(dit, "reference")
-    want, _ = called(dit, *inputs())
-    assert float((after - want).std() / want.std()) < 0.05
+    before, _ = called(dit, *given)
+    CHANGES[change](dit.transformer_blocks[1].norm1)
+    after, _ = called(dit, *given)
+    assert torch.equal(after, reading.alone(dit, "gpu_readers", *given))
+    assert torch.equal(before, after) == (change == len(CHANGES) - 1)
+
+
+@torch.no_grad()
+def test_rows_of_all_blocks_are_stored_once_and_copies_have_their_own() -> None:
+    def stored(model: nn.Module) -> int:
+        held = {t.untyped_storage().data_ptr(): t for t in model.state_dict().values()}
+        return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
+
+    dit, given = network(4), inputs()
+    kernels.use(dit, "cuda-int8")
+    size = stored(dit)
+    want, _ = called(dit, *given)
+    assert stored(dit) == size
+    other = copy.deepcopy(dit)
+    assert torch.equal(called(other, *given)[0], want)
+    (mine,), (own,) = (reading.readers(model, "gpu_readers") for model in (dit, other))
+    layers, inside = [layer for stage in own.stages for layer in stage.layers], set(other.modules())
+    assert mine is not own and len(layers) == 3 * LAYERS and all(layer in inside for layer in layers)
 
 
 def test_a_network_is_one_graph() -> None:

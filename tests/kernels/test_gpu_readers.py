@@ -67,15 +67,30 @@ def alone(unet: nn.Module, *given: Any) -> Tensor:
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("timed", [True, False])
 def test_the_numbers_are_those_without(bits: int, timed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    unet, made = network(bits, timed), []
+    unet, made, real = network(bits, timed), [], gpu_readers._stacked
     monkeypatch.setattr(gpu_readers, "_stacked",
-                        lambda layers, real=gpu_readers._stacked: (made.append(len(layers)), real(layers))[1])
+                        lambda layers, each: (made.append(len(layers)), real(layers, each))[1])
     for time in (500, 1, 999, 500):
         got = unet(*inputs(time)).sample
         assert torch.equal(got, alone(unet, *inputs(time)))
         assert all(each.made is None for each in readers(unet))  # all parts were taken
     assert sorted(made) == [12, 12]  # found once: twelve resnets, two layers of each of six cross-attentions
     assert all(len(each.joined.products) == 2 for each in readers(unet))
+
+
+@torch.no_grad()
+def test_weights_that_are_unpacked_are_several_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a large network's are not in memory all at once; layers of a block stay together."""
+    monkeypatch.setattr(gpu_readers, "UNPACKED", 2 * 2 * 24 * 64)
+    unet, given = network(4), inputs()
+    assert torch.equal(unet(*given).sample, alone(unet, *given))
+    (shared,) = [each for each in readers(unet) if crossing(unet) in each.blocks]
+    parts = [product.joined.parts for product in shared.joined.products]
+    assert sum(parts) == 12 and len(parts) > 2 and all(part % 2 == 0 for part in parts)
+    pair = crossing(unet).joined["keys and values of the context"]
+    assert any(pair.codes.data_ptr() >= p.joined.codes.data_ptr() for p in shared.joined.products)
+    assert {pair.codes.untyped_storage().data_ptr()} <= {
+        p.joined.codes.untyped_storage().data_ptr() for p in shared.joined.products}  # stored once
 
 
 def test_what_was_made_serves_its_tensor_at_its_time_alone() -> None:
@@ -168,7 +183,7 @@ def test_layers_of_other_tables_are_left_out() -> None:
 @TRITON
 def test_kernels_give_what_the_definitions_give() -> None:
     found = interpreted("interpreted_readers.py")
-    assert found["cases"] == 4 and found["codes"] > 4000 and found["outputs"] > 5000
+    assert found["cases"] == 5 and found["codes"] > 4000 and found["outputs"] > 5000
     assert found["codes_unequal"] == found["outputs_unequal"] == 0
 
 

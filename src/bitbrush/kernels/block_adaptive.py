@@ -1,8 +1,8 @@
 """diffusers' BasicTransformerBlock of a DiT on codes: norms that the timestep and the class modulate (adaLN-zero); see
 `bitbrush.kernels.blocks`.
 
-Every block has an embedding of the timestep of its own, whose first layer reads the same sinusoid as the others': it is
-made once, and all those layers are one product (`gpu_readers`).
+Every block makes scales, shifts and gates of timestep and class by three layers of its own, which wait for nothing that
+the network computes: the first block that is called makes those of all (`gpu_modulation`).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from bitbrush.kernels.block_transformer import (
     products,
 )
 from bitbrush.kernels.blocks import FusedBlock, first_reason, plain_processor, ready, watched
+from bitbrush.kernels.gpu_modulation import Modulations
 from bitbrush.kernels.joined import Joined
 
 _SELF = "queries, keys and values"
@@ -85,18 +86,6 @@ class FusedAdaptive(FusedBlock):
         made = joined_where_run([self.attn1.to_q, self.attn1.to_k, self.attn1.to_v])
         self.joined = {} if made is None else {_SELF: made}
 
-    def projects_time(self: Any) -> tuple[Any, ...] | None:
-        """What the sinusoid is made with that the timestep's first layer reads; None where it is no such embedding."""
-        from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings, TimestepEmbedding, Timesteps
-
-        emb = self.norm1.emb
-        if type(emb) is not CombinedTimestepLabelEmbeddings or type(emb.time_proj) is not Timesteps:
-            return None
-        if type(emb.timestep_embedder) is not TimestepEmbedding or emb.timestep_embedder.post_act is not None:
-            return None
-        made = emb.time_proj
-        return (made.num_channels, made.flip_sin_to_cos, made.downscale_freq_shift, made.scale)
-
 
 class _Parts(NamedTuple):
     """The block's parts as they are now: whoever puts others in shall be seen."""
@@ -135,20 +124,14 @@ def _plain_now(block: Any, x: Tensor) -> _Parts | None:
 
 
 # ---- parts -----------------------------------------------------------------------------------------------------------
-def _modulation(parts: _Parts, readers: Any, timestep: Any, labels: Any, x: Tensor) -> tuple[Tensor, ...]:
+def _modulation(parts: _Parts, shared: Any, timestep: Any, labels: Any, x: Tensor) -> tuple[Tensor, ...]:
     """(shift, scale, gate) ``[B, C]`` of the attention's norm and of the feed-forward layer's."""
-    norm, emb = parts.adaptive, parts.adaptive.emb
-    taken = None
-    if readers is not None and isinstance(timestep, Tensor):
-        first = emb.timestep_embedder.linear_1
-        taken = readers.take([first], timestep, lambda: emb.time_proj(timestep).to(x.dtype))
-    if taken is None:
-        made = emb(timestep, labels, hidden_dtype=x.dtype)
-    else:
-        later = emb.timestep_embedder
-        hidden = taken[0] if later.act is None else later.act(taken[0])
-        made = later.linear_2(hidden) + emb.class_embedder(labels)
-    return tuple(norm.linear(norm.silu(made)).to(x.dtype).chunk(6, 1))
+    norm, made = parts.adaptive, None
+    if isinstance(shared, Modulations) and isinstance(timestep, Tensor) and isinstance(labels, Tensor):
+        made = shared.of(norm.linear, timestep, labels, x.dtype)
+    if made is None:
+        made = norm.linear(norm.silu(norm.emb(timestep, labels, hidden_dtype=x.dtype)))
+    return tuple(made.to(x.dtype).chunk(6, 1))
 
 
 def _self_attention(parts: _Parts, join: Joined | None, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

@@ -137,7 +137,7 @@ def fuse(model: nn.Module) -> dict[str, str]:
 
 def _share(model: nn.Module) -> None:
     """What reads the time embedding or the time, and what reads the prompt."""
-    from bitbrush.kernels import gpu_readers
+    from bitbrush.kernels import gpu_modulation, gpu_readers
     from bitbrush.kernels.block_adaptive import FusedAdaptive
     from bitbrush.kernels.block_resnet import FusedResnet
     from bitbrush.kernels.block_transformer import FusedTransformer
@@ -148,12 +148,7 @@ def _share(model: nn.Module) -> None:
                            and block.time_emb_proj is not None and block.skip_time_act == bare])
     crossing: list[Any] = [block for block in found if isinstance(block, FusedTransformer)]
     gpu_readers.share([(block, [block.attn2.to_k, block.attn2.to_v]) for block in crossing])
-    timed: dict[Any, list[Any]] = {}
-    for block in found:
-        if isinstance(block, FusedAdaptive) and block.projects_time() is not None:
-            timed.setdefault(block.projects_time(), []).append(block)
-    for alike in timed.values():
-        gpu_readers.share([(block, [block.norm1.emb.timestep_embedder.linear_1]) for block in alike])
+    gpu_modulation.share([block for block in found if isinstance(block, FusedAdaptive)])
 
 
 def mix(module: Any, mixed: Any) -> None:

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 _OPS = direct.OPS
 TABLES = ("scale", "inverse_scale", "zero_point")
+UNPACKED = 1 << 26
+"""Bytes of int8 weights that are unpacked for one product at most: of the keys and values of SDXL's prompt there are
+315 MB."""
 
 
 class Product(NamedTuple):
@@ -97,29 +100,36 @@ class Readers(readers.Readers):
         """A time is a tensor, of one forward."""
         return one is other
 
-    def outputs(self, source: Tensor, seen: Callable[[], Tensor]) -> list[Tensor] | None:
+    def outputs(self, source: Tensor, seen: Callable[[], Any]) -> list[Tensor] | None:
         """See `readers.Readers.outputs`."""
-        stack = self._stack(source)
+        stack = self.stack(source)
         if stack is None:
             return None
-        x = seen()
-        rows = x.reshape(-1, x.shape[-1])
-        given, top = gpu.given_input(self.layers[0], x), gpu.facts(self.layers[0]).top
+        x, found = seen(), [source] * len(self.layers)
+        parts = [part for out in self.multiply(stack, x.reshape(-1, x.shape[-1])) for part in out]
+        for place, part in zip(stack.places, parts, strict=True):
+            found[place] = part.reshape(*x.shape[:-1], -1)
+        return found
+
+    def multiply(self, stack: Stack, rows: Tensor) -> list[Tensor]:
+        """``[P, R, N]`` of the layers of each product, in the order of ``stack.places``.
+
+        Args:
+            rows: ``[R, C]`` that all of them read; or ``[layers, R, C]``, in that order.
+        """
+        given, top = gpu.given_input(self.layers[0], rows), gpu.facts(self.layers[0]).top
         codes = _OPS.int8_encode_each(rows, stack.inverse, stack.encoding, given.times, top, stack.factor)
-        found: list[Any] = [None] * len(self.layers)
-        start, (width,) = 0, packing.padded((rows.shape[1],))
+        found, start, many, (width,) = [], 0, rows.shape[-2], packing.padded((rows.shape[-1],))
         for weights, scale, zero in stack.products:
             stop = start + weights.parts
-            out = _OPS.int8_stacked(
-                codes[start * len(rows) : stop * len(rows)], weights.weight(), scale, zero, given.times,
-                weights.weight_scale, weights.weight_sum, width, weights.bias, x.dtype,
-            )
-            for place, part in zip(stack.places[start:stop], out, strict=True):
-                found[place] = part.reshape(*x.shape[:-1], -1)
+            found.append(_OPS.int8_stacked(
+                codes[start * many : stop * many], weights.weight(), scale, zero, given.times, weights.weight_scale,
+                weights.weight_sum, width, weights.bias, rows.dtype,
+            ))  # fmt: skip
             start = stop
         return found
 
-    def _stack(self, x: Tensor) -> Stack | None:
+    def stack(self, x: Tensor) -> Stack | None:
         """The layers as one, while all of them are plain, run by this kernel, and watched by nobody."""
         if not x.numel() or watched(self.layers) or not ready(self.layers, x):
             return None
@@ -127,7 +137,7 @@ class Readers(readers.Readers):
             self.forget()
         if not self.tried and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
             here = not any(t.device != x.device or t.is_inference() for t in _source(self.layers))
-            made = _stacked(self.layers) if here else None
+            made = _stacked(self.layers, len(self.layers) // len(self.blocks)) if here else None
             if made is not None:
                 for block in self.blocks:
                     block.join()  # what a block joins for itself lies in the same rows
@@ -138,11 +148,14 @@ class Readers(readers.Readers):
 
 
 @torch.no_grad()
-def _stacked(layers: list[QuantLayer]) -> Stack:
+def _stacked(layers: list[QuantLayer], each: int) -> Stack:
+    """each: layers of a block, which stay together."""
     order = sorted(range(len(layers)), key=lambda place: layers[place].out_channels_)
     ordered = [layers[place] for place in order]
     with torch.inference_mode(False):
-        groups = [list(group) for _, group in groupby(ordered, lambda layer: layer.out_channels_)]
+        sizes = [list(group) for _, group in groupby(ordered, lambda layer: layer.out_channels_)]
+        groups = [group[i : i + most] for group in sizes for most in (_most(group, each),)
+                  for i in range(0, len(group), most)]  # fmt: skip
         products = [Product(joined.join(group), _table(group, "scale"), _table(group, "zero_point"))
                     for group in groups]  # fmt: skip
         changing = [gpu.changing_table(layer).reshape(-1) for layer in ordered if gpu.facts(layer).changing]
@@ -150,6 +163,14 @@ def _stacked(layers: list[QuantLayer]) -> Stack:
         factors = [found for layer in ordered if (found := gpu.input_scale(layer)) is not None]
         factor = torch.stack(factors) if factors else None
         return Stack(_table(ordered, "inverse_scale"), encoding, factor, order, products, [])
+
+
+def _most(group: list[QuantLayer], each: int) -> int:
+    """How many layers of a size are one product: of 8 bits all, as they are multiplied where they lie."""
+    spec, one = group[0].spec.weight, group[0].out_channels_ * group[0].in_channels_
+    if spec is None or spec.bit_classes() == (8,):
+        return len(group)
+    return max(1, UNPACKED // (one * each)) * each
 
 
 def _table(layers: list[QuantLayer], name: str) -> Tensor:
@@ -172,7 +193,7 @@ def share(found: list[tuple[FusedBlock, list[Any]]]) -> None:
     layers are in two blocks or more."""
     kinds: dict[Any, list[tuple[FusedBlock, list[Any]]]] = {}
     for block, layers in found:
-        keys = {_kind(layer) for layer in layers}
+        keys = {kind(layer) for layer in layers}
         if len(keys) == 1 and None not in keys:
             kinds.setdefault(keys.pop(), []).append((block, layers))
     for alike in kinds.values():
@@ -182,7 +203,7 @@ def share(found: list[tuple[FusedBlock, list[Any]]]) -> None:
                 block.gpu_readers = made
 
 
-def _kind(layer: Any) -> Any:
+def kind(layer: Any) -> Any:
     """What must be the same of layers that are made together; None where a layer cannot be."""
     if unfit_layer(layer, "it") is not None or layer.spec.weight.row_bits:
         return None

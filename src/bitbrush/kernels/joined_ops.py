@@ -2,7 +2,7 @@
 
     bitbrush::int8_joined    layers of one input and one size as one product: queries, keys and values
     bitbrush::int8_stacked   the same, of many, with their tables in one tensor: all readers of the prompt
-    bitbrush::int8_encode_each    one input's codes for many layers
+    bitbrush::int8_encode_each    one input's codes for many layers, or those of an input each
     bitbrush::int8_gated     a product, GEGLU of its two halves, and the codes of the next layer
 
 They are for linear layers of one segment whose activation tables have one row at a time (ONE_ROW): `scale` and
@@ -138,23 +138,24 @@ def _each_cuda(
 def _each_plain(
     x: Tensor, inverse: Tensor, zero_point: Tensor, times: Tensor, top: int, factor: Tensor | None
 ) -> Tensor:
-    """int8 codes less 128 ``[P * R, padded(C)]`` of ``x [R, C]`` for P layers.
+    """int8 codes less 128 ``[P * R, padded(C)]`` of ``x [R, C]`` for P layers, or of ``x [P, R, C]``, an input of each.
 
     Args:
         inverse, zero_point: ``[P, T]``.
         factor: float32 ``[P, C]``.
     """
     factors: list[Tensor | None] = [None] * len(inverse) if factor is None else list(factor)
+    inputs = x if x.ndim == 3 else [x] * len(inverse)
     return torch.cat([
-        int8_ops._encode_plain(x, i[:, None], z[:, None], times, ONE_ROW, [x.shape[1]], top, [], 1, f)
-        for i, z, f in zip(inverse, zero_point, factors, strict=True)
+        int8_ops._encode_plain(own, i[:, None], z[:, None], times, ONE_ROW, [x.shape[-1]], top, [], 1, f)
+        for own, i, z, f in zip(inputs, inverse, zero_point, factors, strict=True)
     ])  # fmt: skip
 
 
 def _each_shape(
     x: Tensor, inverse: Tensor, zero_point: Tensor, times: Tensor, top: int, factor: Tensor | None
 ) -> Tensor:
-    return x.new_empty((inverse.shape[0] * x.shape[0], *packing.padded((x.shape[1],))), dtype=torch.int8)
+    return x.new_empty((inverse.shape[0] * x.shape[-2], *packing.padded((x.shape[-1],))), dtype=torch.int8)
 
 
 # ---- gated -----------------------------------------------------------------------------------------------------------

@@ -25,12 +25,21 @@ class Made(NamedTuple):
 
     Attributes:
         moment: See `Readers.moment`; kept, so that no later one has its identity.
+        also: Other tensors that it was made from, and their versions.
     """
 
     source: weakref.ref[Tensor]
     version: int
     moment: Any
     parts: dict[int, Tensor]
+    also: tuple[tuple[weakref.ref[Tensor], int], ...] = ()
+
+    def serves(self, source: Tensor, also: tuple[Tensor, ...]) -> bool:
+        """Whether it was made from these very tensors, not written to since."""
+        known = ((self.source, self.version), *self.also)
+        now = (source, *also)
+        return len(known) == len(now) and all(
+            held() is tensor and version == tensor._version for (held, version), tensor in zip(known, now, strict=True))
 
 
 class Readers(ABC):
@@ -65,15 +74,18 @@ class Readers(ABC):
         return bool(one == other)
 
     @abstractmethod
-    def outputs(self, source: Tensor, seen: Callable[[], Tensor]) -> list[Tensor] | None:
+    def outputs(self, source: Tensor, seen: Callable[[], Any]) -> list[Tensor] | None:
         """Of every layer, or None where each has to be called."""
 
-    def take(self, layers: list[Any], source: Tensor, seen: Callable[[], Tensor]) -> list[Tensor] | None:
+    def take(
+        self, layers: list[Any], source: Tensor, seen: Callable[[], Any], also: tuple[Tensor, ...] = ()
+    ) -> list[Tensor] | None:
         """Outputs of some of the layers, in the dtype of their input; None where each has to be called.
 
         Args:
             source: The tensor that all of them read, as it lies.
             seen: Gives what they make of it first.
+            also: Other tensors that this takes.
         """
         if torch.compiler.is_compiling() or source.is_inference():
             return None
@@ -86,11 +98,10 @@ class Readers(ABC):
         if moment is None:
             return None
         made = self.made
-        known = made is not None and made.source() is source and made.version == source._version
-        if made is None or not known or not self.same(made.moment, moment) or any(
+        if made is None or not made.serves(source, also) or not self.same(made.moment, moment) or any(
             place not in made.parts for place in places
         ):
-            made = self._make(source, moment, seen)
+            made = self._make(source, moment, seen, also)
         if made is None:
             return None
         parts = [made.parts.pop(place, None) for place in places]
@@ -99,9 +110,12 @@ class Readers(ABC):
         taken = [part for part in parts if part is not None]  # a thread with the same tensor may have been first
         return taken if len(taken) == len(parts) else None
 
-    def _make(self, source: Tensor, moment: Any, seen: Callable[[], Tensor]) -> Made | None:
+    def _make(
+        self, source: Tensor, moment: Any, seen: Callable[[], Any], also: tuple[Tensor, ...]
+    ) -> Made | None:
         found = self.outputs(source, seen)
         if found is None:
             return None
-        self.made = Made(weakref.ref(source), source._version, moment, dict(enumerate(found)))
+        others = tuple((weakref.ref(tensor), tensor._version) for tensor in also)
+        self.made = Made(weakref.ref(source), source._version, moment, dict(enumerate(found)), others)
         return self.made

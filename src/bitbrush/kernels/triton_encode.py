@@ -64,14 +64,15 @@ def encode(
 def encode_each(
     x: Tensor, inverse: Tensor, zero_point: Tensor, times: Tensor, top: int, factor: Tensor | None
 ) -> Tensor:
-    """Codes less 128, int8 ``[P * R, padded(C)]``, of ``x [R, C]``, contiguous, for P layers.
+    """Codes less 128, int8 ``[P * R, padded(C)]``, of ``x [R, C]``, contiguous, for P layers; or of ``[P, R, C]``, the
+    input of each.
 
     Args:
         inverse, zero_point: ``[P, T]``.
         times: int64 ``[1]``.
         factor: ``input_scale`` float32 ``[P, C]``.
     """
-    (rows, channels), (layers, height) = x.shape, inverse.shape
+    (rows, channels), (layers, height) = x.shape[-2:], inverse.shape
     (length,) = packing.padded((channels,))
     out = torch.empty((layers * rows, length), dtype=torch.int8, device=x.device)
     if not out.numel():
@@ -90,10 +91,11 @@ _EACH: dict[Any, Launch] = {}
 def _cut_each(x: Tensor, layers: int, height: int, length: int, top: int, factor: bool) -> Launch:
     from bitbrush.kernels import triton_encode_kernels as kernels
 
-    options = {"CHANNELS": x.shape[1], "LENGTH": length, "FACTOR": factor, "CHUNKS": CHUNKS, "num_warps": WARPS,
-               "enable_fp_fusion": False, **launched(x.device)}  # fmt: skip
-    grid = (-(-x.shape[0] * length // CHUNK // CHUNKS), layers)
-    return Launch(kernels.encode_each, grid, (float(top), x.shape[0], height), options)
+    rows, channels = x.shape[-2:]
+    options = {"CHANNELS": channels, "LENGTH": length, "OWN": x.ndim == 3, "FACTOR": factor, "CHUNKS": CHUNKS,
+               "num_warps": WARPS, "enable_fp_fusion": False, **launched(x.device)}  # fmt: skip
+    grid = (-(-rows * length // CHUNK // CHUNKS), layers)
+    return Launch(kernels.encode_each, grid, (float(top), rows, height), options)
 
 
 _KNOWN: dict[Any, tuple[tuple[int, int], Launch]] = {}

@@ -46,10 +46,11 @@ def zero_and_top(zero_ptr, entry, top):
 @triton.jit(do_not_specialize=("rows",))
 def encode_each(
     x_ptr, out_ptr, factor_ptr, inverse_ptr, zero_ptr, times_ptr, top, rows, table_rows,
-    CHANNELS: tl.constexpr, LENGTH: tl.constexpr, FACTOR: tl.constexpr, CHUNKS: tl.constexpr, EARLY: tl.constexpr,
+    CHANNELS: tl.constexpr, LENGTH: tl.constexpr, OWN: tl.constexpr, FACTOR: tl.constexpr, CHUNKS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    """``code - 128`` int8 of one input for several layers, each with a table of ``table_rows`` rows and factors of its
-    own; their codes lie one below the other."""
+    """``code - 128`` int8 of one input for several layers, or with OWN of an input each, which lie one below the other,
+    as codes do. Each has a table of ``table_rows`` rows and factors of its own."""
     in_turn(EARLY)
     PER_ROW: tl.constexpr = LENGTH // 16
     layer = tl.program_id(1)
@@ -57,7 +58,10 @@ def encode_each(
     row, column = chunk // PER_ROW, ((chunk % PER_ROW) * 16)[:, None] + tl.arange(0, 16)[None, :]
     kept = (row < rows)[:, None]
     real = kept & (column < CHANNELS)
-    x = tl.load(x_ptr + row.to(tl.int64)[:, None] * CHANNELS + column, mask=real, other=0.0).to(tl.float32)
+    source = row.to(tl.int64)
+    if OWN:
+        source += layer.to(tl.int64) * rows
+    x = tl.load(x_ptr + source[:, None] * CHANNELS + column, mask=real, other=0.0).to(tl.float32)
     entry = tl.load(times_ptr) + layer * table_rows
     inverse = tl.load(inverse_ptr + entry)
     zero, top = zero_and_top(zero_ptr, entry, top)
