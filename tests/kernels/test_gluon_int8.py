@@ -195,9 +195,10 @@ class Layer:
     def int8(self, *size: int) -> Tensor:
         return torch.randint(-128, 128, size, dtype=torch.int8, generator=self.g)
 
-    def compared(self, cut: Config, dtype: torch.dtype, added: bool = False) -> int:
+    def compared(self, cut: Config, dtype: torch.dtype, added: bool = False, gate: bool = False) -> int:
         """Outputs, all of which are those of the definition, bit for bit, as are the sums."""
         extra = Extra(self.bias, *((t.to(dtype) for t in (self.shared, self.residual)) if added else ()))
+        extra = extra._replace(gate=gate)
         sums = torch.full((len(self.widths), self.rows, self.n), -7, dtype=torch.int32)
         got = triton_int8.product(self.a, self.w, self.tables, self.widths, dtype, frame=self.frame, extra=extra,
                                   per_sample=self.per_sample, config=cut, sums=sums if self.parts == 1 else None)
@@ -209,7 +210,8 @@ class Layer:
                          self.tables.weight_sum[:, rows])
             want.append(int8_ops._product_plain(
                 a, w, *one[:6], list(self.widths), int8_ops.numbers_of(self.frame), self.per_sample,
-                None if extra.bias is None else extra.bias[rows], extra.shared, extra.residual, dtype))
+                None if extra.bias is None else extra.bias[rows], extra.shared, extra.residual, dtype,
+                gate))
             if self.parts == 1:
                 assert torch.equal(sums, torch.stack(int8_ops.plain_sums(a, w, one, list(self.widths), self.frame,
                                                                          self.per_sample)))
@@ -223,7 +225,8 @@ class Layer:
 def test_every_cut_gives_the_products_of_the_definition(cut: int) -> None:
     """More tiles than programs, ragged at each end, more steps than slots."""
     assert Layer(cut, (1184,), 336, rows=300).compared(FLOWS[cut], torch.bfloat16) > 100_000
-    assert Layer(cut, (96,), 200, rows=70).compared(FLOWS[cut], torch.float16, added=True) == 14_000
+    for gate in (False, True):
+        assert Layer(cut, (96,), 200, rows=70).compared(FLOWS[cut], torch.float16, added=True, gate=gate) == 14_000
 
 
 @TRITON
@@ -261,7 +264,9 @@ def test_parts_of_a_sum_are_merged_to_the_product_of_the_definition() -> None:
     """Linear layers and convolutions, tiles of two widths, parts that are as long and one that is shorter."""
     for cut, split_k in ((FLOWS[0], 2), (FLOWS[1], 3), (FLOWS[2], 5)):
         how = replace(cut, split_k=split_k)
-        assert Layer(split_k, (1184,), 200, rows=150).compared(how, torch.bfloat16, added=True) == 150 * 200
+        for gate in (False, True):
+            layer = Layer(split_k, (1184,), 200, rows=150)
+            assert layer.compared(how, torch.bfloat16, added=True, gate=gate) == 150 * 200
         frame = Frame(2, 9, 11, (3, 3), 1)
         assert Layer(split_k, (160,), 176, frame=frame).compared(how, torch.float16) == 2 * 9 * 11 * 176
     layer = Layer(1, (1184,), 200, rows=150, kind=BY_ROW)  # rows with scales of their own are not split

@@ -82,7 +82,10 @@ def test_gated_is_product_geglu_and_encode(n: int, scaled: bool, dtype: torch.dt
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("spatial", [False, True])
-def test_what_is_added_to_a_product_is_added_before_its_one_rounding(spatial: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("gate", [False, True])
+def test_what_is_added_to_a_product_is_added_before_its_one_rounding(
+    spatial: bool, gate: bool, dtype: torch.dtype
+) -> None:
     g, n = torch.Generator().manual_seed(3), 24
     frame = Frame(2, 3, 4, (3, 3), 1, 1) if spatial else None
     a = _int8(g, frame.rows if frame else 24, 32)
@@ -91,12 +94,13 @@ def test_what_is_added_to_a_product_is_added_before_its_one_rounding(spatial: bo
 
     def product(*added: Tensor | None, kind: torch.dtype) -> Tensor:
         found = OPS.int8_product(a, w, *table, ONE_ROW, scale_w, total, [32], int8_ops.numbers_of(frame), 12, bias,
-                                 *added, kind)
+                                 *added, kind, gate)
         return found.reshape(24, n)
 
     plain = product(None, None, kind=torch.float32)
     got = product(shared, residual.reshape(2, 3, 4, n) if spatial else residual, kind=dtype)
-    assert torch.equal(got, (plain + shared.float().repeat_interleave(12, 0) + residual.float()).to(dtype))
+    own = shared.float().repeat_interleave(12, 0)
+    assert torch.equal(got, ((plain * own if gate else plain + own) + residual.float()).to(dtype))
     assert not torch.equal(got, product(shared, None, kind=dtype)) and got.isfinite().all()
 
 

@@ -24,6 +24,7 @@ def test_sums_are_equal_and_outputs_within_their_rounding() -> None:
     found = _interpreted()
     assert found["cases"] == 28 and found["sums"] > 9_000
     assert found["unequal"] == 0 and found["codes"] and found["mixed_rows"] and found["repeated"]
+    assert found["gated"] > 2 and found["added"] > 2  # what belongs to samples is multiplied by, or added
     assert 0 < found["ratio"] <= 1
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from bitbrush.kernels import direct, gpu, norm_ops  # noqa: F401 - the operations are registered by their module
@@ -78,8 +77,8 @@ class FusedAdaptive(FusedBlock):
             )
             return out
         shift, scale, gate, shift2, scale2, gate2 = _modulation(parts, self.gpu_readers, timestep, class_labels, x)
-        x = torch.addcmul(x, gate[:, None], _self_attention(parts, self.joined.get(_SELF), x, scale, shift))
-        return torch.addcmul(x, gate2[:, None], _feed_forward(parts, x, scale2, shift2))
+        x = _self_attention(parts, self.joined.get(_SELF), x, scale, shift, gate)
+        return _feed_forward(parts, x, scale2, shift2, gate2)
 
     def join(self: Any) -> None:
         """Queries, keys and values as one product, where the weights are on a GPU."""
@@ -131,17 +130,20 @@ def _modulation(parts: _Parts, shared: Any, timestep: Any, labels: Any, x: Tenso
         made = shared.of(norm.linear, timestep, labels, x.dtype)
     if made is None:
         made = norm.linear(norm.silu(norm.emb(timestep, labels, hidden_dtype=x.dtype)))
-    return tuple(made.to(x.dtype).chunk(6, 1))
+        made = made.to(x.dtype).unflatten(1, (6, -1)).transpose(0, 1).contiguous()
+    return made.unbind(0)
 
 
-def _self_attention(parts: _Parts, join: Joined | None, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def _self_attention(
+    parts: _Parts, join: Joined | None, x: Tensor, scale: Tensor, shift: Tensor, gate: Tensor
+) -> Tensor:
     attn = parts.own
     layers = [attn.q, attn.k, attn.v]
     codes, given = normed(parts.adaptive._modules["norm"], layers, x, scale, shift)
-    return attended(attn, products(layers, join, codes, given, x), x, residual=None)
+    return attended(attn, products(layers, join, codes, given, x), x, gate)
 
 
-def _feed_forward(parts: _Parts, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def _feed_forward(parts: _Parts, x: Tensor, scale: Tensor, shift: Tensor, gate: Tensor) -> Tensor:
     first, last = parts.act._modules["proj"], parts.last
     codes, (given,) = normed(parts.norm, [first], x, scale, shift)
     hidden, behind = gpu.multiply(first, codes, given, x), gpu.given_input(last, x)
@@ -149,4 +151,4 @@ def _feed_forward(parts: _Parts, x: Tensor, scale: Tensor, shift: Tensor) -> Ten
         hidden, parts.act.approximate == "tanh", behind.inverse, behind.encoding, behind.times, gpu.facts(last).top,
         gpu.input_scale(last),
     )
-    return gpu.multiply(last, activated, behind, x)
+    return gpu.multiply(last, activated, behind, x, shared=gate, residual=x, gate=True)

@@ -181,26 +181,31 @@ def products(layers: list[Any], join: Joined | None, codes: Tensor, given: list[
     return list(out.reshape(len(layers), *x.shape[:-1], -1).unbind(0))
 
 
-def attended(attn: Heads, parts: list[Tensor], x: Tensor, residual: Tensor | None) -> Tensor:
-    """What the heads make of queries, keys and values, through the last layer, and the residual; shaped as ``x``."""
+def attended(attn: Heads, parts: list[Tensor], x: Tensor, gate: Tensor | None = None) -> Tensor:
+    """``x`` and what the heads make of queries, keys and values, through the last layer.
+
+    Args:
+        gate: ``[B, C]``, what that is multiplied by.
+    """
     heads, last = attn.module.heads, attn.last
     q, k, v = [part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in parts]
     given = gpu.given_input(last, x)
     if attend_ops.fits(q, k, given.kind):
         codes = _OPS.attend_encode(q, k, v, given.inverse, given.encoding, given.times, gpu.facts(last).top,
                                    gpu.input_scale(last))  # fmt: skip
-        return gpu.multiply(last, codes, given, x, residual=residual)
+        return gpu.multiply(last, codes, given, x, shared=gate, residual=x, gate=gate is not None)
     found = F.scaled_dot_product_attention(q, k, v, dropout_p=0.0, is_causal=False)
     side = found.transpose(1, 2).flatten(2)
     given = gpu.given_input(last, side)
-    return gpu.multiply(last, gpu.input_rows(last, side, given), given, side, residual=residual)
+    codes = gpu.input_rows(last, side, given)
+    return gpu.multiply(last, codes, given, side, shared=gate, residual=x, gate=gate is not None)
 
 
 def _self_attention(parts: _Parts, join: Joined | None, x: Tensor) -> Tensor:
     attn = parts.own
     layers = [attn.q, attn.k, attn.v]
     codes, given = normed(parts.norms[0], layers, x)
-    return attended(attn, products(layers, join, codes, given, x), x, residual=x)
+    return attended(attn, products(layers, join, codes, given, x), x)
 
 
 def _cross_attention(parts: _Parts, join: Joined | None, readers: Any, x: Tensor, context: Tensor) -> Tensor:
@@ -210,10 +215,10 @@ def _cross_attention(parts: _Parts, join: Joined | None, readers: Any, x: Tensor
     query = products([attn.q], None, codes, given, x)
     taken = None if readers is None else readers.take(layers, context, lambda: context)
     if taken is not None:
-        return attended(attn, query + taken, x, residual=x)
+        return attended(attn, query + taken, x)
     given = [gpu.given_input(layer, context) for layer in layers]
     codes = torch.cat([gpu.input_rows(layer, context, g) for layer, g in zip(layers, given, strict=True)])
-    return attended(attn, query + products(layers, join, codes, given, context), x, residual=x)
+    return attended(attn, query + products(layers, join, codes, given, context), x)
 
 
 def _feed_forward(parts: _Parts, x: Tensor) -> Tensor:

@@ -107,7 +107,7 @@ def product(a: Tensor, w: Tensor, config: Config, numbers: tuple[Any, ...], tile
     """
     from bitbrush.kernels import gluon_int8_kernels as kernels
 
-    how = shape(config.bm, config.bn, config.flow, added=options["RESIDUAL"] or options["SHARED"])
+    how = shape(config.bm, config.bn, config.flow, added=options["RESIDUAL"] or options["SHARED"] > 0)
     own = {"CH1": min(how.first, how.chunk), "CH2": min(how.others, how.chunk) or min(how.first, how.chunk)}
     kernel, every = kernels.product, {**options, **own, **_how(config, how)}
     if every.pop("SPLIT_K") > 1:

@@ -102,9 +102,13 @@ def _finish(
         where, sample, kept = _outputs(m, m_count, geometry, SPATIAL)
         inside = kept[:, None] & (n < end)[None, :]
         at = where.to(gl.int64)[:, None] * columns + n[None, :]
-        if SHARED:
+        if SHARED > 0:
             row = sample.to(gl.int64)[:, None] * columns + n[None, :]
-            value += gl.convert_layout(gl.load(shared_ptr + row, mask=inside, other=0.0), L).to(gl.float32)
+            row_of_sample = gl.convert_layout(gl.load(shared_ptr + row, mask=inside, other=0.0), L).to(gl.float32)
+            if SHARED == 2:
+                value *= row_of_sample
+            else:
+                value += row_of_sample
         if RESIDUAL:
             value += gl.convert_layout(gl.load(residual_ptr + at, mask=inside, other=0.0), L).to(gl.float32)
         gl.store(y_ptr + at, gl.convert_layout(value.to(TYPE), W), mask=inside)

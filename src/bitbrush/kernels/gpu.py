@@ -140,7 +140,7 @@ def run(layer: QuantLayer, x: Tensor) -> Tensor:
 
 def multiply(
     layer: QuantLayer, codes: Tensor, given: Given, x: Tensor, *, shared: Tensor | None = None,
-    residual: Tensor | None = None,
+    residual: Tensor | None = None, gate: bool = False,
 ) -> Tensor:
     """The layer's output for codes, in the dtype of ``x``, and what is added to it before the one rounding.
 
@@ -148,8 +148,9 @@ def multiply(
         codes: Rows or a frame, as `input_rows` gives them.
         given: What they were encoded by.
         x: The input (of its shape and dtype; values are not looked at).
-        shared: ``[samples, N]``: the same for all places of a sample.
+        shared: ``[samples, N]``, contiguous: the same for all places of a sample.
         residual: Like the output.
+        gate: What belongs to samples is multiplied by, not added.
     """
     known = facts(layer)
     conv, of_weight = known.conv, sums.weight_scale(layer) if known.grouped else layer._buffers["weight_scale"]
@@ -158,7 +159,7 @@ def multiply(
     y: Tensor = _OPS.int8_product(
         codes, int8_weight(layer), given.scale, given.zero_point, given.times, given.kind, of_weight,
         weight_sum(layer), known.widths, int8_ops.numbers_of(given.frame), given.per_sample,
-        layer._parameters["bias"], shared, residual, x.dtype,
+        layer._parameters["bias"], shared, residual, x.dtype, gate,
     )
     if not conv:
         return y.reshape(*x.shape[:-1], -1)

@@ -54,7 +54,7 @@ class Modulations(readers.Readers):
         return one is other
 
     def of(self, last: Any, timestep: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """``[B, 6 C]`` of the block whose last layer that is; None where the block has to make its own.
+        """``[6, B, C]`` of the block whose last layer that is; None where the block has to make its own.
 
         Args:
             timestep, labels: ``[B]``, as the blocks are given them.
@@ -80,7 +80,8 @@ class Modulations(readers.Readers):
         times = torch.cat(self.stages[1].multiply(second, hidden))
         classes = torch.stack([emb.class_embedder(labels) for emb in embeddings])
         made = nn.functional.silu(times + classes)
-        return list(torch.cat(self.stages[2].multiply(last, made)).unbind(0))
+        found = torch.cat(self.stages[2].multiply(last, made)).unflatten(-1, (6, -1))
+        return list(found.transpose(1, 2).contiguous().unbind(0))
 
 
 STAGES = ("emb.timestep_embedder.linear_1", "emb.timestep_embedder.linear_2", "linear")

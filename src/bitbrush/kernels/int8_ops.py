@@ -34,7 +34,7 @@ _LIBRARY.define(
 _LIBRARY.define(
     "int8_product(Tensor a, Tensor w, Tensor scale, Tensor zero_point, Tensor times, int kind, Tensor weight_scale, "
     "Tensor weight_sum, int[] widths, int[] frame, int per_sample, Tensor? bias, Tensor? shared, Tensor? residual, "
-    "ScalarType dtype) -> Tensor"
+    "ScalarType dtype, bool gate=False) -> Tensor"
 )
 
 
@@ -170,10 +170,10 @@ def _weight_plain(
 def _product_cuda(
     a: Tensor, w: Tensor, scale: Tensor, zero_point: Tensor, times: Tensor, kind: int, weight_scale: Tensor,
     weight_sum: Tensor, widths: list[int], frame: list[int], per_sample: int, bias: Tensor | None,
-    shared: Tensor | None, residual: Tensor | None, dtype: torch.dtype,
+    shared: Tensor | None, residual: Tensor | None, dtype: torch.dtype, gate: bool = False,
 ) -> Tensor:
     tables = Tables(scale, zero_point, times, kind, weight_scale, weight_sum)
-    place, extra = frame_of(frame), Extra(bias, shared, residual)
+    place, extra = frame_of(frame), Extra(bias, shared, residual, gate)
 
     def run(config: triton_int8.Config) -> Tensor:
         return triton_int8.product(a, w, tables, tuple(widths), dtype, frame=place, per_sample=per_sample, extra=extra,
@@ -186,7 +186,7 @@ def _product_cuda(
 def _product_plain(
     a: Tensor, w: Tensor, scale: Tensor, zero_point: Tensor, times: Tensor, kind: int, weight_scale: Tensor,
     weight_sum: Tensor, widths: list[int], frame: list[int], per_sample: int, bias: Tensor | None,
-    shared: Tensor | None, residual: Tensor | None, dtype: torch.dtype,
+    shared: Tensor | None, residual: Tensor | None, dtype: torch.dtype, gate: bool = False,
 ) -> Tensor:
     place = frame_of(frame)
     tables = Tables(scale, zero_point, times, kind, weight_scale, weight_sum)
@@ -195,7 +195,9 @@ def _product_plain(
     for s in range(1, len(sums)):
         total = total + (sums[s].float() * scale[row, s : s + 1]) * weight_scale[:, s]
     total = total if bias is None else total + bias.float()
-    total = total if shared is None else total + shared.float()[sample]
+    if shared is not None:
+        row = shared.float()[sample]
+        total = total * row if gate else total + row
     total = total if residual is None else total + residual.float().reshape(total.shape)
     out = total.to(dtype)
     return out if place is None else out.reshape(place.batch, *place.out, -1)
@@ -255,7 +257,7 @@ def _weight_shape(
 def _product_shape(
     a: Tensor, w: Tensor, scale: Tensor, zero_point: Tensor, times: Tensor, kind: int, weight_scale: Tensor,
     weight_sum: Tensor, widths: list[int], frame: list[int], per_sample: int, bias: Tensor | None,
-    shared: Tensor | None, residual: Tensor | None, dtype: torch.dtype,
+    shared: Tensor | None, residual: Tensor | None, dtype: torch.dtype, gate: bool = False,
 ) -> Tensor:
     place = frame_of(frame)
     shape = (a.shape[0],) if place is None else (place.batch, *place.out)

@@ -144,11 +144,13 @@ class Tables(NamedTuple):
 
 
 class Extra(NamedTuple):
-    """What is added before the one rounding: ``bias [N]``, ``shared [samples, N]``, ``residual`` like the output."""
+    """What is added before the one rounding: ``bias [N]``, ``shared [samples, N]`` (or multiplied by: a ``gate``),
+    ``residual`` like the output."""
 
     bias: Tensor | None = None
     shared: Tensor | None = None
     residual: Tensor | None = None
+    gate: bool = False
 
 
 class Next(NamedTuple):
@@ -200,8 +202,7 @@ def product(
     parts = tables.parts
     per_sample = tables.scale.shape[1] if kind == STACKED else per_sample  # rows of a part's table
     key = (a.shape, a.stride(), w.shape, w.stride(), widths, frame, per_sample, kind, parts,
-           extra.bias is None, extra.shared is None, extra.residual is None, sums is None, a.device,
-           early(a.device))  # fmt: skip
+           *[t is None for t in extra[:3]], extra.gate, sums is None, a.device, early(a.device))  # fmt: skip
     known = _PRODUCTS.get(key)
     if known is None or known.asked is not config:
         known = _PRODUCTS[key] = _cut_product(a, w, tables, widths, frame, per_sample, extra, config, sums is not None)
@@ -211,7 +212,7 @@ def product(
     y = torch.empty(shape, dtype=dtype, device=a.device)
     if not y.numel():
         return y
-    bias, shared, residual = (y if t is None else t for t in extra)
+    bias, shared, residual = (y if t is None else t for t in extra[:3])
     into = kept = y if sums is None else sums
     if known.merge is not None:
         into = torch.empty((known.split_k, y.numel() // n, n), dtype=torch.int32, device=a.device)
@@ -270,8 +271,8 @@ def _cut_product(
     options = {
         "COUNT": len(widths), "WIDTH": widths[0] if frame is not None and len(widths) == 1 else 0,
         "KH": place.kernel[0], "KW": place.kernel[1], "TABLE": tables.kind, "PARTS": parts, "SPATIAL": spatial,
-        "BIAS": extra.bias is not None, "RESIDUAL": extra.residual is not None, "SHARED": extra.shared is not None,
-        "KEEP": keep, "SPLIT_K": config.split_k,
+        "BIAS": extra.bias is not None, "RESIDUAL": extra.residual is not None, "KEEP": keep,
+        "SHARED": (extra.shared is not None) << extra.gate, "SPLIT_K": config.split_k,
     }
     outputs = (out_rows, columns, per_sample if frame is None else out_h * out_w)
     merge = triton_split.merge(outputs, options, launched(a.device)) if config.split_k > 1 else None

@@ -234,13 +234,14 @@ def _store(
     values, y_ptr, residual_ptr, shared_ptr, where, sample, kept, first, end, columns,
     RESIDUAL: tl.constexpr, SHARED: tl.constexpr, BN: tl.constexpr,
 ):
-    """What is added, in this order, and the one rounding."""
+    """What is added, in this order, and the one rounding. SHARED 2: a sample's row is multiplied by."""
     n = first + tl.arange(0, BN)
     inside = kept[:, None] & (n < end)[None, :]
     at = where.to(tl.int64)[:, None] * columns + n[None, :]
-    if SHARED:
-        values += tl.load(shared_ptr + sample.to(tl.int64)[:, None] * columns + n[None, :], mask=inside,
-                          other=0.0).to(tl.float32)
+    if SHARED > 0:
+        own = tl.load(shared_ptr + sample.to(tl.int64)[:, None] * columns + n[None, :], mask=inside,
+                      other=0.0).to(tl.float32)
+        values = values * own if SHARED == 2 else values + own
     if RESIDUAL:
         values += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(y_ptr + at, values.to(y_ptr.dtype.element_ty), mask=inside)
@@ -294,14 +295,14 @@ def product(
             begin + rows, where, sample, m_ok, kept, n, n_ok, part, columns, out_rows, pitch, length_a, length_w, width,
             COUNT, WIDTH, KH, KW, TABLE, PARTS, TMA, False, BIAS, KEEP, THREADS, BM, BN, BK,
         )
-        if RESIDUAL or SHARED:  # half the columns at a time: what is added and where from need fewer registers
+        if RESIDUAL or SHARED > 0:  # half the columns at a time: what is added and where from need fewer registers
             HALF: tl.constexpr = BN // 2
             left, right = _halves(total, BM, HALF)
             _store(left, y_ptr, residual_ptr, shared_ptr, where, sample, kept, n0, end, n_count, RESIDUAL, SHARED, HALF)
             _store(right, y_ptr, residual_ptr, shared_ptr, where, sample, kept, n0 + HALF, end, n_count, RESIDUAL,
                    SHARED, HALF)
         else:
-            _store(total, y_ptr, residual_ptr, shared_ptr, where, sample, kept, n0, end, n_count, False, False, BN)
+            _store(total, y_ptr, residual_ptr, shared_ptr, where, sample, kept, n0, end, n_count, False, 0, BN)
 
 
 # ---- the gated product -----------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ def merge(outputs: tuple[int, int, int], options: dict[str, Any], launched: dict
     from bitbrush.kernels import triton_split_kernels as kernels
 
     own = {name: options[name] for name in FINISH} | {"SPLIT_K": options["SPLIT_K"], "BR": BR, "BC": BC}
-    options |= dict.fromkeys(FINISH, False)
+    options |= dict.fromkeys(FINISH, False) | {"SHARED": 0}
     rows, columns, _ = outputs
     grid = (-(-rows // BR), -(-columns // BC))
     return Launch(kernels.merge, grid, outputs, {**own, "num_warps": WARPS, "enable_fp_fusion": False, **launched})

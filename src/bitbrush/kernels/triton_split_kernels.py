@@ -37,9 +37,10 @@ def merge(
     value = (acc.to(tl.float32) * tl.load(scale_a_ptr + time)) * scale_w
     if BIAS:
         value += tl.load(bias_ptr + n, mask=there, other=0.0)[None, :].to(tl.float32)
-    if SHARED:
+    if SHARED > 0:
         of_sample = (row // per_sample).to(tl.int64)[:, None] * columns + n[None, :]
-        value += tl.load(shared_ptr + of_sample, mask=inside, other=0.0).to(tl.float32)
+        own = tl.load(shared_ptr + of_sample, mask=inside, other=0.0).to(tl.float32)
+        value = value * own if SHARED == 2 else value + own
     if RESIDUAL:
         value += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(y_ptr + at, value.to(y_ptr.dtype.element_ty), mask=inside)
