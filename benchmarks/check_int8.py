@@ -216,7 +216,8 @@ def shared(device: str) -> dict[str, Any]:
 
 
 def splits(device: str, share: slice = ALL) -> dict[str, Any]:
-    """Products of long rows, and a convolution, whose sums are split, in every cut beside the definition."""
+    """Products of long rows, and a convolution, whole and with split sums, with all that is added to them and gates, in
+    every cut beside the definition."""
     report: dict[str, Any] = {"ran": 0, "outputs": 0, "wrong": []}
     torch.manual_seed(4)
     m, k, n = 154, 1184, 320
@@ -228,16 +229,17 @@ def splits(device: str, share: slice = ALL) -> dict[str, Any]:
         table = (torch.rand((4, 1), device=device) * 0.01, torch.randint(90, 166, (4, 1), device=device).byte(),
                  torch.tensor([2], device=device))
         extra = Extra(bias, *(torch.randn(size, n, device=device).half() for size in (2, count)))
-        plain = [t.cpu() for t in (a, w, *table)], [t.cpu() for t in (scale, total)], [t.cpu() for t in extra]
-        want = int8_ops._product_plain(*plain[0], ONE_ROW, *plain[1], [k], int8_ops.numbers_of(place),
-                                       -(-count // 2), *plain[2], torch.float16)
-        for cut in [replace(cut, split_k=parts) for parts in (2, 5) for cut in (
-            *tuning.CANDIDATES, *tuning.GATHERED, *(cut for cut in tuning.FLOWS if cut.flow == PAIR))][share]:
+        plain = [t.cpu() for t in (a, w, *table)], [t.cpu() for t in (scale, total)], [t.cpu() for t in extra[:3]]
+        want = [int8_ops._product_plain(*plain[0], ONE_ROW, *plain[1], [k], int8_ops.numbers_of(place), -(-count // 2),
+                                        *plain[2], torch.float16, gate) for gate in (False, True)]  # fmt: skip
+        for gate, cut in [(gate, replace(cut, split_k=parts)) for parts, gate in ((1, True), (2, False), (5, True))
+                          for cut in (*tuning.CANDIDATES, *tuning.GATHERED, *tuning.FLOWS)
+                          if parts == 1 or cut.flow in ("", PAIR)][share]:  # fmt: skip
             y = triton_int8.product(a, w, Tables(*table, ONE_ROW, scale, total), (k,), torch.float16, frame=place,
-                                    per_sample=-(-count // 2), extra=extra, config=cut)
+                                    per_sample=-(-count // 2), extra=extra._replace(gate=gate), config=cut)
             report["ran"], report["outputs"] = report["ran"] + 1, report["outputs"] + y.numel()
-            if not torch.equal(y.cpu(), want):
-                report["wrong"].append(f"{place} {cut}")
+            if not torch.equal(y.cpu(), want[gate]):
+                report["wrong"].append(f"{place} {cut} {'gate' if gate else ''}")
     return report
 
 
