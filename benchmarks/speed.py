@@ -4,6 +4,8 @@
     python benchmarks/speed.py peers --together 6 --way 300 --budget 420 --site FOLDER   # on a card of 140 GB
     python benchmarks/speed.py --smoke        # every part tiny, on a CPU, under three minutes; nothing to be believed
 
+    python benchmarks/speed.py steps-dit steps-flux --warm 120     # compile side by side before each is timed
+
 Parts, each with a JSON of its own in --out that is written after every item:
 
     ceilings      copy, bf16 product, torch._int_mm (and fp8) of 8192 x 8192 x 8192

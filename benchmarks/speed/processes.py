@@ -38,6 +38,27 @@ def together(parts: Sequence[str], args: argparse.Namespace, budget: Budget) -> 
             raise
 
 
+def warmed(parts: Sequence[str], args: argparse.Namespace, seconds: float) -> list[str]:
+    """Run parts side by side and throw away what they measure, for at most so many seconds: what they compile is in the
+    caches when each is timed by itself. The cuts of products that they choose, beside each other, are thrown away, too.
+
+    Returns:
+        Those that ended by themselves.
+    """
+
+    def one(part: str) -> bool:
+        words = [sys.executable, str(HERE / "speed.py"), part, "--child", "--run", "warm", "--out", f"{folder}/{part}",
+                 "--budget", f"{seconds:.0f}", "--compile", args.compile, "--way", f"{seconds:g}"]  # fmt: skip
+        words += ["--smoke"] if args.smoke else []
+        words += ["--forms", *args.forms] if args.forms else []
+        env = environment(part, args) | {"XDG_CACHE_HOME": folder}
+        return watched(words, seconds, env, output=subprocess.DEVNULL) is not None
+
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(max(1, len(parts))) as pool:
+        ended = list(pool.map(one, parts))
+    return [part for part, by_itself in zip(parts, ended, strict=True) if by_itself]
+
+
 def in_process(
     part: str, args: argparse.Namespace, budget: Budget, some: list[str] | None, lock: Path | None = None
 ) -> None:
@@ -65,11 +86,13 @@ def in_process(
 
 def watched(
     words: list[str], seconds: float, env: dict[str, str], late: Callable[[], bool] = lambda: False,
-    lock: Path | None = None,
+    lock: Path | None = None, output: int | None = None,
 ) -> int | None:
     """Exit code of a process, None where it was stopped because it ran past its time or is ``late``."""
     end = time.monotonic() + seconds
-    with subprocess.Popen(words, env=env, process_group=0) as process:  # a group: those who compile for it end with it
+    with subprocess.Popen(
+        words, env=env, stdout=output, stderr=output, process_group=0  # those who compile for it end with it
+    ) as process:
         try:
             while (left := end - time.monotonic()) > 0 and not late():
                 with contextlib.suppress(subprocess.TimeoutExpired):

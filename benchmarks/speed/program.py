@@ -68,6 +68,9 @@ def arguments(words: list[str] | None = None, description: str | None = None) ->
     parser.add_argument("--together", type=int, default=1, metavar="N", help="peers measured side by side (1): they "
                         "compile at the same time and are timed in turn, the others stopped; reckon with 20 GB of "
                         "the GPU each")  # fmt: skip
+    parser.add_argument("--warm", type=float, default=0.0, metavar="SECONDS", help="before anything is timed, run all "
+                        "parts side by side for at most so long, to compile what they need on all cores (0: do not); "
+                        "they need the memory of all")  # fmt: skip
     parser.add_argument("--site", type=Path, help="folder with a folder for each library that a peer needs (torchao, "
                         "sdnq, ..), put first on the path of its process")  # fmt: skip
     parser.add_argument("--fresh", action="store_true", help="forget what --out has of these parts")
@@ -128,6 +131,10 @@ def run(args: argparse.Namespace) -> int:
     args.run = args.run or run_name(args.out)
     for part in args.parts if args.fresh else ():
         (args.out / f"{part}.json").unlink(missing_ok=True)
+    if args.warm:
+        missing = [part for part in args.parts if not is_complete(part, args)]
+        ended = processes.warmed(missing, args, min(args.warm, budget.left()))
+        print(f"warm: {len(ended)} of {len(missing)} parts, {budget.left():.0f} s left", file=sys.stderr, flush=True)
     late: list[str] = []
     beside: list[str] = []
     for part in args.parts:

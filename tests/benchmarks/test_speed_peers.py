@@ -52,6 +52,16 @@ def peer(script: Script, folder: Path, *, limit: float = 600.0, stays: bool = Tr
     return processes.watched([sys.executable, "-c", code], 150, dict(os.environ), late), file
 
 
+@pytest.mark.parametrize("seconds, ends", [(100.0, True), (0.5, False)])
+def test_parts_are_warmed_side_by_side_and_leave_nothing(
+    script: Script, tmp_path: Path, seconds: float, ends: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    program, processes = script("speed.program"), script("speed.processes")
+    args = program.arguments(["ceilings", "steps-dit", "--smoke", "--out", str(tmp_path), "--forms", "w8a8"])
+    assert processes.warmed(args.parts, args, seconds) == (["ceilings", "steps-dit"] if ends else [])
+    assert not list(tmp_path.iterdir()) and capfd.readouterr().out == ""
+
+
 def test_a_way_that_does_not_end_leaves_those_before_it(script: Script, tmp_path: Path) -> None:
     code, file = peer(script, tmp_path, limit=2.0)
     processes, record = script("speed.processes"), script("speed.record")
