@@ -119,6 +119,10 @@ def bars() -> list[Run]:
         ("cifar10-ddpm", "w6a6")) for recipe in ("rtn", "rtn-dynamic", "qdiffusion")]  # fmt: skip
     found += [Run("cifar10-ddpm", "dgq", "w4a6", "bar"),
               Run("cifar10-ddpm", "vqdm", "w3a16", "bar", "--set tune.iterations=1500")]  # fmt: skip
+    found += [tuned := Run("emoji-sd", "vqdm", "w3a16", "bar", "--set tune.iterations=1500")]
+    found += [Run("emoji-sd", "vqdm", "w3a16", arm, flags, after=tuned.name) for arm, flags in (
+        ("no-tuning", "--set tune.iterations=0"), ("guided", "--preset guided --set tune.iterations=1500"),
+        ("replay", "--preset replay --set tune.iterations=1500"))]  # fmt: skip
     longer = "--set codebooks.epochs=16 --set codebooks.tolerance=0.001 --set codebooks.feedback_epochs=16"
     found += [Run("emoji-sd", "vqdm", bits, "thorough", f"{how} --set tune.iterations=1500")
               for bits, how in (("w3a16", "--preset thorough"), ("w2a16", f"--preset two {longer}"))]  # fmt: skip

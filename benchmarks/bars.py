@@ -331,7 +331,9 @@ NOTES: dict[Key, Note] = {
     ("emoji-sd", "vqdm", 3, 16): Note(
         "bar",
         "`tune-4000`: 4,000 iterations of finetuning instead of 1,500. The loss on rows held out goes on falling, the "
-        "pictures are no better for it.",
+        "pictures are no better for it. `no-tuning`: codes and codebooks as searched; `guided`: finetuned by the "
+        "guided estimate; `replay`: on trajectories of the student, too; `thorough`: two sets more, and a longer "
+        "search.",
     ),
     ("cifar10-ddpm", "tdq", 8, 4): Note(
         "bar",
