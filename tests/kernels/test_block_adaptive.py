@@ -145,12 +145,22 @@ def test_reasons_by_name() -> None:
     assert not blocks.fused(dit)
 
 
+class Doubled(nn.Sequential):
+    """An adapter in a layer's place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = super().forward(x)
+        return out * 2
+
+
 CHANGES: list[Callable[[Any], object]] = [
     lambda norm: fill(norm.emb.timestep_embedder.linear_1, torch.Generator().manual_seed(9)),
     lambda norm: norm.emb.timestep_embedder.linear_2.weight_scale.mul_(2),
     lambda norm: norm.emb.class_embedder.embedding_table.weight.mul_(3),
     lambda norm: norm.linear._apply(lambda tensor: tensor.clone()) and norm.linear.weight_scale.mul_(3),
     lambda norm: norm.emb.timestep_embedder.linear_2.register_forward_hook(lambda module, args, out: out * 2),
+    lambda norm: setattr(norm.emb.timestep_embedder, "linear_1", Doubled(norm.emb.timestep_embedder.linear_1)),
+    lambda norm: setattr(norm.emb.timestep_embedder, "act", nn.Identity()),
     lambda norm: setattr(norm, "linear", nn.Sequential(norm.linear)),
 ]
 
@@ -181,7 +191,7 @@ def test_rows_of_all_blocks_are_stored_once_and_copies_have_their_own() -> None:
     other = copy.deepcopy(dit)
     assert torch.equal(called(other, *given)[0], want)
     (mine,), (own,) = (reading.readers(model, "gpu_readers") for model in (dit, other))
-    layers, inside = [layer for stage in own.stages for layer in stage.layers], set(other.modules())
+    layers, inside = [layer for stage in (*own.before, own) for layer in stage.layers], set(other.modules())
     assert mine is not own and len(layers) == 3 * LAYERS and all(layer in inside for layer in layers)
 
 

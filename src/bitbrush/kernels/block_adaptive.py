@@ -127,7 +127,7 @@ def _modulation(parts: _Parts, shared: Any, timestep: Any, labels: Any, x: Tenso
     """(shift, scale, gate) ``[B, C]`` of the attention's norm and of the feed-forward layer's."""
     norm, made = parts.adaptive, None
     if isinstance(shared, Modulations) and isinstance(timestep, Tensor) and isinstance(labels, Tensor):
-        made = shared.of(norm.linear, timestep, labels, x.dtype)
+        made = shared.of(norm, timestep, labels, x.dtype)
     if made is None:
         made = norm.linear(norm.silu(norm.emb(timestep, labels, hidden_dtype=x.dtype)))
         made = made.to(x.dtype).unflatten(1, (6, -1)).transpose(0, 1).contiguous()

@@ -15,82 +15,86 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitbrush.kernels import gpu_readers, readers
+from bitbrush.kernels import gpu_readers
 from bitbrush.kernels.blocks import FusedBlock
 
 
-class Modulations(readers.Readers):
-    """The last of the three layers of every block, and what stands before it.
+class Modulations(gpu_readers.Readers):
+    """The last of the three layers of every block, with what stands before it.
 
     Attributes:
-        blocks: Those whose layers they are.
-        stages: The first, the second and the last layers of all blocks.
+        norms: The blocks' first norms, which hold these layers.
+        before: The first and the second layers of all blocks.
     """
 
     def __init__(self, blocks: list[Any]) -> None:
-        self.blocks: list[Any] = blocks
-        chains = [layers_of(block) for block in blocks]
-        super().__init__([last for *_, last in chains])
-        self.stages = [gpu_readers.Readers(list(stage), blocks) for stage in zip(*chains, strict=True)]
+        first, second, last = zip(*(layers_of(block.norm1) for block in blocks), strict=True)
+        super().__init__(list(last), blocks)
+        self.norms: list[Any] = [block.norm1 for block in blocks]
+        self.before = [gpu_readers.Readers(list(stage), blocks) for stage in (first, second)]
 
     def __reduce__(self) -> tuple[Any, ...]:
         """See `gpu_readers.Readers`. The blocks hold this: a copy of it has to exist before theirs."""
-        return Modulations, ([],), (self.blocks,)
+        return _empty, (), (self.layers, self.blocks, self.norms, self.before)
 
-    def __setstate__(self, state: tuple[list[Any]]) -> None:
-        """What `__reduce__` says; of blocks that are not whole yet."""
-        self.blocks = state[0]
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        """What `__reduce__` says."""
+        layers, blocks, self.norms, self.before = state
+        gpu_readers.Readers.__init__(self, layers, blocks)
 
     def forget(self) -> None:
-        """See `readers.Readers.forget`; other layers may stand in a block by now."""
-        Modulations.__init__(self, self.blocks)
+        """See `readers.Readers.forget`."""
+        super().forget()
+        for stage in self.before:
+            stage.forget()
 
-    def moment(self) -> Any:
-        """See `gpu_readers.Readers.moment`."""
-        return self.stages[0].moment()
-
-    def same(self, one: Any, other: Any) -> bool:
-        """A time is a tensor, of one forward."""
-        return one is other
-
-    def of(self, last: Any, timestep: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """``[6, B, C]`` of the block whose last layer that is; None where the block has to make its own.
+    def of(self, norm: Any, timestep: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """``[6, B, C]`` of the block whose first norm that is; None where the block has to make its own.
 
         Args:
             timestep, labels: ``[B]``, as the blocks are given them.
         """
-        if len(self.stages) != len(STAGES):  # a copy that has not been called yet
-            self.forget()
-
-        def seen() -> tuple[Tensor, Tensor]:
-            return self.blocks[0].norm1.emb.time_proj(timestep).to(dtype), labels
-
-        found = self.take([last], timestep, seen, (labels,))
+        if not self.whole(norm):
+            return None
+        found = self.take([norm.linear], timestep, lambda: (norm.emb.time_proj(timestep).to(dtype), labels), (labels,))
         return None if found is None else found[0]
+
+    def whole(self, norm: Any) -> bool:
+        """Whether a norm still has the parts that its share is made with: an adapter may stand in a layer's place."""
+        place = self.places.get(id(norm.linear), -1)
+        if place < 0 or self.norms[place] is not norm or kind_of(norm) is None:
+            return False
+        first, second, _ = layers_of(norm)
+        return first is self.before[0].layers[place] and second is self.before[1].layers[place]
 
     def outputs(self, source: Tensor, seen: Callable[[], Any]) -> list[Tensor] | None:
         """See `readers.Readers.outputs`."""
-        stacks = [stage.stack(source) for stage in self.stages]
-        first, second, last = stacks
+        if not all(map(self.whole, self.norms)):
+            return None
+        first, second = (stage.stack(source) for stage in self.before)
+        last = self.stack(source)
         if first is None or second is None or last is None:
             return None
-        embeddings = [block.norm1.emb for block in self.blocks]
         x, labels = seen()
-        hidden = nn.functional.silu(torch.cat(self.stages[0].multiply(first, x)))
-        times = torch.cat(self.stages[1].multiply(second, hidden))
-        classes = torch.stack([emb.class_embedder(labels) for emb in embeddings])
-        made = nn.functional.silu(times + classes)
-        found = torch.cat(self.stages[2].multiply(last, made)).unflatten(-1, (6, -1))
+        hidden = nn.functional.silu(_all(self.before[0].multiply(first, x)))
+        times = _all(self.before[1].multiply(second, hidden))
+        classes = torch.stack([norm.emb.class_embedder(labels) for norm in self.norms])
+        found = _all(self.multiply(last, nn.functional.silu(times + classes))).unflatten(-1, (6, -1))
         return list(found.transpose(1, 2).contiguous().unbind(0))
 
 
-STAGES = ("emb.timestep_embedder.linear_1", "emb.timestep_embedder.linear_2", "linear")
-"""Of a block's first norm."""
+def _empty() -> Modulations:
+    return Modulations.__new__(Modulations)
 
 
-def layers_of(block: Any) -> list[Any]:
-    """A block's three layers, in the order of execution."""
-    return [block.norm1.get_submodule(name) for name in STAGES]
+def _all(products: list[Tensor]) -> Tensor:
+    """The outputs of all blocks, one below the other."""
+    return products[0] if len(products) == 1 else torch.cat(products)
+
+
+def layers_of(norm: Any) -> tuple[Any, Any, Any]:
+    """The three layers of a block's first norm, in the order of execution."""
+    return norm.emb.timestep_embedder.linear_1, norm.emb.timestep_embedder.linear_2, norm.linear
 
 
 def share(blocks: list[FusedBlock]) -> None:
@@ -108,11 +112,11 @@ def share(blocks: list[FusedBlock]) -> None:
                 block.gpu_readers = made
 
 
-def _kind(block: Any) -> Any:
-    """What must be the same of blocks whose modulations are made together; None where a block's cannot be."""
+def kind_of(norm: Any) -> Any:
+    """How a norm's embedding makes its sinusoid; None where it is not the chain that is made for all blocks."""
     from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings, TimestepEmbedding, Timesteps
 
-    norm, emb = block.norm1, block.norm1.emb
+    emb = norm.emb
     if type(emb) is not CombinedTimestepLabelEmbeddings or type(emb.time_proj) is not Timesteps:
         return None
     later, wave = emb.timestep_embedder, emb.time_proj
@@ -120,6 +124,13 @@ def _kind(block: Any) -> Any:
         return None
     if later.post_act is not None or later.cond_proj is not None:
         return None
-    kinds = tuple((gpu_readers.kind(layer), getattr(layer, "out_channels_", 0)) for layer in layers_of(block))
-    made = (wave.num_channels, wave.flip_sin_to_cos, wave.downscale_freq_shift, wave.scale)
+    return (wave.num_channels, wave.flip_sin_to_cos, wave.downscale_freq_shift, wave.scale)
+
+
+def _kind(block: Any) -> Any:
+    """What must be the same of blocks whose modulations are made together; None where a block's cannot be."""
+    made = kind_of(block.norm1)
+    if made is None:
+        return None
+    kinds = tuple((gpu_readers.kind(layer), getattr(layer, "out_channels_", 0)) for layer in layers_of(block.norm1))
     return None if any(kind is None for kind, _ in kinds) else (kinds, made)
