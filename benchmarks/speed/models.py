@@ -14,7 +14,7 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from bitbrush.network.clock import expanded
+from bitbrush.network.clock import once
 
 diffusers.utils.logging.set_verbosity_error()  # else every network in bf16 is warned of
 Inputs = dict[str, Any]
@@ -114,9 +114,7 @@ class Model:
 def _placed(value: Any, device: str) -> Any:
     if isinstance(value, dict):
         return {name: _placed(one, device) for name, one in value.items()}
-    if not isinstance(value, Tensor):
-        return value
-    return value[:1].to(device).expand(value.shape) if expanded(value) else value.to(device)
+    return once(value).to(device).expand(value.shape) if isinstance(value, Tensor) else value
 
 
 def _unet(model: Model, noise: Noise) -> Inputs:

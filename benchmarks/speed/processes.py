@@ -47,10 +47,7 @@ def warmed(parts: Sequence[str], args: argparse.Namespace, seconds: float) -> li
     """
 
     def one(part: str) -> bool:
-        words = [sys.executable, str(HERE / "speed.py"), part, "--child", "--run", "warm", "--out", f"{folder}/{part}",
-                 "--budget", f"{seconds:.0f}", "--compile", args.compile, "--way", f"{seconds:g}"]  # fmt: skip
-        words += ["--smoke"] if args.smoke else []
-        words += ["--forms", *args.forms] if args.forms else []
+        words = child(part, args, "warm", Path(folder) / part, seconds, seconds, args.forms)
         env = environment(part, args) | {"XDG_CACHE_HOME": folder}
         return watched(words, seconds, env, output=subprocess.DEVNULL) is not None
 
@@ -68,11 +65,7 @@ def in_process(
     for _ in range(RETRIES):
         if budget.left() < START:
             return
-        words = [sys.executable, str(HERE / "speed.py"), part, "--child", "--run", args.run, "--out", str(args.out),
-                 "--budget", f"{budget.left() - 8:.0f}"]  # fmt: skip
-        words += ["--compile", args.compile, "--way", f"{args.way:g}"]
-        words += ["--smoke"] if args.smoke else []
-        words += ["--forms", *some] if some else []
+        words = child(part, args, args.run, args.out, budget.left() - 8, args.way, some)
         words += ["--lock", str(lock), "--together", str(args.together)] if lock else []
         code = watched(words, budget.left() - 3, environment(part, args),
                        lambda: budget.left() < 3 or record.overdue(file) is not None, lock)
@@ -82,6 +75,15 @@ def in_process(
             print(f"{part}: stopped, {stopped(file)}", file=sys.stderr, flush=True)
             return
         print(f"{part}: its process ended with {code}", file=sys.stderr, flush=True)
+
+
+def child(
+    part: str, args: argparse.Namespace, run: str, out: Path, budget: float, way: float, forms: Sequence[str] | None
+) -> list[str]:
+    """What calls a part in a process of its own."""
+    words = [sys.executable, str(HERE / "speed.py"), part, "--child", "--run", run, "--out", str(out)]
+    words += ["--budget", f"{budget:.0f}", "--compile", args.compile, "--way", f"{way:g}"]
+    return words + (["--smoke"] if args.smoke else []) + (["--forms", *forms] if forms else [])
 
 
 def watched(

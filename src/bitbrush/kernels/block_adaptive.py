@@ -19,6 +19,7 @@ from bitbrush.kernels.block_transformer import (
     joined_where_run,
     normed,
     odd_attention,
+    odd_feed_forward,
     products,
 )
 from bitbrush.kernels.blocks import FusedBlock, first_reason, plain_processor, ready, watched
@@ -37,16 +38,13 @@ def unfit(block: Any) -> str | None:
         return "a part that is not in every block of its kind"
     if block.pos_embed is not None or block.only_cross_attention:
         return "positions, or no self-attention"
-    first, net = block.norm1, block.ff.net
+    first = block.norm1
     if type(first) is not AdaLayerNormZero or first.emb is None:
         return f"a norm that is modulated by {type(first).__name__}"
     if type(first.norm) is not nn.LayerNorm or type(block.norm3) is not nn.LayerNorm:
         return "a norm other than LayerNorm"
-    if type(net[0]) is not GELU or len(net) > 4:
-        return f"a feed-forward layer with {type(net[0]).__name__}"
-    if any(isinstance(part, nn.Dropout) and part.p > 0 and part.training for part in net):
-        return "it drops values"
-    return odd_attention(block.attn1) or first_reason(_layers(block))
+    odd = odd_feed_forward(block.ff, GELU) or odd_attention(block.attn1)
+    return odd or first_reason(_layers(block))
 
 
 def _layers(block: Any) -> dict[str, Any]:

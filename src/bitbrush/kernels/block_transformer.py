@@ -25,13 +25,15 @@ _SELF, _CONTEXT = "queries, keys and values", "keys and values of the context"
 
 def unfit(block: Any) -> str | None:
     """Why a block cannot be computed on codes, whatever it is given."""
+    from diffusers.models.activations import GEGLU
+
     if block.norm_type != "layer_norm" or block.pos_embed is not None or block.only_cross_attention:
         return "a norm that depends on time, positions, or no self-attention"
     if hasattr(block, "fuser") or block.attn2 is None or block._chunk_size is not None:
         return "a part that is not in every block of its kind"
     if not all(type(norm) is nn.LayerNorm for norm in (block.norm1, block.norm2, block.norm3)):
         return "a norm other than LayerNorm"
-    odd = odd_attention(block.attn1) or odd_attention(block.attn2) or _odd_feed_forward(block.ff)
+    odd = odd_attention(block.attn1) or odd_attention(block.attn2) or odd_feed_forward(block.ff, GEGLU)
     return odd or first_reason(_layers(block))
 
 
@@ -44,10 +46,9 @@ def odd_attention(attn: Any) -> str | None:
     return "it drops values" if attn.to_out[1].p > 0 and attn.training else None
 
 
-def _odd_feed_forward(ff: Any) -> str | None:
-    from diffusers.models.activations import GEGLU
-
-    if type(ff.net[0]) is not GEGLU or len(ff.net) > 4:
+def odd_feed_forward(ff: Any, kind: type) -> str | None:
+    """Why a feed-forward layer is not plain, with an activation of that kind."""
+    if type(ff.net[0]) is not kind or len(ff.net) > 4:
         return f"a feed-forward layer with {type(ff.net[0]).__name__}"
     dropped = any(isinstance(part, nn.Dropout) and part.p > 0 and part.training for part in ff.net)
     return "it drops values" if dropped else None

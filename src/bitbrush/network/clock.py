@@ -44,6 +44,11 @@ def expanded(timestep: Tensor) -> bool:
     return timestep.ndim == 1 and len(timestep) > 1 and timestep.stride(0) == 0
 
 
+def once(timestep: Tensor) -> Tensor:
+    """The one value of a timestep that is expanded over the batch, ``[1]``; any other tensor as it is."""
+    return timestep[:1] if expanded(timestep) else timestep
+
+
 class Clock(nn.Module):
     """The current timestep of one denoiser, shared by all its layers.
 
@@ -73,8 +78,7 @@ class Clock(nn.Module):
         """Set the time of the call that is starting; a scalar or one value a sample."""
         device = self.timesteps.device
         tensor = timestep if isinstance(timestep, Tensor) else torch.tensor(timestep, dtype=torch.float32)
-        tensor = tensor[:1] if expanded(tensor) else tensor
-        self.now = tensor.to(device=device, dtype=torch.float32).reshape(-1)
+        self.now = once(tensor).to(device=device, dtype=torch.float32).reshape(-1)
         self._found, self._grouped = None, {}
 
     def clear(self) -> None:

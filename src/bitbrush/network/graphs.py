@@ -33,7 +33,7 @@ from bitbrush.errors import Notice
 from bitbrush.kernels import building
 from bitbrush.network import correction
 from bitbrush.network.activation import ActivationQuantizer
-from bitbrush.network.clock import expanded
+from bitbrush.network.clock import once
 
 Run = Callable[[], Any]
 Recorder = Callable[[Run, Any], tuple[Callable[[], None], Any]]
@@ -107,7 +107,7 @@ class Graphs:
         if graph.replay is None:
             return plain(*args, **kwargs)
         for place, given in zip(graph.inputs, tensors, strict=True):
-            _fill(place, given)
+            once(place).copy_(once(given))
         graph.replay()
         return pytree.tree_map_only(torch.Tensor, torch.clone, graph.output)
 
@@ -136,7 +136,7 @@ class Graphs:
             return args, kwargs, None
         if not isinstance(given, Tensor):  # as diffusers makes a tensor of a number
             given = torch.tensor(given, dtype=torch.float64 if isinstance(given, float) else torch.int64)
-        given = given[:1].to(device).expand(given.shape) if expanded(given) else given.to(device)
+        given = once(given).to(device).expand(given.shape)
         if "timestep" in kwargs:
             return args, {**kwargs, "timestep": given}, given
         return (*args[:place], given, *args[place + 1 :]), kwargs, given
@@ -144,14 +144,8 @@ class Graphs:
 
 def _place(x: Tensor) -> Tensor:
     """What a graph reads instead of an input; a timestep for all samples stays one."""
-    one = x[:1] if expanded(x) else x
+    one = once(x)
     return torch.empty_like(one).copy_(one).expand(x.shape)
-
-
-def _fill(place: Tensor, given: Tensor) -> None:
-    if expanded(place):
-        place, given = place[:1], given[:1]
-    place.copy_(given)
 
 
 class _Parts:
