@@ -170,7 +170,7 @@ def chain(device: str, seed: int, dtype: torch.dtype = torch.bfloat16) -> dict[s
     a = torch.randint(-128, 128, (parts * m, k), dtype=torch.int8, device=device)
     (w, scale, total, bias), gate, out = (weight_of(*s, device) for s in ((parts * n, k), (2 * n, n), (n, n)))
     inverse, zero, times = torch.full((4, 1), 3.0, device=device), tables[0][1].float(), tables[0][2]
-    y = ops.int8_joined(a, w, *map(list, zip(*tables, strict=True)), scale, total, k, parts, bias, dtype)
+    y = ops.int8_joined(a, w, *map(list, zip(*tables, strict=True)), scale, total, [k], parts, bias, dtype)
     codes = ops.int8_encode(y[0], inverse, zero, times, ONE_ROW, [n], 255, [], 1, None)
     found = ops.int8_gated(codes, gate[0], *tables[1], *gate[1:3], n, gate[3], inverse, zero, times, 255, None, dtype)
     last = ops.int8_product(found, out[0], *tables[2], ONE_ROW, *out[1:3], [n], [], 1, out[3], None, None, dtype)

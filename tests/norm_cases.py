@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitbrush.kernels import int8_ops
+from bitbrush.kernels import int8_ops, sums
 from bitbrush.numbers import packing
 from bitbrush.numbers.codec import reciprocal
 
@@ -92,6 +92,33 @@ def modulated_norms() -> Iterator[Case]:
             yield f"modulated {plain}", "layer_norm_encode", args, (channels,)
 
 
+def sorting(counts: tuple[int, ...], g: torch.Generator) -> Tensor:
+    """Of channels drawn for each sum, as `sums.places` lists them."""
+    parts = torch.randperm(sum(counts), generator=g).split(list(counts))
+    found = [torch.nn.functional.pad(part, (0, width - len(part)), value=sum(counts)) * sums.OF_CHANNEL + s
+             for s, (part, width) in enumerate(zip(parts, packing.padded(counts), strict=True))]  # fmt: skip
+    return torch.cat(found).to(torch.int32)
+
+
+def listed() -> Iterator[Case]:
+    """LayerNorm, GEGLU and GELU before layers of several sums, whose channels lie anywhere; a sum may have none."""
+    for i, (counts, many, dtype) in enumerate((((33, 7), 2, FLOATS[1]), ((100, 1, 0, 219), 3, FLOATS[0]),
+                                               ((700, 580), 1, FLOATS[1]), ((40, 30), 1, FLOATS[2]))):
+        g, channels = drawn(30 + i), sum(counts)
+        found = list(zip(*(tables(g, len(counts), changing=bool(i % 2)) for _ in range(many)), strict=True))
+        places, weight = sorting(counts, g), (dyadic(channels, g).to(dtype) if i % 2 else None)
+        factors = [None, torch.rand(channels, generator=g) + 0.5, None][:many]
+        shift, scale = (dyadic(3 * channels, g).reshape(3, channels).to(dtype) if i % 3 else None for _ in range(2))
+        x = exact((6, channels), g) if channels % 10 == 0 else torch.randn((6, channels), generator=g)
+        args = (x.reshape(3, 2, channels).to(dtype), weight, weight, 0.0, *map(list, found), [255] * many, factors,
+                scale, shift, list(counts), places)
+        yield "layer listed", "layer_norm_encode", args, counts
+        table, last = [kind[0] for kind in found], (255, factors[-1], list(counts), places)
+        x = torch.randn((3, 7, 2 * channels), generator=g) * 3
+        yield "geglu listed", "geglu_encode", (x.to(dtype), *table, *last), counts
+        yield "gelu listed", "gelu_encode", (x[..., :channels].to(dtype), bool(i % 2), *table, *last), counts
+
+
 def group_norms() -> Iterator[Case]:
     """GroupNorm: frames or rows, segments, groups of odd sizes, chunks that end within a picture; last, what one launch
     does where processors are few: parts of one group or more, a last tile that few or no pixels fill."""
@@ -159,7 +186,7 @@ def encodes() -> Iterator[Case]:
 
 def every() -> Iterator[Case]:
     """All cases."""
-    for make in (layer_norms, modulated_norms, group_norms, geglus, gelus, encodes):
+    for make in (layer_norms, modulated_norms, listed, group_norms, geglus, gelus, encodes):
         yield from make()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,17 +28,22 @@ def conditioned(layers: int, prompt: int, head: int, *, linear: bool) -> UNet2DC
     ).eval().requires_grad_(False)  # fmt: skip
 
 
-def pack(model: nn.Module, spec: LayerSpec) -> None:
-    """Every linear layer and convolution of a model becomes a packed one, with random codes and scales for `TIMES`."""
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-    wrap.declare(model, Plan(layers=dict.fromkeys(names, spec), timesteps=TIMES))
+def pack(model: nn.Module, spec: LayerSpec | Callable[[str, Any], LayerSpec]) -> None:
+    """Every linear layer and convolution of a model becomes a packed one, with random codes and scales for `TIMES`.
+
+    Args:
+        spec: Of all, or what gives that of a name and layer.
+    """
+    layers = {name: spec if isinstance(spec, LayerSpec) else spec(name, module)
+              for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}  # fmt: skip
+    wrap.declare(model, Plan(layers=layers, timesteps=TIMES))
     generator = torch.Generator().manual_seed(1)
     for layer in wrap.layers(model).values():
         fill(layer, generator)
 
 
 def fill(layer: QuantLayer, generator: torch.Generator) -> None:
-    """Random codes and tables of a packed layer."""
+    """Random codes and tables of a packed layer; layers of as many channels have the same groups of them."""
     weight, buffers = layer.spec.weight, layer._buffers
     bits, middle = weight.grid.bits, weight.grid.mid
     shape = (layer.out_channels_, layer.in_channels_, *layer.kernel_hw)
@@ -49,6 +55,8 @@ def fill(layer: QuantLayer, generator: torch.Generator) -> None:
     table = layer.input
     table.set_scale(torch.rand(table.scale.shape, generator=generator) * 0.01 + 0.03,
                     torch.randint(110, 140, table.scale.shape, generator=generator))
+    if table.group_of is not None:
+        table.set_groups(torch.arange(len(table.group_of)) * 5 % 7 % table.spec.groups)
     if layer.input_scale is not None:
         layer.input_scale.copy_(torch.rand(layer.input_scale.shape, generator=generator) + 0.5)
 

@@ -28,26 +28,26 @@ def int8(g: torch.Generator, *shape: int) -> Tensor:
     return torch.randint(-128, 128, shape, dtype=torch.int8, generator=g)
 
 
-def table(g: torch.Generator, kind: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def table(g: torch.Generator, kind: torch.dtype, sums: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     """(scale, zero-point, times) of a table of four rows."""
-    zero = torch.randint(90, 166, (4, 1), generator=g).to(kind)
-    return torch.rand((4, 1), generator=g) * 0.002 + 0.001, zero, torch.randint(0, 4, (1,), generator=g)
+    zero = torch.randint(90, 166, (4, sums), generator=g).to(kind)
+    return torch.rand((4, sums), generator=g) * 0.002 + 0.001, zero, torch.randint(0, 4, (1,), generator=g)
 
 
-def weight(g: torch.Generator, rows: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def weight(g: torch.Generator, rows: int, *widths: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(w, scale, sum, bias)."""
-    w = int8(g, rows, width)
-    scale, bias = torch.rand((rows, 1), generator=g) * 0.01, torch.randn(rows, generator=g)
-    return w, scale, w.sum(1, dtype=torch.int32)[None], bias
+    w = int8(g, rows, sum(widths))
+    scale, bias = torch.rand((rows, len(widths)), generator=g) * 0.01, torch.randn(rows, generator=g)
+    return w, scale, torch.stack([part.sum(1, dtype=torch.int32) for part in w.split(widths, 1)]), bias
 
 
-def joined(seed: int, parts: int, m: int, n: int, width: int, dtype: torch.dtype) -> dict[str, Any]:
+def joined(seed: int, parts: int, m: int, n: int, widths: list[int], dtype: torch.dtype) -> dict[str, Any]:
     """Unequal outputs of one product."""
     g = torch.Generator().manual_seed(seed)
-    a, (w, scale_w, total, bias) = int8(g, parts * m, width), weight(g, parts * n, width)
+    a, (w, scale_w, total, bias) = int8(g, parts * m, sum(widths)), weight(g, parts * n, *widths)
     kinds = (torch.uint8, torch.float32, torch.uint8)
-    rows = [list(t) for t in zip(*(table(g, kind) for kind in kinds[:parts]), strict=True)]
-    args = (a, w, *rows, scale_w, total, width, parts, bias if seed % 2 else None, dtype)
+    rows = [list(t) for t in zip(*(table(g, kind, len(widths)) for kind in kinds[:parts]), strict=True)]
+    args = (a, w, *rows, scale_w, total, widths, parts, bias if seed % 2 else None, dtype)
     got, want = joined_ops._joined_cuda(*args), joined_ops._joined_plain(*args)  # type: ignore[arg-type]
     return {"count": want.numel(), "unequal": int((got != want).sum())}
 
@@ -102,8 +102,8 @@ def main() -> None:
     for tma in (False, True):
         cut = Config(16, 32, 32, 2, 4, 2, tma=tma)
         tuning.config = lambda problem, device, run, cut=cut: cut  # type: ignore[assignment]
-        for parts, dtype in zip((3, 3, 2), DTYPES, strict=True):
-            found["joined"].append(joined(next(seeds), parts, 21, 40, 64, dtype))  # tiles end within a part
+        for parts, widths, dtype in zip((3, 3, 2), ([64], [32, 96, 32], [64]), DTYPES, strict=True):
+            found["joined"].append(joined(next(seeds), parts, 21, 40, widths, dtype))  # tiles end within a part
         for (m, n, width), dtype in zip(((21, 40, 32), (16, 32, 96), (5, 16, 64)), DTYPES, strict=True):
             found["gated"].append(gated(next(seeds), m, n, width, dtype))
     sys.stdout.write(json.dumps(found) + "\n")

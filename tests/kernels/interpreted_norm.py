@@ -20,7 +20,14 @@ import triton.language as tl
 from torch import Tensor
 
 import norm_cases
-from bitbrush.kernels import int8_ops, norm_ops, triton_encode_kernels, triton_norm, triton_norm_kernels
+from bitbrush.kernels import (
+    int8_ops,
+    norm_ops,
+    triton_activated_kernels,
+    triton_encode_kernels,
+    triton_norm,
+    triton_norm_kernels,
+)
 from bitbrush.kernels import triton_norm_small as small
 from bitbrush.kernels import triton_norm_small_kernels as small_kernels
 
@@ -62,11 +69,15 @@ def plant(name: str) -> None:
     """A fault in what the kernels are given or do."""
     layer, group = triton_norm.layer_norm, triton_norm.group_norm
 
-    def consumers(x: Tensor, weight: Any, bias: Any, eps: float, given: Any, tops: Any, modulation: Any) -> Tensor:
-        return layer(x, weight, bias, eps, given[::-1], tops[::-1], modulation)
+    def consumers(x: Tensor, weight: Any, bias: Any, eps: float, given: Any, tops: Any, *rest: Any) -> Tensor:
+        return layer(x, weight, bias, eps, given[::-1], tops[::-1], *rest)
 
     def sample(*args: Any) -> Tensor:
-        return layer(*args[:-1], args[-1] and tuple(part.roll(1, 0) for part in args[-1]))
+        return layer(*args[:6], args[6] and tuple(part.roll(1, 0) for part in args[6]), *args[7:])
+
+    def unsorted(*args: Any) -> Tensor:
+        *before, places = args
+        return layer(*before, None if places is None else places & 255 | places.sort().values >> 8 << 8)
 
     def shifted(*args: Any) -> Tensor:
         out, frame = group(*args), args[11]
@@ -76,6 +87,8 @@ def plant(name: str) -> None:
         triton_norm.layer_norm = consumers
     elif name == "sample":
         triton_norm.layer_norm = sample
+    elif name == "unsorted":
+        triton_norm.layer_norm = unsorted
     elif name == "place":
         triton_norm.group_norm = shifted
     elif name == "sums":
@@ -85,9 +98,9 @@ def plant(name: str) -> None:
         held = small.cut
         small.cut = lambda *given: (lambda how: how and how._replace(tiles=max(how.own, how.tiles - 1)))(held(*given))
     elif name == "gelu":
-        triton_norm_kernels.gelu = triton_norm_kernels.silu
+        triton_activated_kernels.gelu = triton_norm_kernels.silu
     elif name == "tanh":
-        triton_norm_kernels.gelu_tanh = triton_norm_kernels.gelu
+        triton_activated_kernels.gelu_tanh = triton_norm_kernels.gelu
     elif name == "half-up":
         assert small_kernels.centred is triton_encode_kernels.centred  # imported before, so that encodes alone err
         triton_encode_kernels.centred = half_up

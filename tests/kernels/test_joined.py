@@ -23,33 +23,33 @@ def _int8(g: torch.Generator, *shape: int) -> Tensor:
     return torch.randint(-128, 128, shape, dtype=torch.int8, generator=g)
 
 
-def _table(g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def _table(g: torch.Generator, sums: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     """(scale, zero-point, times) of a table of four rows."""
-    zero = torch.randint(90, 166, (4, 1), generator=g).to(torch.uint8)
-    return torch.rand((4, 1), generator=g) * 0.005 + 0.001, zero, torch.randint(0, 4, (1,), generator=g)
+    zero = torch.randint(90, 166, (4, sums), generator=g).to(torch.uint8)
+    return torch.rand((4, sums), generator=g) * 0.005 + 0.001, zero, torch.randint(0, 4, (1,), generator=g)
 
 
-def _weight(g: torch.Generator, rows: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _weight(g: torch.Generator, rows: int, *widths: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(w, scale, sum, bias)."""
-    w = _int8(g, rows, width)
-    scale, bias = torch.rand((rows, 1), generator=g) * 0.01, torch.randn(rows, generator=g)
-    return w, scale, w.sum(1, dtype=torch.int32)[None], bias
+    w = _int8(g, rows, sum(widths))
+    scale, bias = torch.rand((rows, len(widths)), generator=g) * 0.01, torch.randn(rows, generator=g)
+    return w, scale, torch.stack([part.sum(1, dtype=torch.int32) for part in w.split(widths, 1)]), bias
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("parts, biased", [(3, False), (2, True)])
-def test_joined_is_each_product_by_itself(parts: int, biased: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("parts, biased, widths", [(3, False, [64]), (2, True, [64]), (3, True, [32, 96, 64])])
+def test_joined_is_each_product_by_itself(parts: int, biased: bool, widths: list[int], dtype: torch.dtype) -> None:
     g, n, m = torch.Generator().manual_seed(parts), 40, 7
-    a, (w, scale_w, total, bias) = _int8(g, parts * m, 64), _weight(g, parts * n, 64)
-    scales, zeros, times = (list(t) for t in zip(*(_table(g) for _ in range(parts)), strict=True))
-    got = OPS.int8_joined(a, w, scales, zeros, times, scale_w, total, 64, parts, bias if biased else None, dtype)
+    a, (w, scale_w, total, bias) = _int8(g, parts * m, sum(widths)), _weight(g, parts * n, *widths)
+    scales, zeros, times = (list(t) for t in zip(*(_table(g, len(widths)) for _ in range(parts)), strict=True))
+    got = OPS.int8_joined(a, w, scales, zeros, times, scale_w, total, widths, parts, bias if biased else None, dtype)
     assert got.shape == (parts, m, n) and got.dtype == dtype and len(got.unique()) > 100
     assert all(part.is_contiguous() for part in got)
     for p in range(parts):
         rows = slice(p * n, (p + 1) * n)
         want = OPS.int8_product(
             a[p * m : (p + 1) * m], w[rows], scales[p], zeros[p], times[p], ONE_ROW, scale_w[rows], total[:, rows],
-            [64], [], 1, bias[rows] if biased else None, None, None, dtype,
+            widths, [], 1, bias[rows] if biased else None, None, None, dtype,
         )
         assert torch.equal(got[p], want)
 
@@ -59,7 +59,7 @@ def test_joined_refuses_what_does_not_divide() -> None:
     a, (w, scale_w, total, _), table = _int8(g, 6, 32), _weight(g, 6, 32), _table(g)
     for parts, tables in ((4, 4), (3, 2), (1, 1)):
         with pytest.raises(ValueError, match=f"{parts} parts of 6 rows with {tables} tables"):
-            OPS.int8_joined(a, w, *([t] * tables for t in table), scale_w, total, 32, parts, None, torch.float32)
+            OPS.int8_joined(a, w, *([t] * tables for t in table), scale_w, total, [32], parts, None, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -107,7 +107,7 @@ def test_what_is_added_to_a_product_is_added_before_its_one_rounding(
 def test_shapes_for_tracing_are_those_of_the_operations() -> None:
     g = torch.Generator().manual_seed(2)
     a, (w, scale_w, total, bias), table = _int8(g, 6, 32), _weight(g, 20, 32), _table(g)
-    joined = (a, w, *([t] * 2 for t in table), scale_w, total, 32, 2, bias, torch.bfloat16)
+    joined = (a, w, *([t] * 2 for t in table), scale_w, total, [32], 2, bias, torch.bfloat16)
     gated = (a, w, *table, scale_w, total, 32, bias, *table, 255, None, torch.bfloat16)
     for op, args in ((OPS.int8_joined.default, joined), (OPS.int8_gated.default, gated)):
         found = torch.library.opcheck(op, args)

@@ -140,12 +140,13 @@ def test_gated_products_do_so_with_both_halves_of_the_weight() -> None:
 
 
 def test_a_kernel_that_is_launched_early_waits_before_it_reads_or_writes() -> None:
-    from bitbrush.kernels import triton_norm_kernels
+    from bitbrush.kernels import triton_activated_kernels
     from bitbrush.kernels.triton_int8 import LINEAR, Config
 
     early, usual = (_product(Config(), LINEAR, (0,), (1, 1), 0, early=on) for on in (True, False))
-    size = {"CHANNELS": 640, "LENGTH": 640, "GATED": True, "TANH": False, "FACTOR": False, "CHUNKS": 128, "EARLY": True}
-    geglu = _built(triton_norm_kernels.activated, size, out_ptr="*i8")
+    size = {"CHANNELS": 640, "LENGTH": 640, "GATED": True, "TANH": False, "FACTOR": False, "LISTED": 0, "CHUNKS": 128,
+            "EARLY": True}  # fmt: skip
+    geglu = _built(triton_activated_kernels.activated, size, out_ptr="*i8", places_ptr="*i32")
     assert "griddepcontrol" not in usual
     for text, least in ((early, 15), (geglu, 5)):
         wait, launch = (text.index(f"griddepcontrol.{what};") for what in ("wait", "launch_dependents"))
@@ -229,7 +230,7 @@ def _norms() -> dict[str, str]:
     from bitbrush.kernels import triton_norm_small_kernels as small
 
     rows = {"TOPS": (255, 255), "WEIGHT": True, "BIAS": True, "MODULATED": False, "FACTORS": (False, True),
-            "EARLY": False}
+            "LISTED": 0, "EARLY": False}
     block, columns = cuts.sum_block(32, 20)
     held = {"HIGH": 32, "WIDE": 32, "HEIGHT": 33, "PITCH": 33, "PAD": 1, "BELOW": 66, "VECTOR": 8, "LANES": 512,
             "TILES": 11, "OWN": 6, "SPLIT": 2, "SILU": True, "FACTOR": False, "EARLY": False}  # fmt: skip
@@ -237,12 +238,13 @@ def _norms() -> dict[str, str]:
               "CODES": True, "MOST": 64, "BG": 8, "BC": cuts.COLUMNS, "BR": cuts.ROWS, "EARLY": False}  # fmt: skip
     made = {}
     bare = {"WEIGHT": False, "BIAS": False, "MODULATED": True}  # of a DiT
-    for name, channels, more in (("layer 640", 640, {}), ("layer 1280", 1280, {}), ("modulated", 1152, bare)):
+    for name, channels, more in (("layer 640", 640, {}), ("layer 1280", 1280, {}), ("modulated", 1152, bare),
+                                 ("listed", 1280, {"LISTED": 8})):
         vector, warps, parts, height = cuts.row_cut(channels)
         size = {"CHANNELS": channels, "LENGTH": channels, "PARTS": parts, "BR": height, "INNER": 32 * warps * vector,
                 "VECTOR": vector}  # fmt: skip
         made[name] = _built(kernels.layer_norm, {**size, **rows, **more}, out_ptr="*i8", bias_ptr="*bf16",
-                            warps=warps, registers=cuts.REGISTERS)  # fmt: skip
+                            places_ptr="*i32", warps=warps, registers=cuts.REGISTERS)  # fmt: skip
     for paired in (False, True):
         made[f"group {paired}"] = _built(kernels.group_norm, {**GROUP, **second, "PAIRED": paired}, out_ptr="*i8",
                                          bias_ptr="*bf16", registers=cuts.APPLY_REGISTERS)  # fmt: skip
@@ -258,21 +260,23 @@ def test_norms_are_read_in_sixteen_bytes_and_use_no_slow_conversion(tmp_path: Pa
     """What rounds or converts one number at a time runs at an eighth of the rate of additions: two a step to bfloat16,
     none to integers. Rows of a LayerNorm are summed within a warp, so it has no shared memory. 640 channels are read by
     8 bytes, so that no thread is idle."""
-    from bitbrush.kernels import triton_norm_kernels as kernels
+    from bitbrush.kernels import triton_activated_kernels as kernels
 
     size = {"CHANNELS": 640, "LENGTH": 640, "FACTOR": False, "CHUNKS": 128, "EARLY": False}
     ptx = _norms()
-    for name, gated, tanh in (("geglu", True, False), ("gelu", False, False), ("gelu tanh", False, True)):
-        ptx[name] = _built(kernels.activated, {**size, "GATED": gated, "TANH": tanh}, out_ptr="*i8")
+    for name, gated, tanh, listed in (("geglu", True, False, 0), ("gelu", False, False, 0),
+                                      ("gelu tanh", False, True, 0), ("geglu listed", True, False, 8)):
+        ptx[name] = _built(kernels.activated, {**size, "GATED": gated, "TANH": tanh, "LISTED": listed}, out_ptr="*i8",
+                           places_ptr="*i32")  # fmt: skip
     stores = {"layer 640": {"b32"}, "modulated": {"b32"}, "layer 1280": {"v2.b32"}, "held": {"v2.b32"},
-              "sums True": {"b32"}, "sums False": {"b32"}}  # fmt: skip
+              "listed": {"v2.b32"}, "sums True": {"b32"}, "sums False": {"b32"}}  # fmt: skip
     for name, text in ptx.items():
         assert f"ld.global.{'v2' if name in ('layer 640', 'modulated') else 'v4'}.b32" in text, name
         assert set(re.findall(r"st\.global\.(\S+?)\s", text)) == stores.get(name, {"v4.b32"}), name
         assert not re.search(r"cvt\.r[nzmp]i|cvt\.rn\.bf16\.f32", text), name
         assert ("cvt.rn.bf16x2.f32" in text) == (not name.startswith("sums")), name
         assert ".local" not in text and needs(text, tmp_path).spilled == 0, name
-    assert "ld.shared" not in ptx["layer 1280"] + ptx["layer 640"] + ptx["modulated"] and len(ptx) == 11
+    assert "ld.shared" not in ptx["layer 1280"] + ptx["layer 640"] + ptx["modulated"] and len(ptx) == 13
 
 
 def test_a_second_pass_that_is_launched_early_reads_sums_and_writes_when_they_are_there() -> None:

@@ -21,8 +21,9 @@ def test_codes_are_equal_where_norms_are_exact_and_rarely_differ_by_one_elsewher
     found = interpreted("interpreted_norm.py")
     results: dict[str, dict[str, int]] = found["results"]
     assert {name: entry["cases"] for name, entry in results.items()} == {
-        "layer exact": 5, "layer random": 5, "modulated exact": 4, "modulated random": 4, "group exact": 11,
-        "group random": 14, "geglu random": 3, "gelu erf": 4, "gelu tanh": 4, "encode exact": 3,
+        "layer exact": 5, "layer random": 5, "modulated exact": 4, "modulated random": 4, "layer listed": 4,
+        "geglu listed": 4, "gelu listed": 4, "group exact": 11, "group random": 14, "geglu random": 3, "gelu erf": 4,
+        "gelu tanh": 4, "encode exact": 3,
     }  # fmt: skip
     for name, entry in results.items():
         assert entry["codes"] > 5000 and entry["distinct"] > 80, name
@@ -37,7 +38,7 @@ def test_codes_are_equal_where_norms_are_exact_and_rarely_differ_by_one_elsewher
 @pytest.mark.parametrize("fault, shows", [
     ("consumers", "layer exact"), ("place", "group exact"), ("sums", "group exact"), ("tile", "group exact"),
     ("gelu", "geglu random"), ("half-up", "encode exact"), ("sample", "modulated exact"), ("gelu", "gelu erf"),
-    ("tanh", "gelu tanh"),
+    ("tanh", "gelu tanh"), ("unsorted", "layer listed"), ("gelu", "geglu listed"),
 ])  # fmt: skip
 def test_a_planted_fault_shows(fault: str, shows: str) -> None:
     entry = interpreted("interpreted_norm.py", fault, shows)["results"][shows]

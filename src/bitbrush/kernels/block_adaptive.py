@@ -137,16 +137,16 @@ def _self_attention(
 ) -> Tensor:
     attn = parts.own
     layers = [attn.q, attn.k, attn.v]
-    codes, given = normed(parts.adaptive._modules["norm"], layers, x, scale, shift)
+    codes, given = normed(parts.adaptive._modules["norm"], layers, x, scale, shift, join=join)
     return attended(attn, products(layers, join, codes, given, x), x, gate)
 
 
 def _feed_forward(parts: _Parts, x: Tensor, scale: Tensor, shift: Tensor, gate: Tensor) -> Tensor:
     first, last = parts.act._modules["proj"], parts.last
-    codes, (given,) = normed(parts.norm, [first], x, scale, shift)
+    (codes,), (given,) = normed(parts.norm, [first], x, scale, shift)
     hidden, behind = gpu.multiply(first, codes, given, x), gpu.given_input(last, x)
     activated = direct.OPS.gelu_encode(
         hidden, parts.act.approximate == "tanh", behind.inverse, behind.encoding, behind.times, gpu.facts(last).top,
-        gpu.input_scale(last),
+        gpu.input_scale(last), *gpu.sorting(last),
     )
     return gpu.multiply(last, activated, behind, x, shared=gate, residual=x, gate=True)

@@ -161,24 +161,50 @@ def _plain_now(block: Any, x: Tensor) -> _Parts | None:
 
 # ---- parts -----------------------------------------------------------------------------------------------------------
 def normed(
-    norm: nn.LayerNorm, layers: list[Any], x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None
-) -> tuple[Tensor, list[Given]]:
-    """Codes of the norm (and its modulation) for each layer, one below the other, and what encoded them."""
-    given, weights = [gpu.given_input(layer, x) for layer in layers], norm._parameters
-    codes = _OPS.layer_norm_encode(
+    norm: nn.LayerNorm, layers: list[Any], x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, *,
+    join: Joined | None = None,
+) -> tuple[list[Tensor], list[Given]]:
+    """Codes of the norm (and its modulation) for the layers, and what encoded them.
+
+    Args:
+        join: The layers as one product.
+
+    Returns:
+        Codes of all layers, one below the other, in one tensor; or a tensor of each layer's, where they have several
+        sums and not known to be over the same channels.
+    """
+    given = [gpu.given_input(layer, x) for layer in layers]
+    if join is None and any(len(gpu.facts(layer).counts) > 1 for layer in layers):
+        return [_normed(norm, [la], x, [g], scale, shift) for la, g in zip(layers, given, strict=True)], given
+    return [_normed(norm, layers, x, given, scale, shift)], given
+
+
+def _normed(
+    norm: nn.LayerNorm, layers: list[Any], x: Tensor, given: list[Given], scale: Tensor | None, shift: Tensor | None
+) -> Tensor:
+    """Codes for layers whose sums are over the same channels."""
+    weights = norm._parameters
+    codes: Tensor = _OPS.layer_norm_encode(
         x, weights["weight"], weights["bias"], norm.eps, [g.inverse for g in given], [g.encoding for g in given],
         [g.times for g in given], [gpu.facts(layer).top for layer in layers],
-        [gpu.input_scale(layer) for layer in layers], scale, shift,
+        [gpu.input_scale(layer) for layer in layers], scale, shift, *gpu.sorting(layers[0]),
     )
-    return codes, given
+    return codes
 
 
-def products(layers: list[Any], join: Joined | None, codes: Tensor, given: list[Given], x: Tensor) -> list[Tensor]:
-    """Each layer's output ``[B, L, N]`` for its codes: of one product where the layers are joined."""
-    if join is None or join.codes.device != codes.device:  # offloading moves the layers' tensors one by one
-        own = codes.reshape(len(layers), -1, codes.shape[-1]).unbind(0) if len(layers) > 1 else (codes,)
+def products(
+    layers: list[Any], join: Joined | None, codes: list[Tensor], given: list[Given], x: Tensor
+) -> list[Tensor]:
+    """Each layer's output ``[B, L, N]`` for its codes: of one product where the layers are joined.
+
+    Args:
+        codes: A tensor of each layer's, or one of all.
+    """
+    first = codes[0]
+    if join is None or join.codes.device != first.device:  # offloading moves the layers' tensors one by one
+        own = codes if len(codes) == len(layers) else first.reshape(len(layers), -1, first.shape[-1]).unbind(0)
         return [gpu.multiply(layer, c, g, x) for layer, c, g in zip(layers, own, given, strict=True)]
-    out = join.multiply(codes, given, x.dtype)
+    out = join.multiply(first, given, x.dtype)
     return list(out.reshape(len(layers), *x.shape[:-1], -1).unbind(0))
 
 
@@ -191,7 +217,7 @@ def attended(attn: Heads, parts: list[Tensor], x: Tensor, gate: Tensor | None = 
     heads, last = attn.module.heads, attn.last
     q, k, v = [part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in parts]
     given = gpu.given_input(last, x)
-    if attend_ops.fits(q, k, given.kind):
+    if attend_ops.fits(q, k, given.kind) and len(gpu.facts(last).counts) == 1:
         codes = _OPS.attend_encode(q, k, v, given.inverse, given.encoding, given.times, gpu.facts(last).top,
                                    gpu.input_scale(last))  # fmt: skip
         return gpu.multiply(last, codes, given, x, shared=gate, residual=x, gate=gate is not None)
@@ -205,7 +231,7 @@ def attended(attn: Heads, parts: list[Tensor], x: Tensor, gate: Tensor | None = 
 def _self_attention(parts: _Parts, join: Joined | None, x: Tensor) -> Tensor:
     attn = parts.own
     layers = [attn.q, attn.k, attn.v]
-    codes, given = normed(parts.norms[0], layers, x)
+    codes, given = normed(parts.norms[0], layers, x, join=join)
     return attended(attn, products(layers, join, codes, given, x), x)
 
 
@@ -218,14 +244,20 @@ def _cross_attention(parts: _Parts, join: Joined | None, readers: Any, x: Tensor
     if taken is not None:
         return attended(attn, query + taken, x)
     given = [gpu.given_input(layer, context) for layer in layers]
-    codes = torch.cat([gpu.input_rows(layer, context, g) for layer, g in zip(layers, given, strict=True)])
+    codes = [gpu.input_rows(layer, context, g) for layer, g in zip(layers, given, strict=True)]
+    codes = codes if join is None else [torch.cat(codes)]
     return attended(attn, query + products(layers, join, codes, given, context), x)
 
 
 def _feed_forward(parts: _Parts, x: Tensor) -> Tensor:
     first, last = parts.first, parts.last
-    codes, (given,) = normed(parts.norms[2], [first], x)
+    (codes,), (given,) = normed(parts.norms[2], [first], x)
     behind = gpu.given_input(last, x)
+    if len(gpu.facts(first).counts) > 1 or len(gpu.facts(last).counts) > 1:
+        both = gpu.multiply(first, codes, given, x)
+        made = _OPS.geglu_encode(both, behind.inverse, behind.encoding, behind.times, gpu.facts(last).top,
+                                 gpu.input_scale(last), *gpu.sorting(last))  # fmt: skip
+        return gpu.multiply(last, made, behind, x, residual=x)
     gated = _OPS.int8_gated(
         codes, gpu.int8_weight(first), given.scale, given.zero_point, given.times, first._buffers["weight_scale"],
         gpu.weight_sum(first), gpu.facts(first).widths[0], first._parameters["bias"], behind.inverse,

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bitbrush.kernels import direct, gpu, int8_ops
+from bitbrush.kernels import direct, gpu, int8_ops, sums
 from bitbrush.kernels.blocks import FusedBlock, first_reason, ready, watched
 
 
@@ -35,6 +35,7 @@ class FusedUpsample(FusedBlock):
         given, known = gpu.given_input(conv, seen), gpu.facts(conv)
         codes = direct.OPS.int8_encode(
             x, given.inverse, given.encoding, given.times, given.kind, known.counts, known.top,
-            int8_ops.numbers_of(given.frame), given.per_sample, gpu.input_scale(conv), None,
+            int8_ops.numbers_of(given.frame), given.per_sample, gpu.input_scale(conv),
+            sums.places(conv) if known.grouped else None,
         )
         return gpu.multiply(conv, codes, given, seen)

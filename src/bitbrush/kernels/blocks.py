@@ -188,12 +188,10 @@ def unfit_layer(layer: Any, name: str) -> str | None:
     spec = layer.input.spec
     if spec.mode != "static":
         return f"{name} has scales that change with the input"
-    if layer.input.group_of is not None:
-        return f"{name} has groups of channels or pixels"
+    if spec.granularity == "pixel_group":
+        return f"{name} has groups of pixels"
     if layer.spec.rotation != "none" or layer.low_rank is not None:
         return f"{name} has a rotation or a low-rank branch"
-    if not isinstance(layer, nn.Conv2d) and len(layer.segments) > 1:
-        return f"{name} is a linear layer of several segments"
     reason = gpu.unable(layer)
     return reason and f"{name}: {reason}"
 
@@ -262,6 +260,10 @@ def group_normed(
         silu: Whether SiLU stands between norm and layer.
     """
     given, known, weights = gpu.given_input(layer, seen), gpu.facts(layer), norm._parameters
+    if known.grouped:  # channels of any group of the norm lie side by side: they are sorted by the encode alone
+        normed = direct.OPS.group_norm(x, weights["weight"], weights["bias"], norm.num_groups, norm.eps, silu)
+        normed = normed if known.conv else normed.flatten(2).transpose(1, 2)
+        return gpu.multiply(layer, gpu.input_rows(layer, normed, given), given, seen, shared=shared, residual=residual)
     codes = direct.OPS.group_norm_encode(
         x, weights["weight"], weights["bias"], norm.num_groups, norm.eps, silu, given.inverse, given.encoding,
         given.times, known.counts, known.top, int8_ops.numbers_of(given.frame), gpu.input_scale(layer),

@@ -264,6 +264,13 @@ def input_scale(layer: QuantLayer) -> Tensor | None:
     return layer._buffers.get("input_scale")
 
 
+def sorting(layer: QuantLayer) -> tuple[list[int], Tensor | None]:
+    """Channels of each of a linear layer's sums and where they lie (`sums.places`), for what encodes its input as it is
+    made; nothing where there is one sum."""
+    counts = facts(layer).counts
+    return ([], None) if len(counts) == 1 else (list(counts), sums.places(layer))
+
+
 def codes_in_graph(layer: QuantLayer, x: Tensor, frame: Frame | None) -> Tensor:
     """What ``int8_encode`` gives, in operations of torch."""
     if layer.input is None:

@@ -72,10 +72,7 @@ def _encode_plain(
     if place is not None and place.high != x.shape[2]:
         x = torch.nn.functional.interpolate(x, (place.high, place.wide))
     rows = x if place is None else x.permute(0, 2, 3, 1)
-    rows = rows.float() if factor is None else rows.float() * factor
-    if places is not None:
-        channels = places // OF_CHANNEL
-        rows = rows.index_select(-1, channels[channels < rows.shape[-1]])
+    rows = in_places(rows.float() if factor is None else rows.float() * factor, places)
 
     def wide(table: Tensor) -> Tensor:
         found = table if kind == BY_ROW else table.index_select(0, times)
@@ -86,6 +83,14 @@ def _encode_plain(
 
     zero, limit = zero_and_top(wide(zero_point), top)
     return laid_out(encode_codes(rows, wide(inverse), zero, limit), zero, counts, place)
+
+
+def in_places(rows: Tensor, places: Tensor | None) -> Tensor:
+    """Rows ``[.., C]`` with their channels sum by sum, not padded (`sums.places`)."""
+    if places is None:
+        return rows
+    channels = places // OF_CHANNEL
+    return rows.index_select(-1, channels[channels < rows.shape[-1]])
 
 
 def with_tops(zero_point: Tensor, tops: Tensor) -> Tensor:

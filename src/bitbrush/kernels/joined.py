@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from bitbrush.kernels import direct, gpu
+from bitbrush.kernels import direct, gpu, sums
 from bitbrush.kernels.gpu import Given
 from bitbrush.numbers import packing
 
@@ -33,10 +33,12 @@ class Joined:
         bits: Of every weight.
         codes: Packed rows ``[parts * N, bytes]``.
         zero_point: uint8 ``[parts * N, 1]``.
-        weight_scale: float32 ``[parts * N, 1]``.
-        weight_sum: int32 ``[1, parts * N]``.
+        weight_scale: float32 ``[parts * N, S]``.
+        weight_sum: int32 ``[S, parts * N]``.
         bias: ``[parts * N]``, or None.
-        channels: Of the input.
+        segments: Channels of the rows' segments.
+        widths: Padded channels of each of the S sums.
+        columns: `sums.columns` where sums are over groups of channels.
         halved: Whether rows are of one bit and symmetric.
     """
 
@@ -47,15 +49,17 @@ class Joined:
     weight_scale: Tensor
     weight_sum: Tensor
     bias: Tensor | None
-    channels: int
+    segments: tuple[int, ...]
+    widths: tuple[int, ...]
+    columns: Tensor | None
     halved: bool
 
     def weight(self) -> Tensor:
         """``code - zero_point`` int8 ``[parts * N, K]``."""
-        if self.bits == 8:
+        if self.bits == 8 and self.columns is None:
             return packing.int8_rows(self.codes)
-        found: Tensor = _OPS.int8_weight([self.codes], [self.bits], self.zero_point, None, [self.channels], 1,
-                                         self.halved)  # fmt: skip
+        found: Tensor = _OPS.int8_weight([self.codes], [self.bits], self.zero_point, None, list(self.segments), 1,
+                                         self.halved, self.columns)  # fmt: skip
         return found
 
     def multiply(self, codes: Tensor, given: list[Given], dtype: torch.dtype) -> Tensor:
@@ -68,23 +72,24 @@ class Joined:
         """
         out: Tensor = _OPS.int8_joined(
             codes, self.weight(), [g.scale for g in given], [g.zero_point for g in given], [g.times for g in given],
-            self.weight_scale, self.weight_sum, packing.padded((self.channels,))[0], self.parts, self.bias, dtype,
+            self.weight_scale, self.weight_sum, list(self.widths), self.parts, self.bias, dtype,
         )
         return out
 
 
 def able(layers: list[QuantLayer]) -> bool:
-    """Whether linear layers can be one product: of one size and width in bits, with a bias or without."""
+    """Whether linear layers of one input can be one product: of one size and width in bits, with a bias or without, and
+    of sums over the same channels."""
     first = layers[0]
     kinds = {
-        (layer.in_channels_, layer.out_channels_, layer.bias is None, len(layer.segments),
+        (layer.in_channels_, layer.out_channels_, layer.bias is None, layer.segments,
          layer.spec.weight.bit_classes() if layer.spec.weight is not None else None,
          bool(layer.spec.weight is not None and layer.spec.weight.row_bits),
          bool(layer.spec.weight is not None and layer.spec.weight.halved(1)))
         for layer in layers
     }  # fmt: skip
     spec = first.spec.weight
-    return len(kinds) == 1 and spec is not None and not spec.row_bits and len(first.segments) == 1
+    return len(kinds) == 1 and spec is not None and not spec.row_bits and sums.alike(layers)
 
 
 @torch.no_grad()
@@ -98,9 +103,11 @@ def join(layers: list[QuantLayer]) -> Joined:
         biases = [layer.bias for layer in layers if layer.bias is not None]
         made = Joined(
             len(layers), bits, shared([getattr(layer, f"codes{bits}") for layer in layers]),
-            torch.cat([layer.weight_zero_point for layer in layers]), torch.cat([la.weight_scale for la in layers]),
+            torch.cat([layer.weight_zero_point for layer in layers]),
+            torch.cat([sums.weight_scale(layer) for layer in layers]),
             torch.cat([gpu.weight_sum(layer) for layer in layers], 1), torch.cat(biases) if biases else None,
-            layers[0].in_channels_, spec.halved(1),
+            layers[0].segments, gpu.facts(layers[0]).widths,
+            sums.columns(layers[0]) if sums.grouped(layers[0]) else None, spec.halved(1),
         )  # fmt: skip
         rows = made.codes.shape[0] // len(layers)
         for part, layer in enumerate(layers):

@@ -5,9 +5,9 @@
     bitbrush::int8_encode_each    one input's codes for many layers, or those of an input each
     bitbrush::int8_gated     a product, GEGLU of its two halves, and the codes of the next layer
 
-They are for linear layers of one segment whose activation tables have one row at a time (ONE_ROW): `scale` and
-`inverse` float32 ``[T, 1]``, `zero_point` uint8 or float32 ``[T, 1]``, `times` int64 ``[1]``; those of many layers
-``[layers, T]``. They give the same integers and the same
+They are for linear layers whose activation tables have one row at a time (ONE_ROW): `scale` and `inverse` float32
+``[T, S]``, `zero_point` uint8 or float32 ``[T, S]``, `times` int64 ``[1]``; those of many layers ``[layers, T]``. All
+but `int8_joined` are for layers of one sum (S = 1). They give the same integers and the same
 roundings as `int8_ops` one after the other, which is their definition here.
 """
 
@@ -24,7 +24,7 @@ from bitbrush.numbers import packing
 _LIBRARY = torch.library.Library("bitbrush", "FRAGMENT")
 _LIBRARY.define(
     "int8_joined(Tensor a, Tensor w, Tensor[] scale, Tensor[] zero_point, Tensor[] times, Tensor weight_scale, "
-    "Tensor weight_sum, int width, int parts, Tensor? bias, ScalarType dtype) -> Tensor"
+    "Tensor weight_sum, int[] widths, int parts, Tensor? bias, ScalarType dtype) -> Tensor"
 )
 _LIBRARY.define(
     "int8_stacked(Tensor a, Tensor w, Tensor scale, Tensor zero_point, Tensor times, Tensor weight_scale, "
@@ -43,21 +43,24 @@ _LIBRARY.define(
 # ---- joined ----------------------------------------------------------------------------------------------------------
 def _joined_cuda(
     a: Tensor, w: Tensor, scale: list[Tensor], zero_point: list[Tensor], times: list[Tensor], weight_scale: Tensor,
-    weight_sum: Tensor, width: int, parts: int, bias: Tensor | None, dtype: torch.dtype,
+    weight_sum: Tensor, widths: list[int], parts: int, bias: Tensor | None, dtype: torch.dtype,
 ) -> Tensor:
     _divides(w, scale, parts)
     first, *others = zip(scale, zero_point, times, strict=True)
-    return _tuned(a, w, Tables(*first, JOINED, weight_scale, weight_sum, tuple(others)), width, bias, dtype)
+    tables = Tables(*first, JOINED, weight_scale, weight_sum, tuple(others))
+    return _tuned(a, w, tables, tuple(widths), bias, dtype)
 
 
-def _tuned(a: Tensor, w: Tensor, tables: Tables, width: int, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _tuned(
+    a: Tensor, w: Tensor, tables: Tables, widths: tuple[int, ...], bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     """The product ``[parts, M, N]`` of several layers, in its fastest cut."""
 
     def run(config: Config) -> Tensor:
-        return triton_int8.product(a, w, tables, (width,), dtype, extra=Extra(bias), config=config)
+        return triton_int8.product(a, w, tables, widths, dtype, extra=Extra(bias), config=config)
 
     parts = tables.parts
-    problem = tuning.Problem(a.shape[0] // parts, w.shape[0], (width,), 1, 1, parts)
+    problem = tuning.Problem(a.shape[0] // parts, w.shape[0], widths, 1, 1, parts)
     return run(tuning.config(problem, a.device, run))
 
 
@@ -68,7 +71,7 @@ def _divides(w: Tensor, scale: list[Tensor], parts: int) -> None:
 
 def _joined_plain(
     a: Tensor, w: Tensor, scale: list[Tensor], zero_point: list[Tensor], times: list[Tensor], weight_scale: Tensor,
-    weight_sum: Tensor, width: int, parts: int, bias: Tensor | None, dtype: torch.dtype,
+    weight_sum: Tensor, widths: list[int], parts: int, bias: Tensor | None, dtype: torch.dtype,
 ) -> Tensor:
     """Part by part.
 
@@ -76,9 +79,9 @@ def _joined_plain(
         a: int8 ``[parts * M, K]``: the codes of part p are rows ``p * M`` and following.
         w: int8 ``[parts * N, K]``.
         scale, zero_point, times: Of each part's codes.
-        weight_scale: float32 ``[parts * N, 1]``.
-        weight_sum: int32 ``[1, parts * N]``.
-        width: K, padded.
+        weight_scale: float32 ``[parts * N, S]``.
+        weight_sum: int32 ``[S, parts * N]``.
+        widths: Padded channels of each sum, the same for all parts; together K.
         bias: ``[parts * N]``.
 
     Returns:
@@ -86,12 +89,12 @@ def _joined_plain(
         side by side torch copies two).
     """
     _divides(w, scale, parts)
-    return _one_by_one(a, w, scale, zero_point, times, weight_scale, weight_sum, width, bias, dtype)
+    return _one_by_one(a, w, scale, zero_point, times, weight_scale, weight_sum, widths, bias, dtype)
 
 
 def _one_by_one(
     a: Tensor, w: Tensor, scale: list[Tensor], zero_point: list[Tensor], times: list[Tensor], weight_scale: Tensor,
-    weight_sum: Tensor, width: int, bias: Tensor | None, dtype: torch.dtype,
+    weight_sum: Tensor, widths: list[int], bias: Tensor | None, dtype: torch.dtype,
 ) -> Tensor:
     parts = len(scale)
     inputs, n, out = a.chunk(parts), w.shape[0] // parts, []
@@ -99,7 +102,7 @@ def _one_by_one(
         rows = slice(p * n, (p + 1) * n)
         out.append(int8_ops._product_plain(
             inputs[p], w[rows], scale[p], zero_point[p], times[p], ONE_ROW, weight_scale[rows], weight_sum[:, rows],
-            [width], [], 1, None if bias is None else bias[rows], None, None, dtype,
+            widths, [], 1, None if bias is None else bias[rows], None, None, dtype,
         ))
     return torch.stack(out)
 
@@ -109,7 +112,7 @@ def _stacked_cuda(
     a: Tensor, w: Tensor, scale: Tensor, zero_point: Tensor, times: Tensor, weight_scale: Tensor, weight_sum: Tensor,
     width: int, bias: Tensor | None, dtype: torch.dtype,
 ) -> Tensor:
-    return _tuned(a, w, Tables(scale, zero_point, times, STACKED, weight_scale, weight_sum), width, bias, dtype)
+    return _tuned(a, w, Tables(scale, zero_point, times, STACKED, weight_scale, weight_sum), (width,), bias, dtype)
 
 
 def _stacked_plain(
@@ -118,7 +121,7 @@ def _stacked_plain(
 ) -> Tensor:
     """See `_joined_plain`; ``scale``, ``zero_point`` ``[parts, T]``, ``times`` ``[1]`` for all."""
     scales, zeros = ([row[:, None] for row in table] for table in (scale, zero_point))
-    return _one_by_one(a, w, scales, zeros, [times] * len(scale), weight_scale, weight_sum, width, bias, dtype)
+    return _one_by_one(a, w, scales, zeros, [times] * len(scale), weight_scale, weight_sum, [width], bias, dtype)
 
 
 def _stacked_shape(
@@ -200,7 +203,7 @@ def _gated_plain(
 # ---- shapes ----------------------------------------------------------------------------------------------------------
 def _joined_shape(
     a: Tensor, w: Tensor, scale: list[Tensor], zero_point: list[Tensor], times: list[Tensor], weight_scale: Tensor,
-    weight_sum: Tensor, width: int, parts: int, bias: Tensor | None, dtype: torch.dtype,
+    weight_sum: Tensor, widths: list[int], parts: int, bias: Tensor | None, dtype: torch.dtype,
 ) -> Tensor:
     return a.new_empty((parts, a.shape[0] // parts, w.shape[0] // parts), dtype=dtype)
 

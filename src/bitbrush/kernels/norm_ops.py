@@ -15,24 +15,28 @@ sums of a norm are in another order, so that a code may differ by one where a va
 
 Every table serves one row (`triton_int8.ONE_ROW`): ``inverse`` float32 and ``zero_point`` uint8 or float32 ``[T, S]``
 (int32: with the largest codes, `int8_ops.with_tops`), ``times`` int64 ``[1]``. Codes are int8 less 128, segments padded
-with the zero-point's code. ``frame``: a list of integers, see `int8_ops.frame_of`.
+with the zero-point's code. ``frame``: a list of integers, see `int8_ops.frame_of`. ``counts``, ``places``: channels of
+each sum of a linear layer, of several sums, and `sums.places`; those of all consumers are the same.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from bitbrush.kernels import direct, triton_norm
-from bitbrush.kernels.int8_ops import by_channel, frame_of, laid_out, zero_and_top
+from bitbrush.kernels.int8_ops import by_channel, frame_of, in_places, laid_out, zero_and_top
 from bitbrush.numbers import packing
 from bitbrush.numbers.codec import encode
 
 _LIBRARY = torch.library.Library("bitbrush", "FRAGMENT")
 _LIBRARY.define(
     "layer_norm_encode(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor[] inverse, Tensor[] zero_point, "
-    "Tensor[] times, int[] tops, Tensor?[] factors, Tensor? scale=None, Tensor? shift=None) -> Tensor"
+    "Tensor[] times, int[] tops, Tensor?[] factors, Tensor? scale=None, Tensor? shift=None, int[] counts=[], "
+    "Tensor? places=None) -> Tensor"
 )
 _LIBRARY.define(
     "group_norm_encode(Tensor x, Tensor weight, Tensor bias, int groups, float eps, bool silu, Tensor inverse, "
@@ -40,11 +44,12 @@ _LIBRARY.define(
 )
 _LIBRARY.define("group_norm(Tensor x, Tensor weight, Tensor bias, int groups, float eps, bool silu) -> Tensor")
 _LIBRARY.define(
-    "geglu_encode(Tensor x, Tensor inverse, Tensor zero_point, Tensor times, int top, Tensor? factor) -> Tensor"
+    "geglu_encode(Tensor x, Tensor inverse, Tensor zero_point, Tensor times, int top, Tensor? factor, int[] counts=[], "
+    "Tensor? places=None) -> Tensor"
 )
 _LIBRARY.define(
-    "gelu_encode(Tensor x, bool tanh, Tensor inverse, Tensor zero_point, Tensor times, int top, Tensor? factor)"
-    " -> Tensor"
+    "gelu_encode(Tensor x, bool tanh, Tensor inverse, Tensor zero_point, Tensor times, int top, Tensor? factor, "
+    "int[] counts=[], Tensor? places=None) -> Tensor"
 )
 
 
@@ -54,7 +59,7 @@ def _float(table: Tensor | None) -> Tensor | None:
 
 def _codes(
     rows: Tensor, inverse: Tensor, zero_point: Tensor, times: Tensor, counts: list[int], top: int, frame: list[int],
-    factor: Tensor | None,
+    factor: Tensor | None, places: Tensor | None = None,
 ) -> Tensor:
     """int8 codes less 128 of ``rows [.., C]``, of pictures ``[B, H, W, C]``; padded, or in their frame."""
     inverse = inverse.index_select(0, times)
@@ -62,7 +67,7 @@ def _codes(
     if len(counts) > 1:
         inverse, zero = by_channel(inverse, counts), by_channel(zero, counts)
         limit = limit if isinstance(limit, int) else by_channel(limit, counts)
-    values = rows.float() if factor is None else rows.float() * factor
+    values = in_places(rows.float() if factor is None else rows.float() * factor, places)
     place = frame_of(frame)
     values = values if place is not None else values.reshape(-1, values.shape[-1])
     return laid_out(encode(values, inverse, zero, limit), zero, counts, place)
@@ -72,20 +77,20 @@ def _codes(
 def _layer_norm_cuda(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, inverse: list[Tensor], zero_point: list[Tensor],
     times: list[Tensor], tops: list[int], factors: list[Tensor | None], scale: Tensor | None = None,
-    shift: Tensor | None = None,
+    shift: Tensor | None = None, counts: Sequence[int] = (), places: Tensor | None = None,
 ) -> Tensor:
     tables = tuple(zip(inverse, zero_point, times, factors, strict=True))
     rows, modulation = x.reshape(-1, x.shape[-1]).contiguous(), None
     if scale is not None and shift is not None:
         alike = scale.stride() == shift.stride() and scale.stride(1) == 1
         modulation = (scale, shift) if alike else (scale.contiguous(), shift.contiguous())
-    return triton_norm.layer_norm(rows, weight, bias, eps, tables, tuple(tops), modulation)
+    return triton_norm.layer_norm(rows, weight, bias, eps, tables, tuple(tops), modulation, tuple(counts), places)
 
 
 def _layer_norm_plain(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, inverse: list[Tensor], zero_point: list[Tensor],
     times: list[Tensor], tops: list[int], factors: list[Tensor | None], scale: Tensor | None = None,
-    shift: Tensor | None = None,
+    shift: Tensor | None = None, counts: Sequence[int] = (), places: Tensor | None = None,
 ) -> Tensor:
     """int8 ``[P * R, padded(C)]``: the codes of P consumers of ``x [.., C]``, R rows each, one below the other.
 
@@ -100,16 +105,22 @@ def _layer_norm_plain(
         each = (len(x), *[1] * (x.ndim - 2), channels)
         normed = normed * (1 + scale.reshape(each)) + shift.reshape(each)
     consumers = zip(inverse, zero_point, times, tops, factors, strict=True)
-    return torch.cat([_codes(normed, i, z, t, [channels], top, [], f) for i, z, t, top, f in consumers])
+    each_sum = list(counts) or [channels]
+    return torch.cat([_codes(normed, i, z, t, each_sum, top, [], f, places) for i, z, t, top, f in consumers])
 
 
 def _layer_norm_shape(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, inverse: list[Tensor], zero_point: list[Tensor],
     times: list[Tensor], tops: list[int], factors: list[Tensor | None], scale: Tensor | None = None,
-    shift: Tensor | None = None,
+    shift: Tensor | None = None, counts: Sequence[int] = (), places: Tensor | None = None,
 ) -> Tensor:
     rows = x.numel() // x.shape[-1]
-    return x.new_empty((len(inverse) * rows, *packing.padded((x.shape[-1],))), dtype=torch.int8)
+    return x.new_empty((len(inverse) * rows, _length(counts, x.shape[-1])), dtype=torch.int8)
+
+
+def _length(counts: Sequence[int], channels: int) -> int:
+    """Of a row of codes."""
+    return sum(packing.padded(tuple(counts) or (channels,)))
 
 
 # ---- GroupNorm -------------------------------------------------------------------------------------------------------
@@ -163,47 +174,54 @@ def _group_norm_float_shape(x: Tensor, weight: Tensor, bias: Tensor, groups: int
 
 # ---- GEGLU -----------------------------------------------------------------------------------------------------------
 def _geglu_cuda(
-    x: Tensor, inverse: Tensor, zero_point: Tensor, times: Tensor, top: int, factor: Tensor | None
+    x: Tensor, inverse: Tensor, zero_point: Tensor, times: Tensor, top: int, factor: Tensor | None,
+    counts: Sequence[int] = (), places: Tensor | None = None,
 ) -> Tensor:
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    return triton_norm.geglu(rows, inverse, zero_point, times, top, factor)
+    return triton_norm.geglu(rows, (inverse, zero_point, times, factor), top, tuple(counts), places)
 
 
 def _geglu_plain(
-    x: Tensor, inverse: Tensor, zero_point: Tensor, times: Tensor, top: int, factor: Tensor | None
+    x: Tensor, inverse: Tensor, zero_point: Tensor, times: Tensor, top: int, factor: Tensor | None,
+    counts: Sequence[int] = (), places: Tensor | None = None,
 ) -> Tensor:
     """int8 ``[R, padded(C)]`` of ``x [.., 2 C]``: hidden and gate, C channels each."""
     hidden, gate = x.chunk(2, -1)
     gated = F.gelu(gate.float()).to(x.dtype).float()
-    return _codes((hidden.float() * gated).to(x.dtype), inverse, zero_point, times, [hidden.shape[-1]], top, [], factor)
+    each_sum = list(counts) or [hidden.shape[-1]]
+    return _codes((hidden.float() * gated).to(x.dtype), inverse, zero_point, times, each_sum, top, [], factor, places)
 
 
 def _geglu_shape(
-    x: Tensor, inverse: Tensor, zero_point: Tensor, times: Tensor, top: int, factor: Tensor | None
+    x: Tensor, inverse: Tensor, zero_point: Tensor, times: Tensor, top: int, factor: Tensor | None,
+    counts: Sequence[int] = (), places: Tensor | None = None,
 ) -> Tensor:
-    return x.new_empty((x.numel() // x.shape[-1], *packing.padded((x.shape[-1] // 2,))), dtype=torch.int8)
+    return x.new_empty((x.numel() // x.shape[-1], _length(counts, x.shape[-1] // 2)), dtype=torch.int8)
 
 
 # ---- GELU ------------------------------------------------------------------------------------------------------------
 def _gelu_cuda(
-    x: Tensor, tanh: bool, inverse: Tensor, zero_point: Tensor, times: Tensor, top: int, factor: Tensor | None
+    x: Tensor, tanh: bool, inverse: Tensor, zero_point: Tensor, times: Tensor, top: int, factor: Tensor | None,
+    counts: Sequence[int] = (), places: Tensor | None = None,
 ) -> Tensor:
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    return triton_norm.gelu(rows, tanh, inverse, zero_point, times, top, factor)
+    return triton_norm.gelu(rows, tanh, (inverse, zero_point, times, factor), top, tuple(counts), places)
 
 
 def _gelu_plain(
-    x: Tensor, tanh: bool, inverse: Tensor, zero_point: Tensor, times: Tensor, top: int, factor: Tensor | None
+    x: Tensor, tanh: bool, inverse: Tensor, zero_point: Tensor, times: Tensor, top: int, factor: Tensor | None,
+    counts: Sequence[int] = (), places: Tensor | None = None,
 ) -> Tensor:
     """int8 ``[R, padded(C)]`` of ``gelu(x)``, ``x [.., C]``. tanh: its approximation by tanh."""
     made = F.gelu(x.float(), approximate="tanh" if tanh else "none").to(x.dtype)
-    return _codes(made, inverse, zero_point, times, [x.shape[-1]], top, [], factor)
+    return _codes(made, inverse, zero_point, times, list(counts) or [x.shape[-1]], top, [], factor, places)
 
 
 def _gelu_shape(
-    x: Tensor, tanh: bool, inverse: Tensor, zero_point: Tensor, times: Tensor, top: int, factor: Tensor | None
+    x: Tensor, tanh: bool, inverse: Tensor, zero_point: Tensor, times: Tensor, top: int, factor: Tensor | None,
+    counts: Sequence[int] = (), places: Tensor | None = None,
 ) -> Tensor:
-    return x.new_empty((x.numel() // x.shape[-1], *packing.padded((x.shape[-1],))), dtype=torch.int8)
+    return x.new_empty((x.numel() // x.shape[-1], _length(counts, x.shape[-1])), dtype=torch.int8)
 
 
 for _name, _cuda, _plain, _shape in (

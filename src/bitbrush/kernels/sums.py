@@ -9,7 +9,7 @@ What follows from a layer's labels is kept where its weight is (`kept`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -50,14 +50,24 @@ def counts(layer: QuantLayer) -> tuple[int, ...]:
 
 
 def order(layer: QuantLayer) -> Tensor:
-    """int64 ``[C]``: the channels, group by group. Kept."""
+    """int64 ``[C]``: the channels, sum by sum. Kept."""
     return kept(layer, "order", _order)
 
 
 def _order(layer: QuantLayer) -> Tensor:
+    if not grouped(layer):
+        return torch.arange(layer.in_channels_, device=layer.weight_scale.device)
     if layer.input is None or layer.input.group_of is None:
         raise ValueError("the channels of this layer's input have no groups")
     return torch.argsort(layer.input.group_of, stable=True)
+
+
+def alike(layers: Sequence[QuantLayer]) -> bool:
+    """Whether the same channels of one input are summed together in all layers."""
+    first, *others = layers
+    if any(grouped(layer) != grouped(first) or counts(layer) != counts(first) for layer in others):
+        return False
+    return not grouped(first) or all(torch.equal(order(layer), order(first)) for layer in others)
 
 
 def in_order(layer: QuantLayer, tensor: Tensor, dim: int = -1) -> Tensor:
@@ -66,7 +76,7 @@ def in_order(layer: QuantLayer, tensor: Tensor, dim: int = -1) -> Tensor:
 
 
 def places(layer: QuantLayer) -> Tensor:
-    """int32 ``[sum(padded(counts))]``: channel and group of each column of the codes; padding has channel C. Kept."""
+    """int32 ``[sum(padded(counts))]``: channel and sum of each column of the codes; padding has channel C. Kept."""
     return kept(layer, "places", _places)
 
 

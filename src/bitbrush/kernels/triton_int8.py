@@ -126,7 +126,7 @@ class Tables(NamedTuple):
         kind: One of these.
         weight_scale: float32 ``[N, S]``.
         weight_sum: int32 ``[S, N]``: of ``code - zero_point`` over each segment.
-        others: (scale, zero_point, times) of the layers after the first (JOINED, one segment).
+        others: (scale, zero_point, times) of the layers after the first (JOINED).
     """
 
     scale: Tensor

@@ -65,26 +65,32 @@ def row_cut(channels: int) -> tuple[int, int, int, int]:
 def layer_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
     tables: tuple[tuple[Tensor, Tensor, Tensor, Tensor | None], ...], tops: tuple[int, ...],
-    modulation: tuple[Tensor, Tensor] | None = None,
+    modulation: tuple[Tensor, Tensor] | None = None, counts: tuple[int, ...] = (), places: Tensor | None = None,
 ) -> Tensor:
     """int8 codes less 128 ``[P * R, padded(C)]`` of ``x [R, C]``, contiguous.
 
     Args:
         tables: (inverse, zero_point, times, factor or None) of each of the P consumers.
         modulation: scale and shift ``[B, C]`` of samples of R / B rows each, of one stride, rows contiguous.
+        counts: Channels of each sum, the same for all consumers; nothing stands for one sum of all.
+        places: `sums.places` of them, where there are several.
     """
     rows, channels = x.shape
-    factors = tuple(f is not None for *_, f in tables)
+    factors, counts = tuple(f is not None for *_, f in tables), counts or (channels,)
     samples = None if modulation is None else (len(modulation[0]), modulation[0].stride(0))
-    key = (x.shape, weight is None, bias is None, samples, eps, tops, factors, x.device, early(x.device))
+    key = (x.shape, weight is None, bias is None, samples, eps, tops, factors, counts, places is None, x.device,
+           early(x.device))  # fmt: skip
     launch = _LAYER_NORMS.get(key)
     if launch is None:
-        launch = _LAYER_NORMS[key] = _cut_rows(x, weight is not None, bias is not None, samples, eps, tops, factors)
-    out = torch.empty((len(tops) * rows, *packing.padded((channels,))), dtype=torch.int8, device=x.device)
+        listed = len(counts) if places is not None else 0
+        launch = _LAYER_NORMS[key] = _cut_rows(x, weight is not None, bias is not None, samples, eps, tops, factors,
+                                               sum(packing.padded(counts)), listed)
+    out = torch.empty((len(tops) * rows, sum(packing.padded(counts))), dtype=torch.int8, device=x.device)
     if not out.numel():
         return out
     given = tuple([(i, z, t, x if f is None else f) for i, z, t, f in tables])
-    alone = (x, x if weight is None else weight, x if bias is None else bias, *(modulation or (x, x)), out)
+    alone = (x, x if weight is None else weight, x if bias is None else bias, *(modulation or (x, x)),
+             x if places is None else places, out)  # fmt: skip
     launch((*alone, *[t for table in given for t in table]), (*alone, given))
     return out
 
@@ -94,21 +100,21 @@ _LAYER_NORMS: dict[Any, Launch] = {}
 
 def _cut_rows(
     x: Tensor, weight: bool, bias: bool, samples: tuple[int, int] | None, eps: float, tops: tuple[int, ...],
-    factors: tuple[bool, ...],
+    factors: tuple[bool, ...], length: int, listed: int,
 ) -> Launch:
-    """samples: how many are modulated, and how far their scales lie apart."""
+    """samples: how many are modulated, and how far their scales lie apart. length: of a row of codes. listed: how many
+    sums a list says the channels of; 0: there is one."""
     from bitbrush.kernels import triton_norm_kernels as kernels
 
     rows, channels = x.shape
-    (length,) = packing.padded((channels,))
-    vector, warps, parts, height = row_cut(length)
+    vector, warps, parts, height = row_cut(*packing.padded((channels,)))
     count, stride = samples or (1, 0)
     per_sample = max(1, rows // count)
     while samples and per_sample % height:  # a program's rows have one scale and shift
         height //= 2
     options = {
         "TOPS": tops, "CHANNELS": channels, "LENGTH": length, "WEIGHT": weight, "BIAS": bias,
-        "MODULATED": samples is not None, "FACTORS": factors, "PARTS": parts, "BR": height,
+        "MODULATED": samples is not None, "FACTORS": factors, "LISTED": listed, "PARTS": parts, "BR": height,
         "INNER": 32 * warps * vector, "VECTOR": vector, "num_warps": warps, "maxnreg": REGISTERS,
         "enable_fp_fusion": False, **launched(x.device),
     }
@@ -256,33 +262,39 @@ def _cut_pictures(
     return Launch(kernels.group_norm, (many, -(-rows // span), batch), numbers, options)
 
 
+Encoding = tuple[Tensor, Tensor, Tensor, Tensor | None]
+"""(inverse, zero_point, times, factor or None)."""
+
+
 def geglu(
-    x: Tensor, inverse: Tensor, zero_point: Tensor, times: Tensor, top: int, factor: Tensor | None
+    x: Tensor, tables: Encoding, top: int, counts: tuple[int, ...] = (), places: Tensor | None = None
 ) -> Tensor:
     """int8 codes less 128 ``[R, padded(C)]`` of ``x [R, 2 C]``, contiguous: ``hidden * gelu(gate)``."""
-    return _activated(x, (inverse, zero_point, times, factor), top, x.shape[1] // 2, gated=True, tanh=False)
+    return _activated(x, tables, top, counts or (x.shape[1] // 2,), places, gated=True, tanh=False)
 
 
 def gelu(
-    x: Tensor, tanh: bool, inverse: Tensor, zero_point: Tensor, times: Tensor, top: int, factor: Tensor | None
+    x: Tensor, tanh: bool, tables: Encoding, top: int, counts: tuple[int, ...] = (), places: Tensor | None = None
 ) -> Tensor:
     """int8 codes less 128 ``[R, padded(C)]`` of ``x [R, C]``, contiguous: ``gelu(x)``, by tanh or by erf."""
-    return _activated(x, (inverse, zero_point, times, factor), top, x.shape[1], gated=False, tanh=tanh)
+    return _activated(x, tables, top, counts or (x.shape[1],), places, gated=False, tanh=tanh)
 
 
 def _activated(
-    x: Tensor, tables: tuple[Tensor, Tensor, Tensor, Tensor | None], top: int, channels: int, *, gated: bool, tanh: bool
+    x: Tensor, tables: Encoding, top: int, counts: tuple[int, ...], places: Tensor | None, *, gated: bool, tanh: bool
 ) -> Tensor:
-    from bitbrush.kernels import triton_norm_kernels as kernels
+    """counts, places: as `layer_norm` takes them."""
+    from bitbrush.kernels import triton_activated_kernels as kernels
 
-    (length,), factor = packing.padded((channels,)), tables[3]
+    length, factor = sum(packing.padded(counts)), tables[3]
     out = torch.empty((len(x), length), dtype=torch.int8, device=x.device)
     if not out.numel():
         return out
     with torch.cuda.device_of(x):
         kernels.activated[(-(-out.numel() // CHUNK // CHUNKS),)](
-            x, out, *tables[:3], x if factor is None else factor, float(top), len(x),
-            CHANNELS=channels, LENGTH=length, GATED=gated, TANH=tanh, FACTOR=factor is not None, CHUNKS=CHUNKS,
-            num_warps=WARPS, enable_fp_fusion=False, **launched(x.device),
+            x, out, *tables[:3], x if factor is None else factor, x if places is None else places, float(top), len(x),
+            CHANNELS=sum(counts), LENGTH=length, GATED=gated, TANH=tanh, FACTOR=factor is not None,
+            LISTED=0 if places is None else len(counts), CHUNKS=CHUNKS, num_warps=WARPS, enable_fp_fusion=False,
+            **launched(x.device),
         )
     return out

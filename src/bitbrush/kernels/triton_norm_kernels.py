@@ -84,17 +84,77 @@ def _share(total, COUNT: tl.constexpr):
 
 
 # ---- LayerNorm -------------------------------------------------------------------------------------------------------
+@triton.jit
+def _affine(
+    x, weight, bias, scale, shift, WEIGHT: tl.constexpr, BIAS: tl.constexpr, MODULATED: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """What follows the division by the deviation, rounded to ``dtype`` where separate operations round."""
+    if WEIGHT and BIAS:
+        x = tl.fma(x, weight.to(tl.float32), bias.to(tl.float32))
+    elif WEIGHT:
+        x = x * weight.to(tl.float32)
+    elif BIAS:
+        x = x + bias.to(tl.float32)
+    x = rounded(x, dtype)
+    if MODULATED:
+        x = rounded(x * rounded(scale.to(tl.float32) + 1.0, dtype), dtype)
+        x = rounded(x + shift.to(tl.float32), dtype)
+    return x
+
+
+@triton.jit
+def listed_at(places_ptr, column, CHANNELS: tl.constexpr, LENGTH: tl.constexpr):
+    """(channel, sum, whether it is no padding) of columns of the codes: a table lists ``channel * 256 + sum``."""
+    found = tl.load(places_ptr + column, mask=column < LENGTH, other=CHANNELS * 256)
+    return found >> 8, found & 255, (found >> 8) < CHANNELS
+
+
+@triton.jit
+def _listed_codes(
+    x_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, places_ptr, out_ptr, tables, steps, where, kept, mean, rate,
+    column, rows,
+    TOPS: tl.constexpr, CHANNELS: tl.constexpr, LENGTH: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
+    MODULATED: tl.constexpr, FACTORS: tl.constexpr, COUNT: tl.constexpr,
+):
+    """Writes columns of codes whose channels lie anywhere in a row: what belongs to them is read again, from the first
+    level of the cache."""
+    channel, part, real = listed_at(places_ptr, column, CHANNELS, LENGTH)
+    x = (tl.load(x_ptr + where * CHANNELS + channel, mask=kept & real, other=0.0).to(tl.float32) - mean) * rate
+    weight, bias, scale, shift = x, x, x, x
+    if WEIGHT:
+        weight = tl.load(weight_ptr + channel, mask=real, other=0.0)
+    if BIAS:
+        bias = tl.load(bias_ptr + channel, mask=real, other=0.0)
+    if MODULATED:
+        scale = tl.load(scale_ptr + channel, mask=real, other=0.0)
+        shift = tl.load(shift_ptr + channel, mask=real, other=0.0)
+    x = _affine(x, weight, bias, scale, shift, WEIGHT, BIAS, MODULATED, x_ptr.dtype.element_ty)
+    x = tl.where(real, x, 0.0)
+    for p in tl.static_range(len(TOPS)):
+        entry = steps[p] * COUNT + part
+        zero, top = zero_and_top(tables[p][1], entry, TOPS[p] + 0.0)
+        y = x
+        if FACTORS[p]:
+            y = x * tl.load(tables[p][3] + channel, mask=real, other=0.0)
+        tl.store(out_ptr + (where + p * rows.to(tl.int64)) * LENGTH + column,
+                 centred(y, tl.load(tables[p][0] + entry), zero, top), mask=kept & (column < LENGTH))
+
+
 @triton.jit(do_not_specialize=("rows",))
 def layer_norm(
-    x_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, out_ptr, tables, eps, rows, per_sample, stride,
+    x_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, places_ptr, out_ptr, tables, eps, rows, per_sample, stride,
     TOPS: tl.constexpr, CHANNELS: tl.constexpr, LENGTH: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
-    MODULATED: tl.constexpr, FACTORS: tl.constexpr, PARTS: tl.constexpr, BR: tl.constexpr, INNER: tl.constexpr,
-    VECTOR: tl.constexpr, EARLY: tl.constexpr,
+    MODULATED: tl.constexpr, FACTORS: tl.constexpr, LISTED: tl.constexpr, PARTS: tl.constexpr, BR: tl.constexpr,
+    INNER: tl.constexpr, VECTOR: tl.constexpr, EARLY: tl.constexpr,
 ):
     """BR whole rows in registers; their codes for each consumer, whose rows lie below those of the one before.
 
     Rows are PARTS pieces of INNER channels, VECTOR for each thread. All that is read is asked for before anything
     waits: first what belongs to columns, which serves all rows of a thread.
+
+    LISTED: of so many sums, whose channels ``places`` lists (`_listed_codes`): codes are made in the order of that
+    list, from a second look at the row.
 
     Args:
         scale_ptr, shift_ptr: MODULATED: a row of each sample, ``stride`` apart. A sample has ``per_sample`` rows of
@@ -110,12 +170,12 @@ def layer_norm(
     scales, shifts, sample = tl.tuple([]), tl.tuple([]), (tl.program_id(0) * BR // per_sample).to(tl.int64) * stride
     for d in tl.static_range(PARTS):
         column = d * INNER + inner
-        if MODULATED:
+        if MODULATED and LISTED == 0:
             scales += (tl.load(scale_ptr + sample + column, mask=column < CHANNELS, other=0.0),)
             shifts += (tl.load(shift_ptr + sample + column, mask=column < CHANNELS, other=0.0),)
-        if WEIGHT:
+        if WEIGHT and LISTED == 0:
             weights += (tl.load(weight_ptr + column, mask=column < CHANNELS, other=0.0),)
-        if BIAS:
+        if BIAS and LISTED == 0:
             biases += (tl.load(bias_ptr + column, mask=column < CHANNELS, other=0.0),)
     for p in tl.static_range(len(TOPS)):
         steps += (tl.load(tables[p][2]),)
@@ -124,9 +184,10 @@ def layer_norm(
         column = d * INNER + inner
         pieces += (tl.load(x_ptr + where * CHANNELS + column, mask=kept & (column < CHANNELS), other=0.0),)
     entries = tl.tuple([])
-    for p in tl.static_range(len(TOPS)):
-        zero, top = zero_and_top(tables[p][1], steps[p], TOPS[p] + 0.0)
-        entries += (tl.load(tables[p][0] + steps[p]), zero, top)
+    if LISTED == 0:
+        for p in tl.static_range(len(TOPS)):
+            zero, top = zero_and_top(tables[p][1], steps[p], TOPS[p] + 0.0)
+            entries += (tl.load(tables[p][0] + steps[p]), zero, top)
     total = tl.zeros((BR, INNER), dtype=tl.float32)
     for d in tl.static_range(PARTS):
         total += pieces[d].to(tl.float32)
@@ -138,18 +199,15 @@ def layer_norm(
             apart = tl.where(d * INNER + inner < CHANNELS, apart, 0.0)
         square = tl.fma(apart, apart, square)
     rate = tl.rsqrt(_share(tl.sum(square, 1, True), CHANNELS) + eps)
-    for d in tl.static_range(PARTS):
+    if LISTED > 0:
+        for first in range(0, LENGTH, INNER):
+            _listed_codes(x_ptr, weight_ptr, bias_ptr, scale_ptr + sample, shift_ptr + sample, places_ptr, out_ptr,
+                          tables, steps, where, kept, mean, rate, first + inner, rows, TOPS, CHANNELS, LENGTH, WEIGHT,
+                          BIAS, MODULATED, FACTORS, LISTED)
+    for d in tl.static_range(PARTS if LISTED == 0 else 0):
         column, x = d * INNER + inner, (pieces[d].to(tl.float32) - mean) * rate
-        if WEIGHT and BIAS:
-            x = tl.fma(x, weights[d].to(tl.float32), biases[d].to(tl.float32))
-        elif WEIGHT:
-            x = x * weights[d].to(tl.float32)
-        elif BIAS:
-            x = x + biases[d].to(tl.float32)
-        x = rounded(x, dtype)
-        if MODULATED:
-            x = rounded(x * rounded(scales[d].to(tl.float32) + 1.0, dtype), dtype)
-            x = rounded(x + shifts[d].to(tl.float32), dtype)
+        x = _affine(x, weights[d] if WEIGHT else x, biases[d] if BIAS else x, scales[d] if MODULATED else x,
+                    shifts[d] if MODULATED else x, WEIGHT, BIAS, MODULATED, dtype)
         if (d + 1) * INNER > CHANNELS:
             x = tl.where(column < CHANNELS, x, 0.0)
         for p in tl.static_range(len(TOPS)):
@@ -357,36 +415,3 @@ def group_norm(
             tl.store(out, v.to(out_ptr.dtype.element_ty), mask=there)
         now, inside = _rows(x_ptr, first + BR, limit, sample, pixels, pitch, pad, high, wide, channel, real, CHANNELS,
                             SPATIAL, BR)
-
-
-# ---- GEGLU -----------------------------------------------------------------------------------------------------------
-@triton.jit(do_not_specialize=("rows",))
-def activated(
-    x_ptr, out_ptr, inverse_ptr, zero_ptr, times_ptr, factor_ptr, top, rows,
-    CHANNELS: tl.constexpr, LENGTH: tl.constexpr, GATED: tl.constexpr, TANH: tl.constexpr, FACTOR: tl.constexpr,
-    CHUNKS: tl.constexpr, EARLY: tl.constexpr,
-):
-    """``code - 128`` int8 of ``gelu(x)``, GATED: of ``hidden * gelu(gate)``: CHUNKS times 16 channels, counted as in
-    `encode`. TANH: gelu by tanh, not by erf."""
-    in_turn(EARLY)
-    PER_ROW: tl.constexpr = LENGTH // 16
-    PITCH: tl.constexpr = 2 * CHANNELS if GATED else CHANNELS
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
-    chunk = tl.program_id(0) * CHUNKS + tl.arange(0, CHUNKS)
-    row, column = chunk // PER_ROW, ((chunk % PER_ROW) * 16)[:, None] + tl.arange(0, 16)[None, :]
-    kept = (row < rows)[:, None]
-    real = kept & (column < CHANNELS)
-    at = x_ptr + row.to(tl.int64)[:, None] * PITCH + column
-    hidden = tl.load(at, mask=real, other=0.0).to(tl.float32)
-    gate = hidden
-    if GATED:
-        gate = tl.load(at + CHANNELS, mask=real, other=0.0).to(tl.float32)
-    time = tl.load(times_ptr)
-    inverse = tl.load(inverse_ptr + time)
-    zero, top = zero_and_top(zero_ptr, time, top)
-    y = rounded(gelu_tanh(gate) if TANH else gelu(gate), dtype)
-    if GATED:
-        y = rounded(hidden * y, dtype)
-    if FACTOR:
-        y = y * tl.load(factor_ptr + column, mask=real, other=0.0)
-    tl.store(out_ptr + row.to(tl.int64)[:, None] * LENGTH + column, centred(y, inverse, zero, top), mask=kept)
