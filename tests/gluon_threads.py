@@ -78,8 +78,8 @@ class Shared:
     def permute(self, order: Sequence[int]) -> Shared:
         return Shared(self.tensor.permute(*order))
 
-    def slice(self, start: int, length: int) -> Shared:
-        return Shared(self.tensor[start : start + length])
+    def slice(self, start: int, length: int, dim: int = 0) -> Shared:
+        return Shared(self.tensor.narrow(dim, start, length))
 
     def load(self, _layout: Any = None) -> Any:
         return value(self.tensor.clone())
@@ -136,17 +136,17 @@ class Sums:
         self.tensor = tensor.clone()
 
 
-def _multiply(left: Shared, right: Shared, acc: Any, is_async: bool) -> Sums:
+def _multiply(left: Shared, right: Shared, acc: Any, is_async: bool = False) -> Any:
     sums = acc if isinstance(acc, Sums) else Sums(acc)
     _HERE.flying.append((sums, left, right))
-    return sums
+    return sums if is_async else _wait(0, (sums,))
 
 
 def _wait(num_outstanding: int, deps: tuple[Any, ...]) -> Any:
     while len(_HERE.flying) > num_outstanding:
         sums, left, right = _HERE.flying.pop(0)
         sums.tensor += (left.tensor.double() @ right.tensor.double()).to(torch.int32)
-    found = deps if _HERE.flying else tuple(value(sums.tensor) for sums in deps)
+    found = deps if _HERE.flying else tuple(value(sums.tensor if isinstance(sums, Sums) else sums) for sums in deps)
     return found if len(found) > 1 else found[0]
 
 
@@ -211,6 +211,7 @@ LANGUAGE = SimpleNamespace(
     constexpr=None, int8=torch.int8, int32=torch.int32, int64=torch.int64, float32=torch.float32,
     program_id=lambda axis: value(_HERE.program[axis]), num_programs=lambda axis: value(_HERE.programs[axis]),
     cdiv=lambda a, b: (a + b - 1) // b, minimum=lambda a, b: _where(value(a < b), a, b),
+    maximum=lambda a, b: _where(value(a > b), a, b),
     where=_where, arange=lambda start, end, layout=None: value(torch.arange(start, end, dtype=torch.int32)),
     zeros=lambda shape, kind, layout=None: value(torch.zeros(tuple(shape), dtype=kind)), load=_load, store=_store,
     static_range=range, convert_layout=lambda x, layout, assert_trivial=False: x, split=_split,

@@ -177,8 +177,9 @@ def _fill_input(quantizer: ActivationQuantizer, device: str, drawn: torch.Genera
     zero = torch.randint(120, 137, size, device=device, generator=drawn)
     buffers["zero_point"] = zero.to(torch.uint8)
     if quantizer.group_of is not None:
-        members, groups = tuple(quantizer.group_of.shape), quantizer.spec.groups
-        buffers["group_of"] = torch.randint(0, groups, members, dtype=torch.uint8, device=device, generator=drawn)
+        members, groups = len(quantizer.group_of), quantizer.spec.groups
+        same = torch.Generator(device).manual_seed(members)  # layers that read one tensor have the same groups
+        buffers["group_of"] = torch.randint(0, groups, (members,), dtype=torch.uint8, device=device, generator=same)
 
 
 def weight_bytes(net: nn.Module) -> int:

@@ -61,7 +61,7 @@ def test_a_ring_and_what_is_written_have_room_in_shared_memory() -> None:
             how = shape(config.bm, config.bn, config.flow)
             tables, written = 2 * 12 * config.bn, 2 * how.rows * how.chunk * 2
             assert config.stages * (config.bm + config.bn) * config.bk + tables + written < tuning.SHARED
-            assert config.flow and config.tma and not any(w % config.bk for w in widths[1:])
+            assert config.flow and config.tma and (config.bk == 128 or not any(w % config.bk for w in widths[1:]))
 
 
 def test_several_segments_are_for_tiles_with_room_for_values_beside_sums() -> None:
@@ -251,7 +251,7 @@ def test_tables_of_every_kind_and_layers_side_by_side() -> None:
 def test_convolutions_read_shifted_rows_and_store_no_border() -> None:
     done = 0
     for cut, kernel, widths, kind in ((FLOWS[1], (3, 3), (160,), ONE_ROW), (FLOWS[4], (3, 3), (64,), ONE_ROW),
-                                      (FLOWS[0], (3, 3), (96, 32), ONE_ROW), (FLOWS[2], (1, 1), (96,), ONE_ROW),
+                                      (FLOWS[0], (3, 3), (160, 96), ONE_ROW), (FLOWS[2], (1, 1), (96,), ONE_ROW),
                                       (FLOWS[1], (3, 3), (32,), BY_SAMPLE)):
         frame = Frame(2, 9, 11, kernel, 1 if kernel == (3, 3) else 0, shared=kind == ONE_ROW)
         done += Layer(3, widths, 176, frame=frame, kind=kind).compared(cut, torch.bfloat16, added=len(widths) == 1)
@@ -291,8 +291,16 @@ def test_a_part_that_is_left_out_shows(monkeypatch: pytest.MonkeyPatch) -> None:
 @TRITON
 @pytest.mark.usefixtures("threads")
 def test_segments_are_added_one_after_the_other() -> None:
-    for widths in ((96, 32, 160), (128, 128), (32,) * 8):
+    """Slots that end with one, that hold the ends of two, or nothing but a part of one; a segment without columns."""
+    for widths in ((96, 32, 160), (128, 128), (32,) * 8, (160,) * 5, (0, 224, 352, 0, 64), (64, 32)):
         assert Layer(9, widths, 144, rows=200).compared(FLOWS[0], torch.bfloat16, added=True) == 200 * 144
+    layer = Layer(8, (160, 96, 32), 144, rows=150, kind=JOINED, parts=3)
+    assert layer.compared(FLOWS[0], torch.bfloat16) == 3 * 150 * 144
+
+
+def test_slots_are_as_wide_as_the_widest_segment_needs() -> None:
+    for widths, columns in (((160,) * 8, 128), ((96, 32), 128), ((64, 32), 64), ((32,) * 4, 32), ((640, 32), 128)):
+        assert fitting(FLOWS[0], widths, None).bk == columns
 
 
 @TRITON
@@ -314,19 +322,22 @@ def test_gated_products_give_the_codes_of_the_definition(cut: int, scaled: bool)
 
 @TRITON
 @pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("fault", ["early", "turn", "tap", "columns"])
+@pytest.mark.parametrize("fault", ["early", "turn", "tap", "columns", "rest", "kept"])
 def test_a_planted_fault_shows(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A slot given back a step early, a turn that never comes, a tap read a row off, tables of other columns."""
+    """A slot given back a step early, a turn that never comes, a tap read a row off, tables of other columns, what is
+    left of a segment read where it begins, a slot of it never given back."""
     from bitbrush.kernels import gluon_int8_kernels, gluon_ring_kernels
 
     monkeypatch.setattr(gluon_threads, "PATIENCE", 0.5)
     gluon_threads.replanted((gluon_ring_kernels, gluon_int8_kernels), *{
         "early": ("pred=step > 0)", "pred=True)"), "turn": ("turn.index(1 - PART)", "turn.index(PART)"),
         "tap": ("tap % KW", "(tap + 1) % KW"), "columns": ("n0 + BN1, 0, end", "n0, 0, end"),
+        "rest": ("left.slice(64, 32, 1)", "left.slice(0, 32, 1)"), "kept": ("pred=whole > 0", "pred=whole > 1"),
     }[fault])  # fmt: skip
-    layer = Layer(3, (160,), 176, frame=Frame(2, 9, 11, (3, 3), 1))
+    widths = (224, 160) if fault in ("rest", "kept") else (160,)
+    layer = Layer(3, widths, 176, frame=Frame(2, 9, 11, (3, 3), 1))
     with pytest.raises(AssertionError):
-        layer.compared(FLOWS[4] if fault == "turn" else FLOWS[1], torch.bfloat16)
+        layer.compared(FLOWS[4] if fault == "turn" else FLOWS[0] if len(widths) > 1 else FLOWS[1], torch.bfloat16)
 
 
 # ---- builds ----------------------------------------------------------------------------------------------------------
@@ -383,6 +394,8 @@ def _products() -> Iterator[Any]:
     yield lambda: triton_int8.product(
         picture, _codes(320, 9 * 320), _tables(320, 2), (192, 128), torch.float16, frame=frame, config=FLOWS[0],
         extra=Extra(bias))
+    yield lambda: triton_int8.product(_codes(1536, 1280), _codes(960, 1280), _tables(960, 8, JOINED, 3), (160,) * 8,
+                                      type_, config=FLOWS[0])
     then = Next(torch.zeros(4, 1), torch.zeros(4, 1, dtype=torch.uint8), torch.zeros(1).long(), 255)
     yield lambda: triton_int8.gated(line, _codes(640, 640), _tables(640), 640, type_, then, bias=torch.zeros(640),
                                     config=GATED_FLOWS[1])
@@ -394,7 +407,7 @@ def test_every_kind_of_product_is_built_with_copies_and_products_in_flight(heard
     for call in calls:
         call()
     merged = [ptx for ptx in heard.ptx if ".globl\tmerge" in ptx]
-    assert len(heard.ptx) == len(calls) + len(merged) == 7 + 1
+    assert len(heard.ptx) == len(calls) + len(merged) == 8 + 1
     for ptx in (ptx for ptx in heard.ptx if ptx not in merged):
         assert "cp.async.bulk.tensor" in ptx and "setmaxnreg" in ptx and "mbarrier.try_wait" in ptx
         products = re.findall(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k32\.s32\.s8\.s8", ptx)

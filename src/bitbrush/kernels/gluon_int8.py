@@ -4,7 +4,9 @@ Triton's own pipeliner waits for the products of a step before those of the next
 out (`gluon_ring_kernels`) they follow each other without a gap: at ten shapes of SDXL and of a DiT on an H200 linear
 layers took 0.71 to 0.96 of the time (benchmarks/results/spike/gluon_product.json).
 
-They take what `triton_int8` takes, but for convolutions with a stride, and several segments in large tiles. They are
+They take what `triton_int8` takes, but for convolutions with a stride, and several segments in large tiles. Segments
+end where they end: of a slot, that part is multiplied which belongs to one (`gluon_ring_kernels.multiplied_ragged`),
+and the warpgroups are half a segment apart, as to scale sums takes as long as to multiply 160 columns. They are
 cut by a `Config` with a `flow`: ``pair``, two warpgroups share a tile, or ``turns``, each has tiles of its own.
 
 Hopper's instructions, and Gluon is experimental: other GPUs, and versions of Triton that they were not built with, take
@@ -141,6 +143,14 @@ def _described(a: Tensor, w: Tensor, config: Config, how: Shape) -> tuple[tuple[
         return ()
     blocks = ((0, a, how.rows), (1, w, how.first), (1, w, how.others or how.first))
     return tuple((i, Described(tensor, [rows, config.bk], swizzled=True)) for i, tensor, rows in blocks)
+
+
+def block(bk: int, widths: tuple[int, ...]) -> int:
+    """Columns of a slot where there are several segments, which may end within one: no more than the widest fills half
+    of."""
+    while bk > 32 and 2 * max(widths) <= bk:
+        bk //= 2
+    return bk
 
 
 def fitted(config: Config, bk: int) -> Config:

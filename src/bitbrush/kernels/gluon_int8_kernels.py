@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from bitbrush.kernels.gluon_ring_kernels import (
     channels,
@@ -15,6 +16,7 @@ from bitbrush.kernels.gluon_ring_kernels import (
     corrected,
     keep_columns,
     multiplied,
+    multiplied_ragged,
     of_columns,
     of_one_row,
     own_tiles,
@@ -131,6 +133,8 @@ def _consumer(
     y_ptr, acc_ptr, residual_ptr, shared_ptr = pointers
     first_steps = TAPS * gl.cdiv(channels(width, 0, COUNT, WIDTH), BK)
     first, stride, position = own_tiles(first_steps, PART, TURNS)
+    if COUNT > 1 and PART == 1:  # half a segment behind the other: one scales its sums while the other multiplies
+        mbarrier.wait(bars[0].index(gl.maximum(gl.minimum(first_steps, STAGES) - 1, 0)), 0)
     at = 0
     phase = 0
     turns = 0
@@ -151,8 +155,12 @@ def _consumer(
             at, phase = turn_of(bars, position, turns, PART, STAGES)
             position += 2 * first_steps
             turns ^= 1
-        acc1, acc2, at, phase = multiplied(rings, bars, at, phase, first_steps, INDEX, PART, STAGES, TURNS, BMC, BN1,
-                                            BN2)
+        if COUNT == 1:
+            acc1, acc2, at, phase = multiplied(rings, bars, at, phase, first_steps, INDEX, PART, STAGES, TURNS, BMC,
+                                                BN1, BN2)
+        else:
+            acc1, at, phase = multiplied_ragged(rings, bars, at, phase, TAPS, channels(width, 0, COUNT, WIDTH), PART,
+                                                STAGES, BMC, BN1, BK)
         keep_columns(tables1, read1)
         if BN2 > 0:
             keep_columns(tables2, read2)
@@ -168,9 +176,8 @@ def _consumer(
             for s in range(1, COUNT):
                 scale, zero = of_one_row(activation, part, s, geometry[4], COUNT, TABLE, PARTS)
                 again = of_columns(sum_w_ptr, scale_w_ptr, bias_ptr, n0, s, end, n_count * PARTS, COUNT, BIAS, BN1)
-                steps = TAPS * gl.cdiv(channels(width, s, COUNT, WIDTH), BK)
-                acc1, acc2, at, phase = multiplied(rings, bars, at, phase, steps, INDEX, PART, STAGES, False, BMC,
-                                                    BN1, 0)
+                acc1, at, phase = multiplied_ragged(rings, bars, at, phase, TAPS, channels(width, s, COUNT, WIDTH),
+                                                    PART, STAGES, BMC, BN1, BK)
                 keep_columns(tables1, again)
                 total += _scaled(acc1, tables1, scale, zero, activation, s, m0, n0, end, n_count, m_count, out_rows,
                                  geometry, acc_ptr, 0, COUNT, TABLE, SPATIAL, KEEP, BMC, BN1)

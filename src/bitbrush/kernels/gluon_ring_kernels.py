@@ -193,6 +193,49 @@ def multiplied(
 
 
 @gluon.jit
+def multiplied_ragged(
+    rings, bars, at, phase, taps, wide,
+    PART: gl.constexpr, STAGES: gl.constexpr, BMC: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
+):
+    """(sums, slot, its parity) after ``taps`` times ``wide`` columns, a multiple of 32: the last slot of each holds
+    what is left of them, and columns of others, which are not multiplied. Copies of narrower blocks do not keep up."""
+    a_ring, w_ring, _others = rings
+    full, empty, _turn = bars
+    acc = gl.zeros([BMC, BN], gl.int32, layout=sums_layout(BN))
+    whole = wide // BK
+    rest = wide - whole * BK
+    for _tap in range(taps):
+        for step in range(whole):
+            mbarrier.wait(full.index(at), phase)
+            flying = warpgroup_mma(a_ring.index(at * 2 + PART), w_ring.index(at).permute((1, 0)), acc, is_async=True)
+            acc = warpgroup_mma_wait(num_outstanding=1, deps=(flying,))
+            mbarrier.arrive(empty.index(_before(at, STAGES)), pred=step > 0)
+            at += 1
+            if at == STAGES:
+                at = 0
+                phase ^= 1
+        acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
+        mbarrier.arrive(empty.index(_before(at, STAGES)), pred=whole > 0)
+        if rest > 0:
+            mbarrier.wait(full.index(at), phase)
+            left = a_ring.index(at * 2 + PART)
+            right = w_ring.index(at)
+            if BK == 128:
+                if rest >= 64:
+                    acc = warpgroup_mma(left.slice(0, 64, 1), right.slice(0, 64, 1).permute((1, 0)), acc)
+                if rest == 96:
+                    acc = warpgroup_mma(left.slice(64, 32, 1), right.slice(64, 32, 1).permute((1, 0)), acc)
+            if rest == 32:
+                acc = warpgroup_mma(left.slice(0, 32, 1), right.slice(0, 32, 1).permute((1, 0)), acc)
+            mbarrier.arrive(empty.index(at))
+            at += 1
+            if at == STAGES:
+                at = 0
+                phase ^= 1
+    return acc, at, phase
+
+
+@gluon.jit
 def of_columns(
     sum_w_ptr, scale_w_ptr, bias_ptr, first, s, end, columns,
     COUNT: gl.constexpr, BIAS: gl.constexpr, BN: gl.constexpr,

@@ -167,11 +167,12 @@ def fitting(config: Config, widths: tuple[int, ...], frame: Frame | None) -> Con
     """The config with a block of columns that the segments can be cut into, and without what they do not allow.
 
     A block may go beyond the end of a single segment, where ``a`` has bounds: convolutions pay for it at every tap, so
-    they do where it is at most a tenth. Of narrower blocks more are on their way, up to eight.
+    they do where it is at most a tenth; of several, those in Gluon. Of narrower blocks more are on their way.
     """
     taps, alone = 1 if frame is None else frame.kernel[0] * frame.kernel[1], len(widths) == 1
-    bk = config.bk
-    while any(width % bk for width in widths) and not (
+    ragged = bool(config.flow) and not alone
+    bk = gluon_int8.block(config.bk, widths) if ragged else config.bk
+    while not ragged and any(width % bk for width in widths) and not (
         alone and (taps == 1 or -(-widths[0] // bk) * bk * 10 <= widths[0] * 11)
     ):
         bk //= 2
@@ -198,8 +199,7 @@ def product(
         sums: int32 ``[S, M, N]`` to which the corrected sums are written, for tests (of one part).
     """
     extra, config = extra or Extra(), config or _USUAL
-    n, kind = w.shape[0], tables.kind
-    parts = tables.parts
+    n, kind, parts = w.shape[0], tables.kind, tables.parts
     per_sample = tables.scale.shape[1] if kind == STACKED else per_sample  # rows of a part's table
     key = (a.shape, a.stride(), w.shape, w.stride(), widths, frame, per_sample, kind, parts,
            *[t is None for t in extra[:3]], extra.gate, sums is None, a.device, early(a.device))  # fmt: skip
