@@ -100,23 +100,27 @@ def sorting(counts: tuple[int, ...], g: torch.Generator) -> Tensor:
     return torch.cat(found).to(torch.int32)
 
 
-def listed() -> Iterator[Case]:
-    """LayerNorm, GEGLU and GELU before layers of several sums, whose channels lie anywhere; a sum may have none."""
-    for i, (counts, many, dtype) in enumerate((((33, 7), 2, FLOATS[1]), ((100, 1, 0, 219), 3, FLOATS[0]),
-                                               ((700, 580), 1, FLOATS[1]), ((40, 30), 1, FLOATS[2]))):
+def of_sums() -> Iterator[Case]:
+    """LayerNorm, GEGLU and GELU before layers of several sums: groups whose channels lie anywhere, one without
+    any, and segments, with padding and without."""
+    for i, (counts, many, dtype) in enumerate((
+        ((33, 7), 2, FLOATS[1]), ((100, 1, 0, 219), 3, FLOATS[0]), ((700, 580), 1, FLOATS[1]), ((40, 30), 1, FLOATS[2]),
+        ((33, 7), 1, FLOATS[2]), ((160, 96, 384), 3, FLOATS[1]), ((81, 79, 80), 2, FLOATS[0]),
+    )):
         g, channels = drawn(30 + i), sum(counts)
         found = list(zip(*(tables(g, len(counts), changing=bool(i % 2)) for _ in range(many)), strict=True))
-        places, weight = sorting(counts, g), (dyadic(channels, g).to(dtype) if i % 2 else None)
+        places, name = (sorting(counts, g), "listed") if i < 4 else (None, "segments")
+        weight = dyadic(channels, g).to(dtype) if i % 2 else None
         factors = [None, torch.rand(channels, generator=g) + 0.5, None][:many]
         shift, scale = (dyadic(3 * channels, g).reshape(3, channels).to(dtype) if i % 3 else None for _ in range(2))
         x = exact((6, channels), g) if channels % 10 == 0 else torch.randn((6, channels), generator=g)
         args = (x.reshape(3, 2, channels).to(dtype), weight, weight, 0.0, *map(list, found), [255] * many, factors,
                 scale, shift, list(counts), places)
-        yield "layer listed", "layer_norm_encode", args, counts
+        yield f"layer {name}", "layer_norm_encode", args, counts
         table, last = [kind[0] for kind in found], (255, factors[-1], list(counts), places)
         x = torch.randn((3, 7, 2 * channels), generator=g) * 3
-        yield "geglu listed", "geglu_encode", (x.to(dtype), *table, *last), counts
-        yield "gelu listed", "gelu_encode", (x[..., :channels].to(dtype), bool(i % 2), *table, *last), counts
+        yield f"geglu {name}", "geglu_encode", (x.to(dtype), *table, *last), counts
+        yield f"gelu {name}", "gelu_encode", (x[..., :channels].to(dtype), bool(i % 2), *table, *last), counts
 
 
 def group_norms() -> Iterator[Case]:
@@ -186,7 +190,7 @@ def encodes() -> Iterator[Case]:
 
 def every() -> Iterator[Case]:
     """All cases."""
-    for make in (layer_norms, modulated_norms, listed, group_norms, geglus, gelus, encodes):
+    for make in (layer_norms, modulated_norms, of_sums, group_norms, geglus, gelus, encodes):
         yield from make()
 
 

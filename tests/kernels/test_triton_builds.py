@@ -144,8 +144,8 @@ def test_a_kernel_that_is_launched_early_waits_before_it_reads_or_writes() -> No
     from bitbrush.kernels.triton_int8 import LINEAR, Config
 
     early, usual = (_product(Config(), LINEAR, (0,), (1, 1), 0, early=on) for on in (True, False))
-    size = {"CHANNELS": 640, "LENGTH": 640, "GATED": True, "TANH": False, "FACTOR": False, "LISTED": 0, "CHUNKS": 128,
-            "EARLY": True}  # fmt: skip
+    size = {"CHANNELS": 640, "LENGTH": 640, "GATED": True, "TANH": False, "FACTOR": False, "COUNT": 1, "PLACES": (),
+            "CHUNKS": 128, "EARLY": True}  # fmt: skip
     geglu = _built(triton_activated_kernels.activated, size, out_ptr="*i8", places_ptr="*i32")
     assert "griddepcontrol" not in usual
     for text, least in ((early, 15), (geglu, 5)):
@@ -228,9 +228,10 @@ def _norms() -> dict[str, str]:
     from bitbrush.kernels import triton_norm as cuts
     from bitbrush.kernels import triton_norm_kernels as kernels
     from bitbrush.kernels import triton_norm_small_kernels as small
+    from bitbrush.kernels.triton_encode import segment_places
 
     rows = {"TOPS": (255, 255), "WEIGHT": True, "BIAS": True, "MODULATED": False, "FACTORS": (False, True),
-            "LISTED": 0, "EARLY": False}
+            "COUNT": 1, "PLACES": (), "EARLY": False}
     block, columns = cuts.sum_block(32, 20)
     held = {"HIGH": 32, "WIDE": 32, "HEIGHT": 33, "PITCH": 33, "PAD": 1, "BELOW": 66, "VECTOR": 8, "LANES": 512,
             "TILES": 11, "OWN": 6, "SPLIT": 2, "SILU": True, "FACTOR": False, "EARLY": False}  # fmt: skip
@@ -238,9 +239,10 @@ def _norms() -> dict[str, str]:
               "CODES": True, "MOST": 64, "BG": 8, "BC": cuts.COLUMNS, "BR": cuts.ROWS, "EARLY": False}  # fmt: skip
     made = {}
     bare = {"WEIGHT": False, "BIAS": False, "MODULATED": True}  # of a DiT
+    whole = {"COUNT": 8, "PLACES": segment_places((160,) * 8)}
     for name, channels, more in (("layer 640", 640, {}), ("layer 1280", 1280, {}), ("modulated", 1152, bare),
-                                 ("listed", 1280, {"LISTED": 8})):
-        vector, warps, parts, height = cuts.row_cut(channels)
+                                 ("listed", 1280, {"COUNT": 8}), ("segments", 1280, whole)):
+        vector, warps, parts, height = cuts.row_cut(channels, several="COUNT" in more)
         size = {"CHANNELS": channels, "LENGTH": channels, "PARTS": parts, "BR": height, "INNER": 32 * warps * vector,
                 "VECTOR": vector}  # fmt: skip
         made[name] = _built(kernels.layer_norm, {**size, **rows, **more}, out_ptr="*i8", bias_ptr="*bf16",
@@ -261,22 +263,25 @@ def test_norms_are_read_in_sixteen_bytes_and_use_no_slow_conversion(tmp_path: Pa
     none to integers. Rows of a LayerNorm are summed within a warp, so it has no shared memory. 640 channels are read by
     8 bytes, so that no thread is idle."""
     from bitbrush.kernels import triton_activated_kernels as kernels
+    from bitbrush.kernels.triton_encode import segment_places
 
-    size = {"CHANNELS": 640, "LENGTH": 640, "FACTOR": False, "CHUNKS": 128, "EARLY": False}
+    size = {"CHANNELS": 640, "LENGTH": 640, "FACTOR": False, "COUNT": 1, "PLACES": (), "CHUNKS": 128, "EARLY": False}
     ptx = _norms()
-    for name, gated, tanh, listed in (("geglu", True, False, 0), ("gelu", False, False, 0),
-                                      ("gelu tanh", False, True, 0), ("geglu listed", True, False, 8)):
-        ptx[name] = _built(kernels.activated, {**size, "GATED": gated, "TANH": tanh, "LISTED": listed}, out_ptr="*i8",
+    for name, gated, tanh, more in (("geglu", True, False, {}), ("gelu", False, False, {}),
+                                    ("gelu tanh", False, True, {}), ("geglu listed", True, False, {"COUNT": 8}),
+                                    ("geglu segments", True, False, {"COUNT": 2, "PLACES": segment_places((320, 320))})):
+        ptx[name] = _built(kernels.activated, {**size, "GATED": gated, "TANH": tanh, **more}, out_ptr="*i8",
                            places_ptr="*i32")  # fmt: skip
     stores = {"layer 640": {"b32"}, "modulated": {"b32"}, "layer 1280": {"v2.b32"}, "held": {"v2.b32"},
-              "listed": {"v2.b32"}, "sums True": {"b32"}, "sums False": {"b32"}}  # fmt: skip
+              "listed": {"b32"}, "segments": {"b32"}, "sums True": {"b32"}, "sums False": {"b32"}}  # fmt: skip
     for name, text in ptx.items():
-        assert f"ld.global.{'v2' if name in ('layer 640', 'modulated') else 'v4'}.b32" in text, name
+        narrow = name in ("layer 640", "modulated", "listed", "segments")
+        assert f"ld.global.{'v2' if narrow else 'v4'}.b32" in text, name
         assert set(re.findall(r"st\.global\.(\S+?)\s", text)) == stores.get(name, {"v4.b32"}), name
         assert not re.search(r"cvt\.r[nzmp]i|cvt\.rn\.bf16\.f32", text), name
         assert ("cvt.rn.bf16x2.f32" in text) == (not name.startswith("sums")), name
         assert ".local" not in text and needs(text, tmp_path).spilled == 0, name
-    assert "ld.shared" not in ptx["layer 1280"] + ptx["layer 640"] + ptx["modulated"] and len(ptx) == 13
+    assert "ld.shared" not in ptx["layer 1280"] + ptx["layer 640"] + ptx["modulated"] and len(ptx) == 15
 
 
 def test_a_second_pass_that_is_launched_early_reads_sums_and_writes_when_they_are_there() -> None:

@@ -33,6 +33,8 @@ PAIR, TURNS = "pair", "turns"
 VERSIONS = ((3, 6), (3, 7))
 """Of Triton, whose Gluon may be another one with each."""
 MOST_STAGES = 8
+ROWS = {128: 1.0, 64: 1.1, 32: 2.0}
+"""What a byte costs in copied rows of so many, as reckoned from two layouts of eight segments on an H200."""
 WARPGROUPS = 2
 OF_PARTS = ("WIDTH", "KH", "KW", "SPATIAL", "STAGES", "BMC", "BN1", "BN2", "BK", "GROUP", "num_warps",
             "enable_fp_fusion")  # fmt: skip
@@ -93,7 +95,7 @@ def fits(flow: str, bm: int, bn: int, segments: int, gated: bool) -> bool:
     if gated:
         return found.first & (found.first - 1) == 0
     if segments > 1:
-        return flow == PAIR and not found.others and found.rows * found.first <= 64 * 128
+        return flow == PAIR and found.rows * (found.first + found.others) <= 64 * 160
     return True
 
 
@@ -145,12 +147,12 @@ def _described(a: Tensor, w: Tensor, config: Config, how: Shape) -> tuple[tuple[
     return tuple((i, Described(tensor, [rows, config.bk], swizzled=True)) for i, tensor, rows in blocks)
 
 
-def block(bk: int, widths: tuple[int, ...]) -> int:
-    """Columns of a slot where there are several segments, which may end within one: no more than the widest fills half
-    of."""
-    while bk > 32 and 2 * max(widths) <= bk:
-        bk //= 2
-    return bk
+def block(most: int, widths: tuple[int, ...]) -> int:
+    """Columns of a slot where there are several segments, which may end within one: what fetches least. Rows of fewer
+    bytes than 128 cost a little more, those of 32, half of what the second level of the cache gives at once, twice."""
+    costs = {bk: sum(-(-width // bk) * bk for width in widths) * weight
+             for bk, weight in ROWS.items() if bk <= most}  # fmt: skip
+    return min(costs, key=costs.__getitem__)
 
 
 def fitted(config: Config, bk: int) -> Config:

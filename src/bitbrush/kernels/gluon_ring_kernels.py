@@ -193,46 +193,70 @@ def multiplied(
 
 
 @gluon.jit
+def _narrow(left, right1, right2, acc1, acc2, FROM: gl.constexpr, COLUMNS: gl.constexpr, BN2: gl.constexpr):
+    """Both sums with the products of some columns of a slot."""
+    rows = left.slice(FROM, COLUMNS, 1)
+    acc1 = warpgroup_mma(rows, right1.slice(FROM, COLUMNS, 1).permute((1, 0)), acc1)
+    if BN2 > 0:
+        acc2 = warpgroup_mma(rows, right2.slice(FROM, COLUMNS, 1).permute((1, 0)), acc2)
+    return acc1, acc2
+
+
+@gluon.jit
 def multiplied_ragged(
     rings, bars, at, phase, taps, wide,
-    PART: gl.constexpr, STAGES: gl.constexpr, BMC: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
+    PART: gl.constexpr, STAGES: gl.constexpr, BMC: gl.constexpr, BN1: gl.constexpr, BN2: gl.constexpr,
+    BK: gl.constexpr,
 ):
-    """(sums, slot, its parity) after ``taps`` times ``wide`` columns, a multiple of 32: the last slot of each holds
-    what is left of them, and columns of others, which are not multiplied. Copies of narrower blocks do not keep up."""
-    a_ring, w_ring, _others = rings
+    """As `multiplied`, after ``taps`` times ``wide`` columns, a multiple of 32: the last slot of each holds what is
+    left of them, and columns of others, which are not multiplied."""
+    a_ring, w1_ring, w2_ring = rings
     full, empty, _turn = bars
-    acc = gl.zeros([BMC, BN], gl.int32, layout=sums_layout(BN))
+    acc1 = gl.zeros([BMC, BN1], gl.int32, layout=sums_layout(BN1))
+    acc2 = acc1
+    if BN2 > 0:
+        acc2 = gl.zeros([BMC, BN2], gl.int32, layout=sums_layout(BN2))
     whole = wide // BK
     rest = wide - whole * BK
     for _tap in range(taps):
         for step in range(whole):
             mbarrier.wait(full.index(at), phase)
-            flying = warpgroup_mma(a_ring.index(at * 2 + PART), w_ring.index(at).permute((1, 0)), acc, is_async=True)
-            acc = warpgroup_mma_wait(num_outstanding=1, deps=(flying,))
+            left = a_ring.index(at * 2 + PART)
+            if BN2 > 0:
+                flying1 = warpgroup_mma(left, w1_ring.index(at).permute((1, 0)), acc1, is_async=True)
+                flying2 = warpgroup_mma(left, w2_ring.index(at).permute((1, 0)), acc2, is_async=True)
+                acc1, acc2 = warpgroup_mma_wait(num_outstanding=2, deps=(flying1, flying2))
+            else:
+                flying1 = warpgroup_mma(left, w1_ring.index(at).permute((1, 0)), acc1, is_async=True)
+                acc1 = warpgroup_mma_wait(num_outstanding=1, deps=(flying1,))
             mbarrier.arrive(empty.index(_before(at, STAGES)), pred=step > 0)
             at += 1
             if at == STAGES:
                 at = 0
                 phase ^= 1
-        acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
+        if BN2 > 0:
+            acc1, acc2 = warpgroup_mma_wait(num_outstanding=0, deps=(acc1, acc2))
+        else:
+            acc1 = warpgroup_mma_wait(num_outstanding=0, deps=(acc1,))
         mbarrier.arrive(empty.index(_before(at, STAGES)), pred=whole > 0)
         if rest > 0:
             mbarrier.wait(full.index(at), phase)
             left = a_ring.index(at * 2 + PART)
-            right = w_ring.index(at)
+            right1 = w1_ring.index(at)
+            right2 = w2_ring.index(at)
             if BK == 128:
                 if rest >= 64:
-                    acc = warpgroup_mma(left.slice(0, 64, 1), right.slice(0, 64, 1).permute((1, 0)), acc)
+                    acc1, acc2 = _narrow(left, right1, right2, acc1, acc2, 0, 64, BN2)
                 if rest == 96:
-                    acc = warpgroup_mma(left.slice(64, 32, 1), right.slice(64, 32, 1).permute((1, 0)), acc)
+                    acc1, acc2 = _narrow(left, right1, right2, acc1, acc2, 64, 32, BN2)
             if rest == 32:
-                acc = warpgroup_mma(left.slice(0, 32, 1), right.slice(0, 32, 1).permute((1, 0)), acc)
+                acc1, acc2 = _narrow(left, right1, right2, acc1, acc2, 0, 32, BN2)
             mbarrier.arrive(empty.index(at))
             at += 1
             if at == STAGES:
                 at = 0
                 phase ^= 1
-    return acc, at, phase
+    return acc1, acc2, at, phase
 
 
 @gluon.jit

@@ -265,10 +265,12 @@ def input_scale(layer: QuantLayer) -> Tensor | None:
 
 
 def sorting(layer: QuantLayer) -> tuple[list[int], Tensor | None]:
-    """Channels of each of a linear layer's sums and where they lie (`sums.places`), for what encodes its input as it is
-    made; nothing where there is one sum."""
-    counts = facts(layer).counts
-    return ([], None) if len(counts) == 1 else (list(counts), sums.places(layer))
+    """Channels of each of a linear layer's sums, and where those of groups lie (`sums.places`), for what encodes its
+    input as it is made; nothing where there is one sum."""
+    known = facts(layer)
+    if len(known.counts) == 1:
+        return [], None
+    return list(known.counts), sums.places(layer) if known.grouped else None
 
 
 def codes_in_graph(layer: QuantLayer, x: Tensor, frame: Frame | None) -> Tensor:

@@ -15,8 +15,9 @@ sums of a norm are in another order, so that a code may differ by one where a va
 
 Every table serves one row (`triton_int8.ONE_ROW`): ``inverse`` float32 and ``zero_point`` uint8 or float32 ``[T, S]``
 (int32: with the largest codes, `int8_ops.with_tops`), ``times`` int64 ``[1]``. Codes are int8 less 128, segments padded
-with the zero-point's code. ``frame``: a list of integers, see `int8_ops.frame_of`. ``counts``, ``places``: channels of
-each sum of a linear layer, of several sums, and `sums.places`; those of all consumers are the same.
+with the zero-point's code. ``frame``: a list of integers, see `int8_ops.frame_of`. ``counts``: channels of
+each sum of a linear layer that has several; ``places``: `sums.places`, where they are groups. Those of all consumers
+are the same.
 """
 
 from __future__ import annotations

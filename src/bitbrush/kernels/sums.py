@@ -50,13 +50,11 @@ def counts(layer: QuantLayer) -> tuple[int, ...]:
 
 
 def order(layer: QuantLayer) -> Tensor:
-    """int64 ``[C]``: the channels, sum by sum. Kept."""
+    """int64 ``[C]``: the channels, group by group. Kept."""
     return kept(layer, "order", _order)
 
 
 def _order(layer: QuantLayer) -> Tensor:
-    if not grouped(layer):
-        return torch.arange(layer.in_channels_, device=layer.weight_scale.device)
     if layer.input is None or layer.input.group_of is None:
         raise ValueError("the channels of this layer's input have no groups")
     return torch.argsort(layer.input.group_of, stable=True)
@@ -76,7 +74,7 @@ def in_order(layer: QuantLayer, tensor: Tensor, dim: int = -1) -> Tensor:
 
 
 def places(layer: QuantLayer) -> Tensor:
-    """int32 ``[sum(padded(counts))]``: channel and sum of each column of the codes; padding has channel C. Kept."""
+    """int32 ``[sum(padded(counts))]``: channel and group of each column of the codes; padding has channel C. Kept."""
     return kept(layer, "places", _places)
 
 

@@ -9,18 +9,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bitbrush.kernels.triton_encode_kernels import centred, in_turn, zero_and_top
-from bitbrush.kernels.triton_norm_kernels import gelu, gelu_tanh, listed_at, rounded
+from bitbrush.kernels.triton_encode_kernels import centred, in_turn, segment_at, zero_and_top
+from bitbrush.kernels.triton_norm_kernels import gelu, gelu_tanh, rounded
 
 
 @triton.jit(do_not_specialize=("rows",))
 def activated(
     x_ptr, out_ptr, inverse_ptr, zero_ptr, times_ptr, factor_ptr, places_ptr, top, rows,
     CHANNELS: tl.constexpr, LENGTH: tl.constexpr, GATED: tl.constexpr, TANH: tl.constexpr, FACTOR: tl.constexpr,
-    LISTED: tl.constexpr, CHUNKS: tl.constexpr, EARLY: tl.constexpr,
+    COUNT: tl.constexpr, PLACES: tl.constexpr, CHUNKS: tl.constexpr, EARLY: tl.constexpr,
 ):
     """``code - 128`` int8 of ``gelu(x)``, GATED: of ``hidden * gelu(gate)``: CHUNKS times 16 channels, counted as in
-    `encode`. TANH: gelu by tanh, not by erf. LISTED: of so many sums, whose channels ``places`` lists."""
+    `encode`. TANH: gelu by tanh, not by erf. COUNT, PLACES: as in `encode`."""
     in_turn(EARLY)
     PER_ROW: tl.constexpr = LENGTH // 16
     PITCH: tl.constexpr = 2 * CHANNELS if GATED else CHANNELS
@@ -28,9 +28,17 @@ def activated(
     chunk = tl.program_id(0) * CHUNKS + tl.arange(0, CHUNKS)
     row, column = chunk // PER_ROW, ((chunk % PER_ROW) * 16)[:, None] + tl.arange(0, 16)[None, :]
     kept = (row < rows)[:, None]
-    channel, real = column, column < CHANNELS
-    if LISTED > 0:
-        channel, _, real = listed_at(places_ptr, column, CHANNELS, LENGTH)
+    part = chunk * 0
+    if COUNT == 1:
+        channel, real = column, column < CHANNELS
+    elif len(PLACES) > 0:
+        part, shift, end = segment_at((chunk % PER_ROW) * 16, PLACES)
+        channel = column - shift[:, None]
+        real = channel < end[:, None]
+    else:
+        part = tl.load(places_ptr + (chunk % PER_ROW) * 16) & 255
+        channel = tl.load(places_ptr + column) >> 8
+        real = channel < CHANNELS
     real = kept & real
     at = x_ptr + row.to(tl.int64)[:, None] * PITCH + channel
     hidden = tl.load(at, mask=real, other=0.0).to(tl.float32)
@@ -38,8 +46,8 @@ def activated(
     if GATED:
         gate = tl.load(at + CHANNELS, mask=real, other=0.0).to(tl.float32)
     entry = tl.load(times_ptr)
-    if LISTED > 0:  # all columns of a chunk are of one sum
-        entry = (entry * LISTED + (tl.load(places_ptr + (chunk % PER_ROW) * 16) & 255))[:, None]
+    if COUNT > 1:  # all columns of a chunk are of one sum
+        entry = (entry * COUNT + part)[:, None]
     inverse = tl.load(inverse_ptr + entry)
     zero, top = zero_and_top(zero_ptr, entry, top)
     y = rounded(gelu_tanh(gate) if TANH else gelu(gate), dtype)

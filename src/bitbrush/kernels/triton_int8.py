@@ -420,7 +420,7 @@ _SORTED: dict[Any, Launch] = {}
 def _cut_sorted(out: Tensor, data: Tensor, bits: int, order: bool, length: int, halved: bool) -> Launch:
     from bitbrush.kernels import triton_int8_kernels as kernels
 
-    rows, columns, height = data.shape[0], 256, 16
+    rows, columns, height = data.shape[0], 256, 8  # 16 rows take 1.3 times as long
     options = {"BITS": bits, "ORDER": order, "HALVED": halved, "BR": height, "BK": columns, "num_warps": 4}
     numbers = (rows, out.shape[1], data.stride(0), *plane_starts(length, bits))
     return Launch(kernels.unpack_sorted, (-(-rows // height), -(-out.shape[1] // columns)), numbers, options)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bitbrush.kernels import triton_norm_small
 from bitbrush.kernels.launching import Launch
-from bitbrush.kernels.triton_encode import CHUNK, CHUNKS, WARPS, border_lines
+from bitbrush.kernels.triton_encode import CHUNK, CHUNKS, WARPS, border_lines, segment_places
 from bitbrush.kernels.triton_int8 import Frame, early, launched, overlaps, processors
 from bitbrush.numbers import packing
 
@@ -49,13 +49,18 @@ def power(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def row_cut(channels: int) -> tuple[int, int, int, int]:
+def row_cut(channels: int, several: bool = False) -> tuple[int, int, int, int]:
     """How whole rows are held: (channels of a thread's load, warps, pieces of a row, a power of two of rows).
 
     A piece has that many channels for every thread of the warps, so that all of a program's threads lie along a row,
     and a warp alone sums it without waiting for others. A thread has at most about 48 numbers. Where half a load leaves
     fewer threads idle at a row's end, it is taken: 640 channels are 5 pieces of 128, not 3 of 256.
+
+    several: For layers of several sums a program has four rows: what is read for a column serves all of them.
     """
+    if several:
+        warps = min(16, power(-(-channels // (3 * PIECE // 2))))
+        return VECTOR // 2, warps, -(-channels // (warps * PIECE // 2)), 4
     warps = min(16, power(-(-channels // (5 * PIECE))))
     vector = min((VECTOR, VECTOR // 2), key=lambda n: -(-channels // (32 * n * warps)) * n)
     many = -(-channels // (warps * 32 * vector))
@@ -73,7 +78,7 @@ def layer_norm(
         tables: (inverse, zero_point, times, factor or None) of each of the P consumers.
         modulation: scale and shift ``[B, C]`` of samples of R / B rows each, of one stride, rows contiguous.
         counts: Channels of each sum, the same for all consumers; nothing stands for one sum of all.
-        places: `sums.places` of them, where there are several.
+        places: `sums.places`, where sums are over groups.
     """
     rows, channels = x.shape
     factors, counts = tuple(f is not None for *_, f in tables), counts or (channels,)
@@ -82,9 +87,8 @@ def layer_norm(
            early(x.device))  # fmt: skip
     launch = _LAYER_NORMS.get(key)
     if launch is None:
-        listed = len(counts) if places is not None else 0
         launch = _LAYER_NORMS[key] = _cut_rows(x, weight is not None, bias is not None, samples, eps, tops, factors,
-                                               sum(packing.padded(counts)), listed)
+                                               counts, places is not None)
     out = torch.empty((len(tops) * rows, sum(packing.padded(counts))), dtype=torch.int8, device=x.device)
     if not out.numel():
         return out
@@ -100,21 +104,22 @@ _LAYER_NORMS: dict[Any, Launch] = {}
 
 def _cut_rows(
     x: Tensor, weight: bool, bias: bool, samples: tuple[int, int] | None, eps: float, tops: tuple[int, ...],
-    factors: tuple[bool, ...], length: int, listed: int,
+    factors: tuple[bool, ...], counts: tuple[int, ...], listed: bool,
 ) -> Launch:
-    """samples: how many are modulated, and how far their scales lie apart. length: of a row of codes. listed: how many
-    sums a list says the channels of; 0: there is one."""
+    """samples: how many are modulated, and how far their scales lie apart. listed: whether a list says which channels
+    the sums are over."""
     from bitbrush.kernels import triton_norm_kernels as kernels
 
     rows, channels = x.shape
-    vector, warps, parts, height = row_cut(*packing.padded((channels,)))
+    vector, warps, parts, height = row_cut(packing.padded((channels,))[0], several=len(counts) > 1)
     count, stride = samples or (1, 0)
     per_sample = max(1, rows // count)
     while samples and per_sample % height:  # a program's rows have one scale and shift
         height //= 2
     options = {
-        "TOPS": tops, "CHANNELS": channels, "LENGTH": length, "WEIGHT": weight, "BIAS": bias,
-        "MODULATED": samples is not None, "FACTORS": factors, "LISTED": listed, "PARTS": parts, "BR": height,
+        "TOPS": tops, "CHANNELS": channels, "LENGTH": sum(packing.padded(counts)), "WEIGHT": weight, "BIAS": bias,
+        "MODULATED": samples is not None, "FACTORS": factors, "COUNT": len(counts),
+        "PLACES": () if listed or len(counts) == 1 else segment_places(counts), "PARTS": parts, "BR": height,
         "INNER": 32 * warps * vector, "VECTOR": vector, "num_warps": warps, "maxnreg": REGISTERS,
         "enable_fp_fusion": False, **launched(x.device),
     }
@@ -293,8 +298,8 @@ def _activated(
     with torch.cuda.device_of(x):
         kernels.activated[(-(-out.numel() // CHUNK // CHUNKS),)](
             x, out, *tables[:3], x if factor is None else factor, x if places is None else places, float(top), len(x),
-            CHANNELS=sum(counts), LENGTH=length, GATED=gated, TANH=tanh, FACTOR=factor is not None,
-            LISTED=0 if places is None else len(counts), CHUNKS=CHUNKS, num_warps=WARPS, enable_fp_fusion=False,
-            **launched(x.device),
+            CHANNELS=sum(counts), LENGTH=length, GATED=gated, TANH=tanh, FACTOR=factor is not None, COUNT=len(counts),
+            PLACES=() if places is not None or len(counts) == 1 else segment_places(counts), CHUNKS=CHUNKS,
+            num_warps=WARPS, enable_fp_fusion=False, **launched(x.device),
         )
     return out

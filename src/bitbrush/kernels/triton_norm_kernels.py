@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from bitbrush.kernels.triton_encode_kernels import centred, in_turn, zero_and_top
+from bitbrush.kernels.triton_encode_kernels import centred, in_turn, segment_at, zero_and_top
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 """Whether there is no assembler: what is written in PTX below has a plain form beside it."""
@@ -104,22 +104,27 @@ def _affine(
 
 
 @triton.jit
-def listed_at(places_ptr, column, CHANNELS: tl.constexpr, LENGTH: tl.constexpr):
-    """(channel, sum, whether it is no padding) of columns of the codes: a table lists ``channel * 256 + sum``."""
-    found = tl.load(places_ptr + column, mask=column < LENGTH, other=CHANNELS * 256)
-    return found >> 8, found & 255, (found >> 8) < CHANNELS
+def sorted_at(places_ptr, column, PLACES: tl.constexpr, CHANNELS: tl.constexpr, LENGTH: tl.constexpr):
+    """(channel, sum, whether it is no padding) of columns of the codes: those of segments lie side by side (PLACES), of
+    groups a table lists ``channel * 256 + sum``."""
+    if len(PLACES) > 0:
+        part, shift, end = segment_at(column, PLACES)
+        return column - shift, part, (column - shift < end) & (column < LENGTH)
+    else:
+        found = tl.load(places_ptr + column, mask=column < LENGTH, other=CHANNELS * 256)
+        return found >> 8, found & 255, (found >> 8) < CHANNELS
 
 
 @triton.jit
-def _listed_codes(
+def _sorted_codes(
     x_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, places_ptr, out_ptr, tables, steps, where, kept, mean, rate,
     column, rows,
     TOPS: tl.constexpr, CHANNELS: tl.constexpr, LENGTH: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
-    MODULATED: tl.constexpr, FACTORS: tl.constexpr, COUNT: tl.constexpr,
+    MODULATED: tl.constexpr, FACTORS: tl.constexpr, COUNT: tl.constexpr, PLACES: tl.constexpr,
 ):
-    """Writes columns of codes whose channels lie anywhere in a row: what belongs to them is read again, from the first
+    """Writes columns of codes sum by sum: their channels may lie anywhere in a row, and are read again, from the first
     level of the cache."""
-    channel, part, real = listed_at(places_ptr, column, CHANNELS, LENGTH)
+    channel, part, real = sorted_at(places_ptr, column, PLACES, CHANNELS, LENGTH)
     x = (tl.load(x_ptr + where * CHANNELS + channel, mask=kept & real, other=0.0).to(tl.float32) - mean) * rate
     weight, bias, scale, shift = x, x, x, x
     if WEIGHT:
@@ -145,16 +150,15 @@ def _listed_codes(
 def layer_norm(
     x_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, places_ptr, out_ptr, tables, eps, rows, per_sample, stride,
     TOPS: tl.constexpr, CHANNELS: tl.constexpr, LENGTH: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
-    MODULATED: tl.constexpr, FACTORS: tl.constexpr, LISTED: tl.constexpr, PARTS: tl.constexpr, BR: tl.constexpr,
-    INNER: tl.constexpr, VECTOR: tl.constexpr, EARLY: tl.constexpr,
+    MODULATED: tl.constexpr, FACTORS: tl.constexpr, COUNT: tl.constexpr, PLACES: tl.constexpr, PARTS: tl.constexpr,
+    BR: tl.constexpr, INNER: tl.constexpr, VECTOR: tl.constexpr, EARLY: tl.constexpr,
 ):
     """BR whole rows in registers; their codes for each consumer, whose rows lie below those of the one before.
 
     Rows are PARTS pieces of INNER channels, VECTOR for each thread. All that is read is asked for before anything
     waits: first what belongs to columns, which serves all rows of a thread.
 
-    LISTED: of so many sums, whose channels ``places`` lists (`_listed_codes`): codes are made in the order of that
-    list, from a second look at the row.
+    COUNT: of sums; of several, codes are made in their order, from a second look at the row (`_sorted_codes`).
 
     Args:
         scale_ptr, shift_ptr: MODULATED: a row of each sample, ``stride`` apart. A sample has ``per_sample`` rows of
@@ -170,12 +174,12 @@ def layer_norm(
     scales, shifts, sample = tl.tuple([]), tl.tuple([]), (tl.program_id(0) * BR // per_sample).to(tl.int64) * stride
     for d in tl.static_range(PARTS):
         column = d * INNER + inner
-        if MODULATED and LISTED == 0:
+        if MODULATED and COUNT == 1:
             scales += (tl.load(scale_ptr + sample + column, mask=column < CHANNELS, other=0.0),)
             shifts += (tl.load(shift_ptr + sample + column, mask=column < CHANNELS, other=0.0),)
-        if WEIGHT and LISTED == 0:
+        if WEIGHT and COUNT == 1:
             weights += (tl.load(weight_ptr + column, mask=column < CHANNELS, other=0.0),)
-        if BIAS and LISTED == 0:
+        if BIAS and COUNT == 1:
             biases += (tl.load(bias_ptr + column, mask=column < CHANNELS, other=0.0),)
     for p in tl.static_range(len(TOPS)):
         steps += (tl.load(tables[p][2]),)
@@ -184,7 +188,7 @@ def layer_norm(
         column = d * INNER + inner
         pieces += (tl.load(x_ptr + where * CHANNELS + column, mask=kept & (column < CHANNELS), other=0.0),)
     entries = tl.tuple([])
-    if LISTED == 0:
+    if COUNT == 1:
         for p in tl.static_range(len(TOPS)):
             zero, top = zero_and_top(tables[p][1], steps[p], TOPS[p] + 0.0)
             entries += (tl.load(tables[p][0] + steps[p]), zero, top)
@@ -199,12 +203,12 @@ def layer_norm(
             apart = tl.where(d * INNER + inner < CHANNELS, apart, 0.0)
         square = tl.fma(apart, apart, square)
     rate = tl.rsqrt(_share(tl.sum(square, 1, True), CHANNELS) + eps)
-    if LISTED > 0:
+    if COUNT > 1:
         for first in range(0, LENGTH, INNER):
-            _listed_codes(x_ptr, weight_ptr, bias_ptr, scale_ptr + sample, shift_ptr + sample, places_ptr, out_ptr,
+            _sorted_codes(x_ptr, weight_ptr, bias_ptr, scale_ptr + sample, shift_ptr + sample, places_ptr, out_ptr,
                           tables, steps, where, kept, mean, rate, first + inner, rows, TOPS, CHANNELS, LENGTH, WEIGHT,
-                          BIAS, MODULATED, FACTORS, LISTED)
-    for d in tl.static_range(PARTS if LISTED == 0 else 0):
+                          BIAS, MODULATED, FACTORS, COUNT, PLACES)
+    for d in tl.static_range(PARTS if COUNT == 1 else 0):
         column, x = d * INNER + inner, (pieces[d].to(tl.float32) - mean) * rate
         x = _affine(x, weights[d] if WEIGHT else x, biases[d] if BIAS else x, scales[d] if MODULATED else x,
                     shifts[d] if MODULATED else x, WEIGHT, BIAS, MODULATED, dtype)
