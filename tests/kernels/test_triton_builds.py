@@ -267,9 +267,10 @@ def test_norms_are_read_in_sixteen_bytes_and_use_no_slow_conversion(tmp_path: Pa
 
     size = {"CHANNELS": 640, "LENGTH": 640, "FACTOR": False, "COUNT": 1, "PLACES": (), "CHUNKS": 128, "EARLY": False}
     ptx = _norms()
+    halves = {"COUNT": 2, "PLACES": segment_places((320, 320))}
     for name, gated, tanh, more in (("geglu", True, False, {}), ("gelu", False, False, {}),
                                     ("gelu tanh", False, True, {}), ("geglu listed", True, False, {"COUNT": 8}),
-                                    ("geglu segments", True, False, {"COUNT": 2, "PLACES": segment_places((320, 320))})):
+                                    ("geglu segments", True, False, halves)):
         ptx[name] = _built(kernels.activated, {**size, "GATED": gated, "TANH": tanh, **more}, out_ptr="*i8",
                            places_ptr="*i32")  # fmt: skip
     stores = {"layer 640": {"b32"}, "modulated": {"b32"}, "layer 1280": {"v2.b32"}, "held": {"v2.b32"},

@@ -109,7 +109,10 @@ def sorted_at(places_ptr, column, PLACES: tl.constexpr, CHANNELS: tl.constexpr, 
     groups a table lists ``channel * 256 + sum``."""
     if len(PLACES) > 0:
         part, shift, end = segment_at(column, PLACES)
-        return column - shift, part, (column - shift < end) & (column < LENGTH)
+        if PLACES[len(PLACES) - 1][1] == 0:  # without padding, so that loads are wide
+            return column, part, column < LENGTH
+        else:
+            return column - shift, part, (column - shift < end) & (column < LENGTH)
     else:
         found = tl.load(places_ptr + column, mask=column < LENGTH, other=CHANNELS * 256)
         return found >> 8, found & 255, (found >> 8) < CHANNELS
