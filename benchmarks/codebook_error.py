@@ -9,7 +9,8 @@ it is measured on: tr(D H D^T) / tr(W H W^T). Codebooks are fitted with the sett
 ``vqdm``, and counted whole: codes, scales, and of a shared set the part of the layer's weights. The scalar arms have a
 float16 scale and a zero-point of as many bits as a code for each group of columns; the groups are the largest that give
 them at least as many bits as the codebooks take. Their ranges are those of least squared error. Rows: every layer of
-more than 100,000 weights. The bar: codebooks below both arms in every row. Written to --out after every set.
+more than 100,000 weights. The bar: codebooks below both arms in every row. Written to --out after every set; called
+again with the same arguments, it goes on with the sets that are missing there.
 """
 
 from __future__ import annotations
@@ -185,21 +186,40 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     groups = [g for subset in by_subset(plan).values() for g in subset
               if any(torch.Size(sites[n].shape).numel() > LARGE for n in g.layers)]
     groups = groups[: args.sets] if args.sets else groups
-    named = {name for group in groups for name in group.layers}
+    facts: dict[str, Any] = {
+        "model": args.model, "bits": args.bits, "preset": args.preset, "step": step.model_dump(mode="json"),
+        "trajectories": args.trajectories, "steps": args.steps, "device": pipe.device.type, "sets": len(groups),
+        "command": "python benchmarks/codebook_error.py " + command(args),
+    }
+    rows, bits = measured(args.out, facts), total_bits(sites, plan)
+    missing = [group for group in groups if group.name not in {row["set"] for row in rows}]
+    named = {name for group in missing for name in group.layers}
     layers = {name: layer for name, layer in wrap.layers(pipe.unet).items() if name in named}
-    fitted, held = (covariances(pipe, layers, sites, args, first) for first in (0, args.trajectories))
-    bits, rows = total_bits(sites, plan), list[dict[str, Any]]()
-    facts = {"model": args.model, "bits": args.bits, "preset": args.preset, "step": step.model_dump(mode="json"),
-             "trajectories": args.trajectories, "steps": args.steps, "device": pipe.device.type, "sets": len(groups),
-             "command": "python benchmarks/codebook_error.py " + command(args)}
-    for done, group in enumerate(groups, 1):
+    result = summed(facts, rows, len(groups) - len(missing))
+    if missing:
+        fitted, held = (covariances(pipe, layers, sites, args, first) for first in (0, args.trajectories))
+    for done, group in enumerate(missing, len(groups) - len(missing) + 1):
         rows += compare(group, layers, fitted, held, step, bits, args.bits)
         print(f"{group.name}: {len(rows)} rows, set {done} of {len(groups)}", file=sys.stderr, flush=True)
-        result = {**facts, "sets_done": done, "ok": bool(rows) and all(row["ok"] for row in rows), "layers": rows}
+        result = summed(facts, rows, done)
         if args.out is not None:  # a run that is stopped has measured what it has
             args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps(result, indent=1) + "\n")
     return result
+
+
+def measured(out: Path | None, facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows that an earlier run of the same settings has left in ``out``."""
+    try:
+        found = json.loads(out.read_text()) if out is not None else {}
+    except (OSError, ValueError):
+        return []
+    return list(found["layers"]) if found and all(found.get(key) == value for key, value in facts.items()) else []
+
+
+def summed(facts: dict[str, Any], rows: list[dict[str, Any]], done: int) -> dict[str, Any]:
+    """What is written after so many sets."""
+    return {**facts, "sets_done": done, "ok": bool(rows) and all(row["ok"] for row in rows), "layers": rows}
 
 
 def command(args: argparse.Namespace) -> str:
