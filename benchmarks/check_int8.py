@@ -38,6 +38,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 import bitbrush.kernels.joined_ops  # noqa: E402, F401 - makes the operations
 import builder  # noqa: E402
 import norm_cases  # noqa: E402
+import packed_rows  # noqa: E402
 from attention_cases import Case  # noqa: E402
 from bitbrush.kernels import cpu, cpu_fused, gpu, gpu_decode, int8_ops, triton_int8, tuning  # noqa: E402
 from bitbrush.kernels.gluon_int8 import PAIR  # noqa: E402
@@ -212,7 +213,43 @@ def shared(device: str) -> dict[str, Any]:
         if not torch.equal(torch.ops.bitbrush.int8_stacked(*operands).cpu(), want):
             report["wrong"].append(str(cut))
     tuning.config = usual
-    return report
+    return {**report, "weights": unpacked(device, report["wrong"]), "sums": joined_sums(device, report["wrong"])}
+
+
+def unpacked(device: str, wrong: list[str]) -> int:
+    """Weights of several layers by one launch, beside the definition; how many."""
+    count, op = 0, torch.ops.bitbrush.int8_weights
+    for given in packed_rows.cases():
+        there = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), given)
+        for got, want in zip(op(*there), op(*given), strict=True):
+            count += want.numel()
+            if not torch.equal(got.cpu(), want):
+                wrong.append(f"weights of {given[4]} bits")
+    return count
+
+
+def joined_sums(device: str, wrong: list[str]) -> int:
+    """Joined layers of several sums in every cut that is for them, beside the definition; how many."""
+    torch.manual_seed(4)
+    parts, m, n, count, usual = 3, 190, 320, 0, tuning.config
+    for widths in ((160,) * 8, (96, 224, 0, 352, 32)):
+        w = torch.randint(-128, 128, (parts * n, sum(widths)), dtype=torch.int8)
+        total = torch.stack([part.sum(1, dtype=torch.int32) for part in w.split(widths, 1)])
+        rows = [[torch.rand((4, len(widths))) * 0.01 + 0.001 for _ in range(parts)],
+                [torch.randint(90, 166, (4, len(widths))).byte() for _ in range(parts)],
+                [torch.randint(0, 4, (1,)) for _ in range(parts)]]  # fmt: skip
+        given = (torch.randint(-128, 128, (parts * m, sum(widths)), dtype=torch.int8), w, *rows,
+                 torch.rand((parts * n, len(widths))) * 0.01, total, list(widths), parts, torch.randn(parts * n),
+                 torch.bfloat16)  # fmt: skip
+        want = torch.ops.bitbrush.int8_joined(*given)
+        there = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), given)
+        for cut in (*tuning.CANDIDATES, *tuning.flows(tuning.Problem(m, n * parts, widths, 1, 1, parts))):
+            tuning.config = lambda problem, device, run, cut=cut: cut  # type: ignore[assignment]
+            count += 1
+            if not torch.equal(torch.ops.bitbrush.int8_joined(*there).cpu(), want):
+                wrong.append(f"{widths}: {cut}")
+    tuning.config = usual
+    return count
 
 
 def splits(device: str, share: slice = ALL) -> dict[str, Any]:

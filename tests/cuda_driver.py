@@ -93,14 +93,16 @@ def _forget() -> None:
         triton_int8,
         triton_norm,
         triton_norm_small,
+        triton_unpack,
         tuning,
     )
 
     modules = [module for name, module in sys.modules.items() if name.startswith(OWN)]
     for function in {f for module in modules for f in vars(module).values() if isinstance(f, JITFunction)}:
         function.device_caches.clear()
-    for known in (triton_int8._PRODUCTS, triton_int8._GATED, triton_int8._UNPACKED, triton_norm._LAYER_NORMS,
+    for known in (triton_int8._PRODUCTS, triton_int8._GATED, triton_unpack._UNPACKED, triton_norm._LAYER_NORMS,
                   triton_norm._SUMS, triton_norm._GROUP_NORMS, triton_norm_small._KNOWN, triton_encode._KNOWN,
-                  triton_encode._EACH, triton_int8._SORTED, triton_attend._KNOWN, gpu_decode._CODEBOOKS):  # fmt: skip
+                  triton_encode._EACH, triton_unpack._SORTED, triton_unpack._EACH, triton_attend._KNOWN,
+                  gpu_decode._CODEBOOKS):  # fmt: skip
         known.clear()
     tuning.forget()

@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitbrush.kernels import triton_encode, triton_encode_kernels, triton_int8
+import packed_rows
+from bitbrush.kernels import int8_ops, triton_encode, triton_encode_kernels, triton_int8, triton_unpack
 from bitbrush.kernels.triton_int8 import BY_ROW, BY_SAMPLE, ONE_ROW, Config, Extra, Frame, Tables
 from bitbrush.numbers import packing
 from bitbrush.numbers.codec import encode, reciprocal
@@ -145,7 +146,7 @@ def unpacked(rows: Tensor, zero: Tensor, bits: int, segments: tuple[int, ...], t
     if bits == 8:
         return packing.int8_rows(data)
     out = torch.empty(rows.shape, dtype=torch.int8)
-    triton_int8.unpack(out, data, bits, zero, None, segments, packing.padded(segments), taps, False)
+    triton_unpack.unpack(out, data, bits, zero, None, segments, packing.padded(segments), taps, False)
     return out
 
 
@@ -161,9 +162,20 @@ def mixed_rows() -> bool:
     for b in sorted(set(bits.tolist())):
         members = (bits == b).nonzero().flatten()
         data = packing.pack_class(rows[members], b, spec)
-        triton_int8.unpack(out, data, b, zero.to(torch.uint8), members.to(torch.int16), (33, 7), (64, 32), 9, b == 1)
+        triton_unpack.unpack(out, data, b, zero.to(torch.uint8), members.to(torch.int16), (33, 7), (64, 32), 9, b == 1)
     wanted = rows.int() - torch.cat([zero[:, :1].expand(-1, 576), zero[:, 1:].expand(-1, 288)], 1).int()
     return bool(torch.equal(out.int(), wanted))
+
+
+def at_once() -> dict[str, int]:
+    """Weights of several layers by one launch, of every number of bits."""
+    found = {"weights": 0, "unequal": 0, "distinct": 0}
+    for given in packed_rows.cases():
+        for got, want in zip(int8_ops._weights_cuda(*given), int8_ops._weights_plain(*given), strict=True):
+            found["weights"] += want.numel()
+            found["unequal"] += int((got != want).sum())
+            found["distinct"] = max(found["distinct"], len(want.unique()))
+    return found
 
 
 def repeated() -> bool:
@@ -261,7 +273,7 @@ def main() -> None:
     sys.stdout.write(json.dumps({
         "cases": len(found), "sums": sum(f["sums"] for f in found), "unequal": sum(not f["equal"] for f in found),
         "codes": all(f["codes"] for f in found), "ratio": max(f["ratio"] for f in found), "mixed_rows": mixed_rows(),
-        "repeated": repeated(), "gated": gated, "added": added,
+        "repeated": repeated(), "at_once": at_once(), "gated": gated, "added": added,
     }) + "\n")
 
 

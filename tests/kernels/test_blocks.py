@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 from bitbrush import kernels
-from bitbrush.kernels import blocks, gpu, gpu_decode
+from bitbrush.kernels import blocks, gpu, gpu_decode, gpu_weights
 from bitbrush.network import wrap
 from bitbrush.network.layers import QuantLayer, QuantLinear
 from bitbrush.numbers.grid import ActivationSpec, Grid, LayerSpec, WeightSpec
@@ -146,6 +146,35 @@ def test_the_whole_network_is_as_near_to_float_as_without() -> None:
     kernels.use(unet, "reference")
     again, count = called(unet, *inputs())
     assert torch.equal(again, reference) and not blocks.fused(unet) and count["int8_gated"] == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bits, at_once", [(8, 0), (4, 6), (3, 6)])
+def test_a_block_unpacks_its_weights_at_once(bits: int, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = network(bits)
+    kernels.use(unet, "cuda-int8")
+    got, count = called(unet, *inputs())
+    assert count["int8_weights"] == at_once
+    monkeypatch.setattr(gpu_weights, "held", lambda found, like: {})
+    want, alone = called(unet, *inputs())
+    assert torch.equal(got, want) and alone["int8_weight"] - count["int8_weight"] == 6 * at_once
+
+
+@torch.no_grad()
+def test_weights_that_are_not_alike_or_too_many_are_unpacked_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = network(4)
+    kernels.use(unet, "cuda-int8")
+    block = unet.down_blocks[0].attentions[0].transformer_blocks[0]
+    layers = [block.attn1.to_out[0], block.attn2.to_q, block.ff.net[2]]
+    found = gpu_weights.together([block.joined["queries, keys and values"], *layers])
+    assert found is not None and len(found.members) == 4 and (found.bits, found.halved) == (4, False)
+    assert gpu_weights.held(found, torch.empty(0, device="meta")) == {}  # weights that lie elsewhere
+    conv = unet.down_blocks[0].resnets[0].conv1
+    assert gpu_weights.together([layers[0], conv]) is None and gpu_weights.together([]) is None
+    layers[1].spec = layers[1].spec.model_copy(update={"weight": WeightSpec(grid=Grid(bits=3))})
+    assert gpu_weights.together(layers).members == (layers[0], layers[2])
+    monkeypatch.setattr(gpu_weights, "MOST", 100)
+    assert gpu_weights.together(layers) is None
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from assembler import needs
 
@@ -211,13 +212,35 @@ def test_one_pass_kernels_move_sixteen_bytes_at_a_time() -> None:
         "unpack": _built(triton_int8_kernels.unpack, {**rows, "REAL": ((1280, 1280),), "BR": 16}, out_ptr="*i8"),
         "affine": _built(triton_decode_kernels.affine, {**rows, "REAL": ((1280, 1280, 1280),), "STARTS": (0,), "BR": 8},
                          scale_ptr="*fp32", out_ptr="*bf16"),
-        "codebook": _codebooks(8),
+        "codebook": _codebooks(8), "unpack at once": _unpacked_at_once(),
     }
     for name, text in ptx.items():
         assert set(re.findall(r"st\.global\.(\S+?)\s", text)) == {"v4.b32"}, name
         assert re.search(r"ld\.global\.(v4|v2)\.b32", text), name
         assert name not in ("encode", "frame") or not re.search(r"cvt\.r[nzmp]i", text), name  # see `centred`
-    assert len(ptx) == 5
+    assert len(ptx) == 6
+
+
+def _unpacked_at_once() -> str:
+    """PTX of the weights of a DiT's block."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from bitbrush.kernels import triton_int8_kernels, triton_unpack
+
+    shapes = (3456, 1152), (1152, 1152), (4608, 1152), (1152, 4608)
+    launch = triton_unpack._cut_each(
+        [torch.empty(shape, dtype=torch.int8, device="meta") for shape in shapes],
+        [torch.empty((rows, length // 2), dtype=torch.uint8, device="meta") for rows, length in shapes], 4,
+        [length for _, length in shapes], False)
+    sizes = launch._options["SIZES"]
+    assert [size[1] for size in sizes] == [1080, 1440, 2880, 4176] == [size[0] for size in sizes[1:]] + [4176]
+    constants = {name: launch._options[name] for name in ("SIZES", "BITS", "HALVED", "BR", "BK")}
+    attributes = {(0, p, j): [["tt.divisibility", 16]] for p in range(len(shapes)) for j in range(3)}
+    signature = {"parts": (("*u8", "*u8", "*i8"),) * len(shapes), **dict.fromkeys(constants, "constexpr")}
+    source = ASTSource(triton_int8_kernels.unpack_each, signature, constexprs=constants, attrs=attributes)
+    ptx: str = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
+    return ptx
 
 
 GROUP = {"CHANNELS": 640, "SIZE": 20, "GROUPS": 32}

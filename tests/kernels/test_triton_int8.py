@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import packed_rows
 from bitbrush.kernels import triton_split
 from bitbrush.kernels.triton_int8 import Config, Frame, fitting
 from interpreter import TRITON, interpreted
@@ -24,6 +25,8 @@ def test_sums_are_equal_and_outputs_within_their_rounding() -> None:
     found = _interpreted()
     assert found["cases"] == 28 and found["sums"] > 9_000
     assert found["unequal"] == 0 and found["codes"] and found["mixed_rows"] and found["repeated"]
+    assert found["at_once"]["weights"] == packed_rows.WEIGHTS and found["at_once"]["unequal"] == 0
+    assert found["at_once"]["distinct"] > 200
     assert found["gated"] > 2 and found["added"] > 2  # what belongs to samples is multiplied by, or added
     assert 0 < found["ratio"] <= 1
 

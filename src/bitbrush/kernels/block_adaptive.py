@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from bitbrush.kernels import direct, gpu, norm_ops  # noqa: F401 - the operations are registered by their module
+from bitbrush.kernels import direct, gpu, gpu_weights, norm_ops  # noqa: F401 - the operations are registered by their module
 from bitbrush.kernels.block_transformer import (
     Heads,
+    Held,
     attended,
     heads_of,
     joined_where_run,
@@ -21,6 +22,7 @@ from bitbrush.kernels.block_transformer import (
     odd_attention,
     odd_feed_forward,
     products,
+    unpacked_where_run,
 )
 from bitbrush.kernels.blocks import FusedBlock, first_reason, plain_processor, ready, watched
 from bitbrush.kernels.gpu_modulation import Modulations
@@ -75,13 +77,15 @@ class FusedAdaptive(FusedBlock):
             )
             return out
         shift, scale, gate, shift2, scale2, gate2 = _modulation(parts, self.gpu_readers, timestep, class_labels, x)
-        x = _self_attention(parts, self.joined.get(_SELF), x, scale, shift, gate)
-        return _feed_forward(parts, x, scale2, shift2, gate2)
+        held = gpu_weights.held(self.unpacked, x)
+        x = _self_attention(parts, self.joined.get(_SELF), x, held, scale, shift, gate)
+        return _feed_forward(parts, x, held, scale2, shift2, gate2)
 
     def join(self: Any) -> None:
         """Queries, keys and values as one product, where the weights are on a GPU."""
         made = joined_where_run([self.attn1.to_q, self.attn1.to_k, self.attn1.to_v])
         self.joined = {} if made is None else {_SELF: made}
+        self.unpacked = unpacked_where_run(made, [self.attn1.to_out[0], self.ff.net[0].proj, self.ff.net[2]])
 
 
 class _Parts(NamedTuple):
@@ -133,20 +137,22 @@ def _modulation(parts: _Parts, shared: Any, timestep: Any, labels: Any, x: Tenso
 
 
 def _self_attention(
-    parts: _Parts, join: Joined | None, x: Tensor, scale: Tensor, shift: Tensor, gate: Tensor
+    parts: _Parts, join: Joined | None, x: Tensor, held: Held, scale: Tensor, shift: Tensor, gate: Tensor
 ) -> Tensor:
     attn = parts.own
     layers = [attn.q, attn.k, attn.v]
     codes, given = normed(parts.adaptive._modules["norm"], layers, x, scale, shift, join=join)
-    return attended(attn, products(layers, join, codes, given, x), x, gate)
+    return attended(attn, products(layers, join, codes, given, x, held), x, held, gate)
 
 
-def _feed_forward(parts: _Parts, x: Tensor, scale: Tensor, shift: Tensor, gate: Tensor) -> Tensor:
+def _feed_forward(parts: _Parts, x: Tensor, held: Held, scale: Tensor, shift: Tensor, gate: Tensor) -> Tensor:
     first, last = parts.act._modules["proj"], parts.last
     (codes,), (given,) = normed(parts.norm, [first], x, scale, shift)
-    hidden, behind = gpu.multiply(first, codes, given, x), gpu.given_input(last, x)
+    hidden = gpu.multiply(first, codes, given, x, weight=gpu_weights.of(held, first))
+    behind = gpu.given_input(last, x)
     activated = direct.OPS.gelu_encode(
         hidden, parts.act.approximate == "tanh", behind.inverse, behind.encoding, behind.times, gpu.facts(last).top,
         gpu.input_scale(last), *gpu.sorting(last),
     )
-    return gpu.multiply(last, activated, behind, x, shared=gate, residual=x, gate=True)
+    weight = gpu_weights.of(held, last)
+    return gpu.multiply(last, activated, behind, x, shared=gate, residual=x, gate=True, weight=weight)

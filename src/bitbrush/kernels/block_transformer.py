@@ -12,14 +12,18 @@ from bitbrush.kernels import (  # noqa: F401 - the operations are registered by 
     attend_ops,
     direct,
     gpu,
+    gpu_weights,
     joined,
     joined_ops,
 )
 from bitbrush.kernels.blocks import FusedBlock, bare, first_reason, plain_processor, ready, watched
 from bitbrush.kernels.gpu import Given
+from bitbrush.kernels.gpu_weights import Together
 from bitbrush.kernels.joined import Joined
 
 _OPS = direct.OPS
+Held = dict[int, Tensor]
+"""Weights that a block has unpacked at once, by the identity of a layer, or of joined layers."""
 _SELF, _CONTEXT = "queries, keys and values", "keys and values of the context"
 
 
@@ -79,9 +83,10 @@ class FusedTransformer(FusedBlock):
                 cross_attention_kwargs, class_labels, added_cond_kwargs,
             )
             return out
-        x = _self_attention(parts, self.joined.get(_SELF), hidden_states)
-        x = _cross_attention(parts, self.joined.get(_CONTEXT), self.gpu_readers, x, encoder_hidden_states)
-        return _feed_forward(parts, x)
+        held = gpu_weights.held(self.unpacked, hidden_states)
+        x = _self_attention(parts, self.joined.get(_SELF), hidden_states, held)
+        x = _cross_attention(parts, self.joined.get(_CONTEXT), self.gpu_readers, x, encoder_hidden_states, held)
+        return _feed_forward(parts, x, held)
 
     def join(self: Any) -> None:
         """Queries, keys and values as one product, and those of the context, where the weights are on a GPU."""
@@ -92,17 +97,28 @@ class FusedTransformer(FusedBlock):
             made = joined_where_run(layers)
             if made is not None:
                 self.joined[name] = made
+        rest = [self.attn1.to_out[0], self.attn2.to_q, self.attn2.to_out[0], self.ff.net[0].proj, self.ff.net[2]]
+        self.unpacked = unpacked_where_run(self.joined.get(_SELF), rest)
 
 
 def joined_where_run(layers: list[Any]) -> Joined | None:
     """The layers as one, where all of them are run by this kernel and can be joined."""
+    return joined.join(layers) if _run_here(layers) and joined.able(layers) else None
+
+
+def unpacked_where_run(join: Joined | None, layers: list[Any]) -> Together | None:
+    """What is unpacked at once of joined layers and others, where all of those are run by this kernel."""
+    if not _run_here(layers):
+        return None
+    return gpu_weights.together(layers if join is None else [join, *layers])
+
+
+def _run_here(layers: list[Any]) -> bool:
     from bitbrush import kernels
 
     packed = all(hasattr(layer, "declare_packed") for layer in layers)
     device = layers[0].weight_scale.device.type if packed else ""
-    if packed and all(kernels.chosen(layer, device) == "cuda-int8" for layer in layers) and joined.able(layers):
-        return joined.join(layers)
-    return None
+    return packed and all(kernels.chosen(layer, device) == "cuda-int8" for layer in layers)
 
 
 class Heads(NamedTuple):
@@ -193,74 +209,82 @@ def _normed(
 
 
 def products(
-    layers: list[Any], join: Joined | None, codes: list[Tensor], given: list[Given], x: Tensor
+    layers: list[Any], join: Joined | None, codes: list[Tensor], given: list[Given], x: Tensor, held: Held
 ) -> list[Tensor]:
     """Each layer's output ``[B, L, N]`` for its codes: of one product where the layers are joined.
 
     Args:
         codes: A tensor of each layer's, or one of all.
+        held: Weights that are unpacked already (`gpu_weights.held`).
     """
     first = codes[0]
     if join is None or join.codes.device != first.device:  # offloading moves the layers' tensors one by one
         own = codes if len(codes) == len(layers) else first.reshape(len(layers), -1, first.shape[-1]).unbind(0)
-        return [gpu.multiply(layer, c, g, x) for layer, c, g in zip(layers, own, given, strict=True)]
-    out = join.multiply(first, given, x.dtype)
+        return [gpu.multiply(layer, c, g, x, weight=gpu_weights.of(held, layer))
+                for layer, c, g in zip(layers, own, given, strict=True)]  # fmt: skip
+    out = join.multiply(first, given, x.dtype, gpu_weights.of(held, join))
     return list(out.reshape(len(layers), *x.shape[:-1], -1).unbind(0))
 
 
-def attended(attn: Heads, parts: list[Tensor], x: Tensor, gate: Tensor | None = None) -> Tensor:
+def attended(attn: Heads, parts: list[Tensor], x: Tensor, held: Held, gate: Tensor | None = None) -> Tensor:
     """``x`` and what the heads make of queries, keys and values, through the last layer.
 
     Args:
+        held: See `products`.
         gate: ``[B, C]``, what that is multiplied by.
     """
     heads, last = attn.module.heads, attn.last
+    weight = gpu_weights.of(held, last)
+    added: dict[str, Any] = {"shared": gate, "residual": x, "gate": gate is not None, "weight": weight}
     q, k, v = [part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in parts]
     given = gpu.given_input(last, x)
     if attend_ops.fits(q, k, given.kind) and len(gpu.facts(last).counts) == 1:
         codes = _OPS.attend_encode(q, k, v, given.inverse, given.encoding, given.times, gpu.facts(last).top,
                                    gpu.input_scale(last))  # fmt: skip
-        return gpu.multiply(last, codes, given, x, shared=gate, residual=x, gate=gate is not None)
+        return gpu.multiply(last, codes, given, x, **added)
     found = F.scaled_dot_product_attention(q, k, v, dropout_p=0.0, is_causal=False)
     side = found.transpose(1, 2).flatten(2)
     given = gpu.given_input(last, side)
     codes = gpu.input_rows(last, side, given)
-    return gpu.multiply(last, codes, given, side, shared=gate, residual=x, gate=gate is not None)
+    return gpu.multiply(last, codes, given, side, **added)
 
 
-def _self_attention(parts: _Parts, join: Joined | None, x: Tensor) -> Tensor:
+def _self_attention(parts: _Parts, join: Joined | None, x: Tensor, held: Held) -> Tensor:
     attn = parts.own
     layers = [attn.q, attn.k, attn.v]
     codes, given = normed(parts.norms[0], layers, x, join=join)
-    return attended(attn, products(layers, join, codes, given, x), x)
+    return attended(attn, products(layers, join, codes, given, x, held), x, held)
 
 
-def _cross_attention(parts: _Parts, join: Joined | None, readers: Any, x: Tensor, context: Tensor) -> Tensor:
+def _cross_attention(
+    parts: _Parts, join: Joined | None, readers: Any, x: Tensor, context: Tensor, held: Held
+) -> Tensor:
     attn = parts.cross
     layers = [attn.k, attn.v]
     codes, given = normed(parts.norms[1], [attn.q], x)
-    query = products([attn.q], None, codes, given, x)
+    query = products([attn.q], None, codes, given, x, held)
     taken = None if readers is None else readers.take(layers, context, lambda: context)
     if taken is not None:
-        return attended(attn, query + taken, x)
+        return attended(attn, query + taken, x, held)
     given = [gpu.given_input(layer, context) for layer in layers]
     codes = [gpu.input_rows(layer, context, g) for layer, g in zip(layers, given, strict=True)]
     codes = codes if join is None else [torch.cat(codes)]
-    return attended(attn, query + products(layers, join, codes, given, context), x)
+    return attended(attn, query + products(layers, join, codes, given, context, held), x, held)
 
 
-def _feed_forward(parts: _Parts, x: Tensor) -> Tensor:
+def _feed_forward(parts: _Parts, x: Tensor, held: Held) -> Tensor:
     first, last = parts.first, parts.last
+    weight, weight_behind = gpu_weights.of(held, first), gpu_weights.of(held, last)
     (codes,), (given,) = normed(parts.norms[2], [first], x)
     behind = gpu.given_input(last, x)
     if len(gpu.facts(first).counts) > 1 or len(gpu.facts(last).counts) > 1:
-        both = gpu.multiply(first, codes, given, x)
+        both = gpu.multiply(first, codes, given, x, weight=weight)
         made = _OPS.geglu_encode(both, behind.inverse, behind.encoding, behind.times, gpu.facts(last).top,
                                  gpu.input_scale(last), *gpu.sorting(last))  # fmt: skip
-        return gpu.multiply(last, made, behind, x, residual=x)
+        return gpu.multiply(last, made, behind, x, residual=x, weight=weight_behind)
     gated = _OPS.int8_gated(
-        codes, gpu.int8_weight(first), given.scale, given.zero_point, given.times, first._buffers["weight_scale"],
-        gpu.weight_sum(first), gpu.facts(first).widths[0], first._parameters["bias"], behind.inverse,
-        behind.encoding, behind.times, gpu.facts(last).top, gpu.input_scale(last), x.dtype,
+        codes, gpu.int8_weight(first) if weight is None else weight, given.scale, given.zero_point, given.times,
+        first._buffers["weight_scale"], gpu.weight_sum(first), gpu.facts(first).widths[0], first._parameters["bias"],
+        behind.inverse, behind.encoding, behind.times, gpu.facts(last).top, gpu.input_scale(last), x.dtype,
     )
-    return gpu.multiply(last, gated, behind, x, residual=x)
+    return gpu.multiply(last, gated, behind, x, residual=x, weight=weight_behind)

@@ -43,6 +43,7 @@ class FusedBlock(nn.Module):
 
     Attributes:
         joined: Layers joined to one product, by what they are for; made where the weights are.
+        unpacked: Layers whose weights this block unpacks at once (`gpu_weights`); made where the weights are.
         readers, gpu_readers: Layers all over the network that read what some of this block's do (`cpu_readers`,
             `gpu_readers`).
         loaded: Of the hook that makes them again when other weights have been loaded.
@@ -54,6 +55,7 @@ class FusedBlock(nn.Module):
     norm_types: tuple[str, ...] | None = None
     """Of the blocks of a class it is for; None: of all."""
     joined: dict[str, Any]
+    unpacked: Any = None
     readers: Any = None
     gpu_readers: Any = None
     loaded: RemovableHandle
@@ -169,7 +171,7 @@ def unfuse(model: nn.Module) -> None:
         block.__class__ = block.plain_class
         block.loaded.remove()
         del block.joined, block.loaded
-        for name in ("readers", "gpu_readers"):
+        for name in ("unpacked", "readers", "gpu_readers"):
             block.__dict__.pop(name, None)
 
 

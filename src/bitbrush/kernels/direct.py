@@ -21,15 +21,14 @@ PLAIN = frozenset({Tensor, nn.Parameter, int, float, bool, list, tuple, type(Non
 """Types of arguments. Any other one is the dispatcher's: a tensor that is traced, or one with a class of its own."""
 
 
-def register(name: str, cuda: Callable[..., Tensor], place: int = 0) -> None:
+def register(name: str, cuda: Callable[..., Any], place: int = 0) -> None:
     """Make an operation of ``torch.ops.bitbrush`` known by its CUDA form; argument ``place`` is a tensor."""
     operation = getattr(torch.ops.bitbrush, name)
 
-    def call(*args: Any) -> Tensor:
+    def call(*args: Any) -> Any:
         if not torch.compiler.is_compiling() and on_gpu(args[place]) and unseen() and PLAIN.issuperset(map(type, args)):
             return cuda(*args)
-        found: Tensor = operation(*args)
-        return found
+        return operation(*args)
 
     setattr(OPS, name, call)
 

@@ -164,41 +164,35 @@ def _consumer(
         keep_columns(tables1, read1)
         if BN2 > 0:
             keep_columns(tables2, read2)
-        if COUNT == 1:
-            _finish(acc1, tables1, scale, zero, activation, written, m0, n0, end, n_count, m_count, out_rows,
-                    geometry, 0, False, TABLE, SPATIAL, BIAS, RESIDUAL, SHARED, KEEP, BMC, BN1, CH1)
+        made1 = acc1
+        made2 = acc2
+        if COUNT > 1:
+            made1 = _scaled(acc1, tables1, scale, zero, activation, 0, m0, n0, end, n_count, m_count, out_rows,
+                            geometry, acc_ptr, 0, COUNT, TABLE, SPATIAL, KEEP, BMC, BN1)
             if BN2 > 0:
-                _finish(acc2, tables2, scale, zero, activation, written, m0, n0 + BN1, end, n_count, m_count,
-                        out_rows, geometry, 0, False, TABLE, SPATIAL, BIAS, RESIDUAL, SHARED, KEEP, BMC, BN2, CH2)
-        else:
-            total1 = _scaled(acc1, tables1, scale, zero, activation, 0, m0, n0, end, n_count, m_count, out_rows,
-                             geometry, acc_ptr, 0, COUNT, TABLE, SPATIAL, KEEP, BMC, BN1)
-            total2 = total1
-            if BN2 > 0:
-                total2 = _scaled(acc2, tables2, scale, zero, activation, 0, m0, n0 + BN1, end, n_count, m_count,
-                                 out_rows, geometry, acc_ptr, 0, COUNT, TABLE, SPATIAL, KEEP, BMC, BN2)
+                made2 = _scaled(acc2, tables2, scale, zero, activation, 0, m0, n0 + BN1, end, n_count, m_count,
+                                out_rows, geometry, acc_ptr, 0, COUNT, TABLE, SPATIAL, KEEP, BMC, BN2)
             for s in range(1, COUNT):
                 scale, zero = of_one_row(activation, part, s, geometry[4], COUNT, TABLE, PARTS)
-                again1 = of_columns(sum_w_ptr, scale_w_ptr, bias_ptr, n0, s, end, n_count * PARTS, COUNT, BIAS, BN1)
-                again2 = again1
+                read1 = of_columns(sum_w_ptr, scale_w_ptr, bias_ptr, n0, s, end, n_count * PARTS, COUNT, BIAS, BN1)
                 if BN2 > 0:
-                    again2 = of_columns(sum_w_ptr, scale_w_ptr, bias_ptr, n0 + BN1, s, end, n_count * PARTS, COUNT,
-                                        BIAS, BN2)
+                    read2 = of_columns(sum_w_ptr, scale_w_ptr, bias_ptr, n0 + BN1, s, end, n_count * PARTS, COUNT,
+                                       BIAS, BN2)
                 acc1, acc2, at, phase = multiplied_ragged(rings, bars, at, phase, TAPS,
                                                           channels(width, s, COUNT, WIDTH), PART, STAGES, BMC, BN1,
                                                           BN2, BK)
-                keep_columns(tables1, again1)
-                total1 += _scaled(acc1, tables1, scale, zero, activation, s, m0, n0, end, n_count, m_count, out_rows,
-                                  geometry, acc_ptr, 0, COUNT, TABLE, SPATIAL, KEEP, BMC, BN1)
+                keep_columns(tables1, read1)
+                made1 += _scaled(acc1, tables1, scale, zero, activation, s, m0, n0, end, n_count, m_count, out_rows,
+                                 geometry, acc_ptr, 0, COUNT, TABLE, SPATIAL, KEEP, BMC, BN1)
                 if BN2 > 0:
-                    keep_columns(tables2, again2)
-                    total2 += _scaled(acc2, tables2, scale, zero, activation, s, m0, n0 + BN1, end, n_count, m_count,
-                                      out_rows, geometry, acc_ptr, 0, COUNT, TABLE, SPATIAL, KEEP, BMC, BN2)
-            _finish(total1, tables1, scale, zero, activation, written, m0, n0, end, n_count, m_count, out_rows,
-                    geometry, 0, True, TABLE, SPATIAL, BIAS, RESIDUAL, SHARED, KEEP, BMC, BN1, CH1)
-            if BN2 > 0:
-                _finish(total2, tables2, scale, zero, activation, written, m0, n0 + BN1, end, n_count, m_count,
-                        out_rows, geometry, 0, True, TABLE, SPATIAL, BIAS, RESIDUAL, SHARED, KEEP, BMC, BN2, CH2)
+                    keep_columns(tables2, read2)
+                    made2 += _scaled(acc2, tables2, scale, zero, activation, s, m0, n0 + BN1, end, n_count, m_count,
+                                     out_rows, geometry, acc_ptr, 0, COUNT, TABLE, SPATIAL, KEEP, BMC, BN2)
+        _finish(made1, tables1, scale, zero, activation, written, m0, n0, end, n_count, m_count, out_rows, geometry, 0,
+                COUNT > 1, TABLE, SPATIAL, BIAS, RESIDUAL, SHARED, KEEP, BMC, BN1, CH1)
+        if BN2 > 0:
+            _finish(made2, tables2, scale, zero, activation, written, m0, n0 + BN1, end, n_count, m_count, out_rows,
+                    geometry, 0, COUNT > 1, TABLE, SPATIAL, BIAS, RESIDUAL, SHARED, KEEP, BMC, BN2, CH2)
 
 
 @gluon.jit

@@ -140,7 +140,7 @@ def run(layer: QuantLayer, x: Tensor) -> Tensor:
 
 def multiply(
     layer: QuantLayer, codes: Tensor, given: Given, x: Tensor, *, shared: Tensor | None = None,
-    residual: Tensor | None = None, gate: bool = False,
+    residual: Tensor | None = None, gate: bool = False, weight: Tensor | None = None,
 ) -> Tensor:
     """The layer's output for codes, in the dtype of ``x``, and what is added to it before the one rounding.
 
@@ -151,14 +151,15 @@ def multiply(
         shared: ``[samples, N]``, contiguous: the same for all places of a sample.
         residual: Like the output.
         gate: What belongs to samples is multiplied by, not added.
+        weight: `int8_weight`, where it is there already.
     """
     known = facts(layer)
     conv, of_weight = known.conv, sums.weight_scale(layer) if known.grouped else layer._buffers["weight_scale"]
     if residual is not None:
         residual = (residual.permute(0, 2, 3, 1) if conv else residual).contiguous()
     y: Tensor = _OPS.int8_product(
-        codes, int8_weight(layer), given.scale, given.zero_point, given.times, given.kind, of_weight,
-        weight_sum(layer), known.widths, int8_ops.numbers_of(given.frame), given.per_sample,
+        codes, int8_weight(layer) if weight is None else weight, given.scale, given.zero_point, given.times,
+        given.kind, of_weight, weight_sum(layer), known.widths, int8_ops.numbers_of(given.frame), given.per_sample,
         layer._parameters["bias"], shared, residual, x.dtype, gate,
     )
     if not conv:

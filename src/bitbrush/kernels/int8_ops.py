@@ -3,6 +3,7 @@
     bitbrush::int8_encode    an input to codes less 128, rows of channels, or a frame (`triton_int8.Frame`) of them; a
                              frame of more pixels than the input has repeats them, as often in both directions
     bitbrush::int8_weight    packed rows below 8 bits to ``code - zero_point``
+    bitbrush::int8_weights   those of several layers at once
     bitbrush::int8_product   the integer product of both, scaled, with what is added to it: one rounding
 
 ``places`` and ``columns`` sort the channels of input and weight, where they are summed by group (`kernels.sums`). A
@@ -16,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bitbrush.kernels import cpu_weights, direct, triton_encode, triton_int8, tuning
+from bitbrush.kernels import cpu_weights, direct, triton_encode, triton_int8, triton_unpack, tuning
 from bitbrush.kernels.sums import OF_CHANNEL, by_columns
 from bitbrush.kernels.triton_int8 import BY_ROW, BY_SAMPLE, Extra, Frame, Tables
 from bitbrush.numbers import packing
@@ -30,6 +31,9 @@ _LIBRARY.define(
 _LIBRARY.define(
     "int8_weight(Tensor[] codes, int[] bits, Tensor zero_point, Tensor? order, int[] counts, int taps, bool halved, "
     "Tensor? columns=None) -> Tensor"
+)
+_LIBRARY.define(
+    "int8_weights(Tensor like, Tensor[] codes, Tensor[] zero_point, int[] channels, int bits, bool halved) -> Tensor[]"
 )
 _LIBRARY.define(
     "int8_product(Tensor a, Tensor w, Tensor scale, Tensor zero_point, Tensor times, int kind, Tensor weight_scale, "
@@ -152,12 +156,12 @@ def _weight_cuda(
     for data, width in zip(codes, bits, strict=True):
         mine = None if order is None else order[start : start + data.shape[0]]
         if columns is not None:
-            triton_int8.unpack_sorted(out, data, width, zero_point, mine, columns, length, halved and width == 1)
+            triton_unpack.unpack_sorted(out, data, width, zero_point, mine, columns, length, halved and width == 1)
         elif width == 8:
             values = packing.int8_rows(data)[:, : out.shape[1]]
             out = values if mine is None else out.index_copy_(0, mine.long(), values)
         else:
-            triton_int8.unpack(out, data, width, zero_point, mine, segments, widths, taps, halved and width == 1)
+            triton_unpack.unpack(out, data, width, zero_point, mine, segments, widths, taps, halved and width == 1)
         start += data.shape[0]
     return out
 
@@ -169,6 +173,27 @@ def _weight_plain(
     rows = torch.cat(cpu_weights.rows(codes, bits, [int(halved and b == 1) for b in bits], order, zero_point, counts,
                                       taps), 1)
     return rows if columns is None else by_columns(rows, columns)
+
+
+def _weights_cuda(
+    like: Tensor, codes: list[Tensor], zero_point: list[Tensor], channels: list[int], bits: int, halved: bool
+) -> list[Tensor]:
+    out = _weights_shape(like, codes, zero_point, channels, bits, halved)
+    triton_unpack.unpack_each(out, codes, bits, zero_point, channels, halved)
+    return out
+
+
+def _weights_plain(
+    like: Tensor, codes: list[Tensor], zero_point: list[Tensor], channels: list[int], bits: int, halved: bool
+) -> list[Tensor]:
+    """int8 ``[N, padded(C)]`` of linear layers of one segment and one number of bits, below 8.
+
+    Args:
+        like: On the device; nothing else counts.
+        codes, zero_point, channels: Packed rows, uint8 ``[N, 1]`` and C of each layer.
+    """
+    given = zip(codes, zero_point, channels, strict=True)
+    return [_weight_plain([packed], [bits], zero, None, [count], 1, halved) for packed, zero, count in given]
 
 
 # ---- product ---------------------------------------------------------------------------------------------------------
@@ -259,6 +284,13 @@ def _weight_shape(
     return zero_point.new_empty((zero_point.shape[0], length), dtype=torch.int8)
 
 
+def _weights_shape(
+    like: Tensor, codes: list[Tensor], zero_point: list[Tensor], channels: list[int], bits: int, halved: bool
+) -> list[Tensor]:
+    given = zip(zero_point, channels, strict=True)
+    return [like.new_empty((len(zero), *packing.padded((count,))), dtype=torch.int8) for zero, count in given]
+
+
 def _product_shape(
     a: Tensor, w: Tensor, scale: Tensor, zero_point: Tensor, times: Tensor, kind: int, weight_scale: Tensor,
     weight_sum: Tensor, widths: list[int], frame: list[int], per_sample: int, bias: Tensor | None,
@@ -272,6 +304,7 @@ def _product_shape(
 for _name, _cuda, _plain, _shape in (
     ("int8_encode", _encode_cuda, _encode_plain, _encode_shape),
     ("int8_weight", _weight_cuda, _weight_plain, _weight_shape),
+    ("int8_weights", _weights_cuda, _weights_plain, _weights_shape),
     ("int8_product", _product_cuda, _product_plain, _product_shape),
 ):
     _LIBRARY.impl(_name, _cuda, "CUDA")

@@ -62,17 +62,19 @@ class Joined:
                                          self.halved, self.columns)  # fmt: skip
         return found
 
-    def multiply(self, codes: Tensor, given: list[Given], dtype: torch.dtype) -> Tensor:
+    def multiply(self, codes: Tensor, given: list[Given], dtype: torch.dtype, weight: Tensor | None = None) -> Tensor:
         """The outputs, ``[parts, M, N]``.
 
         Args:
             codes: int8 ``[parts * M, K]``, those of one layer below those of another.
             given: What each layer's codes were encoded by.
             dtype: Of the output.
+            weight: `weight`, where it is there already.
         """
         out: Tensor = _OPS.int8_joined(
-            codes, self.weight(), [g.scale for g in given], [g.zero_point for g in given], [g.times for g in given],
-            self.weight_scale, self.weight_sum, list(self.widths), self.parts, self.bias, dtype,
+            codes, self.weight() if weight is None else weight, [g.scale for g in given],
+            [g.zero_point for g in given], [g.times for g in given], self.weight_scale, self.weight_sum,
+            list(self.widths), self.parts, self.bias, dtype,
         )
         return out
 

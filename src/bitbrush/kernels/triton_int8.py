@@ -1,4 +1,4 @@
-"""Launches the int8 kernels: products (linear layers and convolutions), unpack. The encode: `triton_encode`.
+"""Launches the int8 products of layers and convolutions. The encode: `triton_encode`; weights: `triton_unpack`.
 
 **Product.** ``a`` holds int8 codes less 128, rows of ``length_a`` bytes; ``w`` int8 ``[N, K]``, K in the order
 (segment, kh, kw, channel) of a packed row. Each segment has an int32 accumulator and a scale of its own; the epilogue
@@ -20,7 +20,6 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +27,7 @@ from torch import Tensor
 
 from bitbrush.kernels import gluon_int8, triton_split
 from bitbrush.kernels.launching import Described, Launch
-from bitbrush.numbers.packing import padded, plane_starts
+from bitbrush.numbers.packing import padded
 
 LINEAR, FLAT, GATHERED = 0, 1, 2
 HALVES = 2
@@ -375,73 +374,6 @@ def _operands(a: Tensor, w: Tensor, config: Config, paired: bool = False) -> tup
 
 def _paired(w: Tensor) -> Tensor:
     return w.unflatten(0, (2, -1))
-
-
-def unpack(
-    out: Tensor, data: Tensor, bits: int, zero_point: Tensor, order: Tensor | None, counts: tuple[int, ...],
-    widths: tuple[int, ...], taps: int, halved: bool,
-) -> None:
-    """Write ``code - zero_point`` of one bit class (below 8 bits) into its rows of ``out`` int8 ``[N, K]``.
-
-    Args:
-        data: uint8 ``[N_b, row_bytes]``.
-        zero_point: uint8 ``[N, S]``.
-        order: The row of ``out`` of each packed row; None: the same.
-        halved: Symmetric 1-bit rows.
-    """
-    key = (out.shape, data.shape, data.stride(), bits, zero_point.shape, order is None, counts, taps, halved)
-    launch = _UNPACKED.get(key)
-    if launch is None:
-        ordered = order is not None
-        launch = _UNPACKED[key] = _cut_rows(out, data, bits, zero_point, ordered, counts, widths, taps, halved)
-    launch((data, zero_point, data if order is None else order, out))
-
-
-def unpack_sorted(
-    out: Tensor, data: Tensor, bits: int, zero_point: Tensor, order: Tensor | None, columns: Tensor, length: int,
-    halved: bool,
-) -> None:
-    """`unpack` of any number of bits into the columns of ``out`` int8 ``[N, len(columns)]`` that hold others of the
-    packed row's ``length`` codes: those that ``columns`` says (`bitbrush.kernels.sums`), 0 where that is -1.
-
-    Args:
-        zero_point: uint8 ``[N, 1]``.
-    """
-    key = (out.shape, data.shape, data.stride(), bits, order is None, length, halved)
-    launch = _SORTED.get(key)
-    if launch is None:
-        launch = _SORTED[key] = _cut_sorted(out, data, bits, order is not None, length, halved)
-    launch((data, zero_point, data if order is None else order, columns, out))
-
-
-_SORTED: dict[Any, Launch] = {}
-
-
-def _cut_sorted(out: Tensor, data: Tensor, bits: int, order: bool, length: int, halved: bool) -> Launch:
-    from bitbrush.kernels import triton_int8_kernels as kernels
-
-    rows, columns, height = data.shape[0], 256, 8  # 16 rows take 1.3 times as long
-    options = {"BITS": bits, "ORDER": order, "HALVED": halved, "BR": height, "BK": columns, "num_warps": 4}
-    numbers = (rows, out.shape[1], data.stride(0), *plane_starts(length, bits))
-    return Launch(kernels.unpack_sorted, (-(-rows // height), -(-out.shape[1] // columns)), numbers, options)
-
-
-_UNPACKED: dict[Any, Launch] = {}
-
-
-def _cut_rows(
-    out: Tensor, data: Tensor, bits: int, zero_point: Tensor, order: bool, counts: tuple[int, ...],
-    widths: tuple[int, ...], taps: int, halved: bool,
-) -> Launch:
-    from bitbrush.kernels import triton_int8_kernels as kernels
-
-    length, rows, columns, height = out.shape[1], data.shape[0], 256, 16
-    numbers = (rows, length, data.stride(0), *plane_starts(length, bits), zero_point.shape[1])
-    options = {
-        "ENDS": tuple(accumulate(width * taps for width in widths)), "REAL": tuple(zip(counts, widths, strict=True)),
-        "BITS": bits, "ORDER": order, "HALVED": halved, "BR": height, "BK": columns, "num_warps": 4,
-    }
-    return Launch(kernels.unpack, (-(-rows // height), -(-length // columns)), numbers, options)
 
 
 @cache

@@ -383,6 +383,31 @@ def unpack(
 
 
 @triton.jit
+def unpack_each(
+    parts, SIZES: tl.constexpr, BITS: tl.constexpr, HALVED: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr
+):
+    """`unpack` of several matrices of one segment, one after the other: the ``data``, zero-points and ``out`` of each.
+
+    SIZES: (first tile, end of its tiles, tiles of a row, rows, columns, channels, stride, where three planes begin) of
+    each.
+    """
+    tile = tl.program_id(0)
+    for p in tl.static_range(len(SIZES)):
+        if (tile >= SIZES[p][0]) & (tile < SIZES[p][1]):
+            own = tile - SIZES[p][0]
+            rows, length, first = SIZES[p][3], SIZES[p][4], (own % SIZES[p][2]) * BK
+            row, k = (own // SIZES[p][2]) * BR + tl.arange(0, BR), first + tl.arange(0, BK)
+            code = codes(parts[p][0], row, rows, first, length, SIZES[p][6], SIZES[p][7], SIZES[p][8], SIZES[p][9],
+                         BITS, BR, BK).to(tl.int8)  # fmt: skip
+            if HALVED:
+                code = code * 2
+            zero = tl.load(parts[p][1] + row[:, None], mask=(row < rows)[:, None], other=0)
+            value = tl.where((k < SIZES[p][5])[None, :], code - zero.to(tl.int8), 0).to(tl.int8)
+            tl.store(parts[p][2] + row.to(tl.int64)[:, None] * length + k[None, :], value,
+                     mask=(row < rows)[:, None] & (k < length)[None, :])
+
+
+@triton.jit
 def unpack_sorted(
     data, zero_ptr, order_ptr, columns_ptr, out_ptr, rows, length, stride, four, two, one,
     BITS: tl.constexpr, ORDER: tl.constexpr, HALVED: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
