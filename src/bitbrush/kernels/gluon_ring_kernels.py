@@ -154,6 +154,28 @@ def producer(
 
 # ---- consumers -------------------------------------------------------------------------------------------------------
 @gluon.jit
+def _in_flight(left, right1, right2, acc1, acc2, BN2: gl.constexpr):
+    """Both sums with the products of a slot, which may be in flight still; those of the slot before are done."""
+    flying1 = warpgroup_mma(left, right1.permute((1, 0)), acc1, is_async=True)
+    if BN2 > 0:
+        flying2 = warpgroup_mma(left, right2.permute((1, 0)), acc2, is_async=True)
+        return warpgroup_mma_wait(num_outstanding=2, deps=(flying1, flying2))
+    else:
+        acc1 = warpgroup_mma_wait(num_outstanding=1, deps=(flying1,))
+        return acc1, acc1
+
+
+@gluon.jit
+def _landed(acc1, acc2, BN2: gl.constexpr):
+    """Both sums with all products done."""
+    if BN2 > 0:
+        return warpgroup_mma_wait(num_outstanding=0, deps=(acc1, acc2))
+    else:
+        acc1 = warpgroup_mma_wait(num_outstanding=0, deps=(acc1,))
+        return acc1, acc1
+
+
+@gluon.jit
 def multiplied(
     rings, bars, at, phase, steps,
     INDEX: gl.constexpr, PART: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, BMC: gl.constexpr,
@@ -170,13 +192,7 @@ def multiplied(
     for step in range(steps):
         mbarrier.wait(full.index(at), phase)
         left = a_ring.index(at * COPIES + INDEX)
-        if BN2 > 0:
-            flying1 = warpgroup_mma(left, w1_ring.index(at).permute((1, 0)), acc1, is_async=True)
-            flying2 = warpgroup_mma(left, w2_ring.index(at).permute((1, 0)), acc2, is_async=True)
-            acc1, acc2 = warpgroup_mma_wait(num_outstanding=2, deps=(flying1, flying2))
-        else:
-            flying1 = warpgroup_mma(left, w1_ring.index(at).permute((1, 0)), acc1, is_async=True)
-            acc1 = warpgroup_mma_wait(num_outstanding=1, deps=(flying1,))
+        acc1, acc2 = _in_flight(left, w1_ring.index(at), w2_ring.index(at), acc1, acc2, BN2)
         mbarrier.arrive(empty.index(_before(at, STAGES)), pred=step > 0)
         at += 1
         if at == STAGES:
@@ -184,10 +200,7 @@ def multiplied(
             phase ^= 1
     if TURNS:
         mbarrier.arrive(turn.index(1 - PART))
-    if BN2 > 0:
-        acc1, acc2 = warpgroup_mma_wait(num_outstanding=0, deps=(acc1, acc2))
-    else:
-        acc1 = warpgroup_mma_wait(num_outstanding=0, deps=(acc1,))
+    acc1, acc2 = _landed(acc1, acc2, BN2)
     mbarrier.arrive(empty.index(_before(at, STAGES)))
     return acc1, acc2, at, phase
 
@@ -222,22 +235,13 @@ def multiplied_ragged(
         for step in range(whole):
             mbarrier.wait(full.index(at), phase)
             left = a_ring.index(at * 2 + PART)
-            if BN2 > 0:
-                flying1 = warpgroup_mma(left, w1_ring.index(at).permute((1, 0)), acc1, is_async=True)
-                flying2 = warpgroup_mma(left, w2_ring.index(at).permute((1, 0)), acc2, is_async=True)
-                acc1, acc2 = warpgroup_mma_wait(num_outstanding=2, deps=(flying1, flying2))
-            else:
-                flying1 = warpgroup_mma(left, w1_ring.index(at).permute((1, 0)), acc1, is_async=True)
-                acc1 = warpgroup_mma_wait(num_outstanding=1, deps=(flying1,))
+            acc1, acc2 = _in_flight(left, w1_ring.index(at), w2_ring.index(at), acc1, acc2, BN2)
             mbarrier.arrive(empty.index(_before(at, STAGES)), pred=step > 0)
             at += 1
             if at == STAGES:
                 at = 0
                 phase ^= 1
-        if BN2 > 0:
-            acc1, acc2 = warpgroup_mma_wait(num_outstanding=0, deps=(acc1, acc2))
-        else:
-            acc1 = warpgroup_mma_wait(num_outstanding=0, deps=(acc1,))
+        acc1, acc2 = _landed(acc1, acc2, BN2)
         mbarrier.arrive(empty.index(_before(at, STAGES)), pred=whole > 0)
         if rest > 0:
             mbarrier.wait(full.index(at), phase)

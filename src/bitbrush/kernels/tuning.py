@@ -273,7 +273,7 @@ def _name(device: torch.device) -> str:
     import triton
 
     name = torch.cuda.get_device_name(device).replace(" ", "-").replace("/", "-")
-    tried = hashlib.sha256(repr((CANDIDATES, GATHERED, FLOWS, GATED_FLOWS)).encode()).hexdigest()[:8]
+    tried = hashlib.sha256(repr((CANDIDATES, GATHERED, FLOWS, GATED_FLOWS, gluon_int8.ROWS)).encode()).hexdigest()[:8]
     return f"{name}-triton-{triton.__version__}-cuts-{tried}"
 
 
