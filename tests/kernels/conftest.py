@@ -1,4 +1,5 @@
-"""The builder of random layers, and the kinds of processors that a layer on the CPU may meet, as fixtures."""
+"""The builder of random layers, the kinds of processors that a layer on the CPU may meet, and a GPU that is none, as
+fixtures."""
 
 from __future__ import annotations
 
@@ -7,13 +8,20 @@ from types import ModuleType
 import pytest
 
 import builder as layers
-from bitbrush.kernels import cpu, cpu_float, cpu_onednn
+from bitbrush.kernels import cpu, cpu_float, cpu_onednn, gpu, gpu_decode
 
 
 @pytest.fixture(scope="session")
 def builder() -> ModuleType:
     """tests/builder.py."""
     return layers
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel for GPUs, on the CPU: its operations have a plain form there."""
+    monkeypatch.setattr(gpu_decode, "has_triton_package", lambda: True)
+    monkeypatch.setattr(gpu, "why_not", lambda layer, kind: gpu.unable(layer))
 
 
 @pytest.fixture(params=["many rows", "few rows", "split", "floats"])

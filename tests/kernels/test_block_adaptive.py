@@ -16,23 +16,18 @@ from torch._dynamo.testing import CompileCounter
 
 import reading
 from bitbrush import kernels
-from bitbrush.kernels import blocks, gpu, gpu_decode
+from bitbrush.kernels import blocks
 from bitbrush.network import wrap
 from bitbrush.numbers.grid import ActivationSpec, Grid, LayerSpec, WeightSpec
 from operations import Operations
 from packed import fill, pack
 
+pytestmark = pytest.mark.usefixtures("pretended")
+
 LAYERS = 3
 FUSED = {"layer_norm_encode": 2 * LAYERS, "int8_joined": LAYERS, "gelu_encode": LAYERS, "int8_encode_each": 3,
          "int8_stacked": 3}  # fmt: skip
 """Operations of one call of `network`: of each block, and the three layers that modulate all of them."""
-
-
-@pytest.fixture(autouse=True)
-def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel for GPUs, on the CPU: its operations have a plain form there."""
-    monkeypatch.setattr(gpu_decode, "has_triton_package", lambda: True)
-    monkeypatch.setattr(gpu, "why_not", lambda layer, kind: gpu.unable(layer))
 
 
 def network(bits: int = 8, activation: str = "gelu-approximate", **options: Any) -> DiTTransformer2DModel:

@@ -12,21 +12,16 @@ from diffusers import DiTTransformer2DModel
 from torch import Tensor, nn
 
 from bitbrush import kernels
-from bitbrush.kernels import blocks, gpu, gpu_decode
+from bitbrush.kernels import blocks
 from bitbrush.network import wrap
 from bitbrush.numbers.grid import ActivationSpec, Grid, LayerSpec, WeightSpec
 from operations import Operations
 from packed import conditioned, pack
 
+pytestmark = pytest.mark.usefixtures("pretended")
+
 SUMS = 3
 TIME = torch.tensor(500)
-
-
-@pytest.fixture(autouse=True)
-def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel for GPUs, on the CPU: its operations have a plain form there."""
-    monkeypatch.setattr(gpu_decode, "has_triton_package", lambda: True)
-    monkeypatch.setattr(gpu, "why_not", lambda layer, kind: gpu.unable(layer))
 
 
 def made(model: nn.Module, kind: str, bits: int) -> Any:

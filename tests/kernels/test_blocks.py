@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 from bitbrush import kernels
-from bitbrush.kernels import blocks, gpu, gpu_decode, gpu_weights
+from bitbrush.kernels import blocks, gpu, gpu_weights
 from bitbrush.network import wrap
 from bitbrush.network.layers import QuantLayer, QuantLinear
 from bitbrush.numbers.grid import ActivationSpec, Grid, LayerSpec, WeightSpec
 from operations import Operations
 from packed import conditioned, fill, pack
+
+pytestmark = pytest.mark.usefixtures("pretended")
 
 FUSED = {"group_norm_encode": 30, "layer_norm_encode": 18, "int8_joined": 6, "int8_gated": 6, "int8_encode_each": 2,
          "int8_stacked": 4}  # fmt: skip
@@ -39,13 +41,6 @@ def network(bits: int = 4, linear: bool = True, layers: int = 2, **options: Any)
     )
     pack(unet, spec)
     return unet
-
-
-@pytest.fixture(autouse=True)
-def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel for GPUs, on the CPU: its operations have a plain form there."""
-    monkeypatch.setattr(gpu_decode, "has_triton_package", lambda: True)
-    monkeypatch.setattr(gpu, "why_not", lambda layer, kind: gpu.unable(layer))
 
 
 def inputs(batch: int = 2, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,19 +14,14 @@ from torch import Tensor, nn
 
 import reading
 from bitbrush import kernels
-from bitbrush.kernels import gpu, gpu_decode, gpu_readers
+from bitbrush.kernels import gpu_readers
 from bitbrush.kernels.gpu_readers import Readers
 from bitbrush.network import wrap
 from bitbrush.numbers.grid import ActivationSpec, Grid, LayerSpec, WeightSpec
 from interpreter import TRITON, interpreted
 from packed import conditioned, pack
 
-
-@pytest.fixture(autouse=True)
-def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel for GPUs, on the CPU: its operations have a plain form there."""
-    monkeypatch.setattr(gpu_decode, "has_triton_package", lambda: True)
-    monkeypatch.setattr(gpu, "why_not", lambda layer, kind: gpu.unable(layer))
+pytestmark = pytest.mark.usefixtures("pretended")
 
 
 def network(bits: int = 8, timed: bool = True) -> UNet2DConditionModel:
