@@ -91,21 +91,24 @@ def plot(parts: Parts, folder: Path) -> set[str]:
     """Write the plots that there are numbers for; their file names."""
     steps = []
     for number, model in enumerate(models.MODELS):
-        for form in networks.FORMS:
+        for form, spec in networks.FORMS.items():
             fast = summary.ratio(items(parts, f"steps-{model}").get(form), "bf16", form)
-            steps += [(f"{model} {form}", fast, number)] if fast is not None else []
+            named = ", ".join([models.find(model).title.split(", ")[0], *spec.title.split(", ")[:2]])
+            steps += [(named, fast, number)] if fast is not None else []
     for name in sorted(part.removeprefix("peer-") for part in parts if part.startswith("peer-")):
         fast = peer_speedup(parts, name)
-        steps += [(f"sdxl {name}", fast, -1)] if fast is not None else []
+        steps += [(f"{models.find('sdxl').title.split(', ')[0]}, {name}", fast, -1)] if fast is not None else []
     kernels = [
         (f"{kind} {shape}, W{bits}A8", fast, number)
         for kind in ("conv", "gemm") for shape, item in items(parts, kind).items()
         for number, bits in enumerate((8, 4)) if (fast := summary.speedup(item, f"ours, w{bits}")) is not None
     ]  # fmt: skip
-    wanted = {STEPS_PLOT: (steps, summary.STATIC_BARS["sdxl_w8a8_speedup"][1]),
-              KERNELS_PLOT: (kernels, summary.STATIC_BARS["conv_geomean_speedup"][1])}  # fmt: skip
-    label = "times as fast as bf16 in the same run (dashed: the bar)"
-    return {name for name, (rows, bar) in wanted.items() if plots.bars(folder / name, rows, label=label, wanted=bar)}
+    wanted = {
+        STEPS_PLOT: (steps, summary.STATIC_BARS["sdxl_w8a8_speedup"][1], "the bar of SDXL's W8A8 step"),
+        KERNELS_PLOT: (kernels, summary.STATIC_BARS["conv_geomean_speedup"][1], "the bar of the mean"),
+    }
+    return {name for name, (rows, bar, what) in wanted.items() if plots.bars(
+        folder / name, rows, label=f"times as fast as bf16 in the same run (dashed: {what})", wanted=bar)}
 
 
 def peer_speedup(parts: Parts, name: str) -> float | None:

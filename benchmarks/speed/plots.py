@@ -33,7 +33,8 @@ def bars(file: Path, rows: Sequence[Bar], *, label: str, wanted: float | None = 
         axes.barh(places, [length for _, length, _ in rows], height=0.68,
                   color=[BASE if c < 0 else COLOURS[c % len(COLOURS)] for _, _, c in rows])  # fmt: skip
         for place, (_, length, _) in zip(places, rows, strict=True):
-            axes.text(length, place, f" {length:.2f}", va="center", fontsize=8)
+            axes.text(length + 0.012, place, f"{length:.2f}", va="center", fontsize=8, zorder=3,
+                      bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})  # fmt: skip
         axes.set_yticks(places, [name for name, _, _ in rows], fontsize=8)
         axes.invert_yaxis()
         axes.axvline(1.0, color=INK, lw=0.8)
