@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from bitbrush.kernels import blocks, gpu, gpu_weights
 from bitbrush.network import wrap
 from bitbrush.network.layers import QuantLayer, QuantLinear
 from bitbrush.numbers.grid import ActivationSpec, Grid, LayerSpec, WeightSpec
+from fused_blocks import compared
 from operations import Operations
 from packed import conditioned, fill, pack
 
@@ -58,37 +58,12 @@ def called(unet: nn.Module, *given: Any, **more: Any) -> tuple[Tensor, Counter[s
     return out, operations.count
 
 
-def recorded(unet: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
-    """Every block with what it was given and gave, layer by layer."""
-    found: dict[str, Any] = {}
-    hooks = [
-        block.register_forward_hook(
-            lambda _, args, kwargs, out, name=name: found.__setitem__(name, (args, kwargs, out)), with_kwargs=True)
-        for name, block in unet.named_modules() if type(block) in blocks._kinds()
-    ]  # fmt: skip
-    with torch.no_grad():
-        unet(*inputs())
-    for hook in hooks:
-        hook.remove()
-    return ((name, unet.get_submodule(name), values) for name, values in found.items())
-
-
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("other", [False, True])
 def test_a_fused_block_gives_what_its_layers_give(bits: int, other: bool) -> None:
     unet = network(bits, linear=not other, input_scale=other)
-    kernels.use(unet, "cuda-int8")
-    blocks.unfuse(unet)
-    given = list(recorded(unet))
-    assert set(blocks.fuse(unet).values()) == {"fused"} and len(given) == len(blocks.fused(unet)) == 25
-    clock = next(iter(wrap.layers(unet).values())).input._clock[0]
     operations = Operations()
-    for name, block, (args, kwargs, want) in given:
-        with operations, clock.at(torch.tensor(500)), torch.no_grad():
-            got = block(*args, **kwargs)
-        got, want = (out[0] if isinstance(out, tuple) else out for out in (got, want))
-        changed = (got - want).abs() > 1e-4 * want.abs().max()  # a code at an edge may fall to its other side
-        assert got.shape == want.shape and changed.float().mean() < 0.05, name
+    assert len(list(compared(unet, inputs(), operations))) == 25
     assert all(operations.count[name] >= count for name, count in FUSED.items())
 
 
@@ -99,17 +74,8 @@ def test_blocks_take_bits_that_change_over_time() -> None:
         zero = layer.input.zero_point.clone()
         zero[1] //= 2
         layer.input.set_scale(layer.input.scale, zero)
-    kernels.use(unet, "cuda-int8")
-    blocks.unfuse(unet)
-    given = list(recorded(unet))
-    assert set(blocks.fuse(unet).values()) == {"fused"} and len(given) == 25
     clock, operations = next(iter(wrap.layers(unet).values())).input._clock[0], Operations()
-    for name, block, (args, kwargs, want) in given:
-        with operations, clock.at(torch.tensor(500)), torch.no_grad():
-            got = block(*args, **kwargs)
-        got, want = (out[0] if isinstance(out, tuple) else out for out in (got, want))
-        changed = (got - want).abs() > 1e-4 * want.abs().max()
-        assert got.shape == want.shape and changed.float().mean() < 0.05, name
+    assert len(list(compared(unet, inputs(), operations))) == 25
     assert all(operations.count[name] >= count for name, count in FUSED.items())
     one = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.to_q
     codes = {}
