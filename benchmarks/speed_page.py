@@ -89,15 +89,16 @@ def machines(parts: Parts) -> list[str]:
 
 def plot(parts: Parts, folder: Path) -> set[str]:
     """Write the plots that there are numbers for; their file names."""
+    titles = {model: models.find(model).title.split(", ")[0] for model in models.MODELS}
     steps = []
     for number, model in enumerate(models.MODELS):
         for form, spec in networks.FORMS.items():
             fast = summary.ratio(items(parts, f"steps-{model}").get(form), "bf16", form)
-            named = ", ".join([models.find(model).title.split(", ")[0], *spec.title.split(", ")[:2]])
+            named = ", ".join([titles[model], *spec.title.split(", ")[:2]])
             steps += [(named, fast, number)] if fast is not None else []
     for name in sorted(part.removeprefix("peer-") for part in parts if part.startswith("peer-")):
         fast = peer_speedup(parts, name)
-        steps += [(f"{models.find('sdxl').title.split(', ')[0]}, {name}", fast, -1)] if fast is not None else []
+        steps += [(f"{titles['sdxl']}, {name}", fast, -1)] if fast is not None else []
     kernels = [
         (f"{kind} {shape}, W{bits}A8", fast, number)
         for kind in ("conv", "gemm") for shape, item in items(parts, kind).items()

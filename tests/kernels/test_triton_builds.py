@@ -145,8 +145,8 @@ def test_a_kernel_that_is_launched_early_waits_before_it_reads_or_writes() -> No
     from bitbrush.kernels.triton_int8 import LINEAR, Config
 
     early, usual = (_product(Config(), LINEAR, (0,), (1, 1), 0, early=on) for on in (True, False))
-    size = {"CHANNELS": 640, "LENGTH": 640, "GATED": True, "TANH": False, "FACTOR": False, "COUNT": 1, "PLACES": (),
-            "CHUNKS": 128, "EARLY": True}  # fmt: skip
+    size = {"CHANNELS": 640, "LENGTH": 640, "GATED": True, "TANH": False, "FACTOR": False, "COUNT": 1,
+            "PLACES": ((0, 0, 640),), "CHUNKS": 128, "EARLY": True}  # fmt: skip
     geglu = _built(triton_activated_kernels.activated, size, out_ptr="*i8", places_ptr="*i32")
     assert "griddepcontrol" not in usual
     for text, least in ((early, 15), (geglu, 5)):
@@ -288,11 +288,12 @@ def test_norms_are_read_in_sixteen_bytes_and_use_no_slow_conversion(tmp_path: Pa
     from bitbrush.kernels import triton_activated_kernels as kernels
     from bitbrush.kernels.triton_encode import segment_places
 
-    size = {"CHANNELS": 640, "LENGTH": 640, "FACTOR": False, "COUNT": 1, "PLACES": (), "CHUNKS": 128, "EARLY": False}
+    size = {"CHANNELS": 640, "LENGTH": 640, "FACTOR": False, "COUNT": 1, "PLACES": ((0, 0, 640),), "CHUNKS": 128,
+            "EARLY": False}  # fmt: skip
     ptx = _norms()
-    halves = {"COUNT": 2, "PLACES": segment_places((320, 320))}
+    listed, halves = {"COUNT": 8, "PLACES": ()}, {"COUNT": 2, "PLACES": segment_places((320, 320))}
     for name, gated, tanh, more in (("geglu", True, False, {}), ("gelu", False, False, {}),
-                                    ("gelu tanh", False, True, {}), ("geglu listed", True, False, {"COUNT": 8}),
+                                    ("gelu tanh", False, True, {}), ("geglu listed", True, False, listed),
                                     ("geglu segments", True, False, halves)):
         ptx[name] = _built(kernels.activated, {**size, "GATED": gated, "TANH": tanh, **more}, out_ptr="*i8",
                            places_ptr="*i32")  # fmt: skip

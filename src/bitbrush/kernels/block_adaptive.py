@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from bitbrush.kernels import direct, gpu, gpu_weights, norm_ops  # noqa: F401 - the operations are registered by their module
 from bitbrush.kernels.block_transformer import (
     Heads,
-    Held,
     attended,
     heads_of,
     joined_where_run,
@@ -26,6 +25,7 @@ from bitbrush.kernels.block_transformer import (
 )
 from bitbrush.kernels.blocks import FusedBlock, first_reason, plain_processor, ready, watched
 from bitbrush.kernels.gpu_modulation import Modulations
+from bitbrush.kernels.gpu_weights import Held
 from bitbrush.kernels.joined import Joined
 
 _SELF = "queries, keys and values"

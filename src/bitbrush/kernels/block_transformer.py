@@ -18,12 +18,10 @@ from bitbrush.kernels import (  # noqa: F401 - the operations are registered by 
 )
 from bitbrush.kernels.blocks import FusedBlock, bare, first_reason, plain_processor, ready, watched
 from bitbrush.kernels.gpu import Given
-from bitbrush.kernels.gpu_weights import Together
+from bitbrush.kernels.gpu_weights import Held, Together
 from bitbrush.kernels.joined import Joined
 
 _OPS = direct.OPS
-Held = dict[int, Tensor]
-"""Weights that a block has unpacked at once, by the identity of a layer, or of joined layers."""
 _SELF, _CONTEXT = "queries, keys and values", "keys and values of the context"
 
 
@@ -187,10 +185,10 @@ def normed(
 
     Returns:
         Codes of all layers, one below the other, in one tensor; or a tensor of each layer's, where they have several
-        sums and not known to be over the same channels.
+        sums that are not known to be over the same channels.
     """
     given = [gpu.given_input(layer, x) for layer in layers]
-    if join is None and any(len(gpu.facts(layer).counts) > 1 for layer in layers):
+    if join is None and any(map(gpu.several, layers)):
         return [_normed(norm, [la], x, [g], scale, shift) for la, g in zip(layers, given, strict=True)], given
     return [_normed(norm, layers, x, given, scale, shift)], given
 
@@ -238,7 +236,7 @@ def attended(attn: Heads, parts: list[Tensor], x: Tensor, held: Held, gate: Tens
     added: dict[str, Any] = {"shared": gate, "residual": x, "gate": gate is not None, "weight": weight}
     q, k, v = [part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in parts]
     given = gpu.given_input(last, x)
-    if attend_ops.fits(q, k, given.kind) and len(gpu.facts(last).counts) == 1:
+    if attend_ops.fits(q, k, given.kind) and not gpu.several(last):
         codes = _OPS.attend_encode(q, k, v, given.inverse, given.encoding, given.times, gpu.facts(last).top,
                                    gpu.input_scale(last))  # fmt: skip
         return gpu.multiply(last, codes, given, x, **added)
@@ -277,7 +275,7 @@ def _feed_forward(parts: _Parts, x: Tensor, held: Held) -> Tensor:
     weight, weight_behind = gpu_weights.of(held, first), gpu_weights.of(held, last)
     (codes,), (given,) = normed(parts.norms[2], [first], x)
     behind = gpu.given_input(last, x)
-    if len(gpu.facts(first).counts) > 1 or len(gpu.facts(last).counts) > 1:
+    if gpu.several(first) or gpu.several(last):
         both = gpu.multiply(first, codes, given, x, weight=weight)
         made = _OPS.geglu_encode(both, behind.inverse, behind.encoding, behind.times, gpu.facts(last).top,
                                  gpu.input_scale(last), *gpu.sorting(last))  # fmt: skip

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bitbrush.kernels import direct, gpu, int8_ops, sums
+from bitbrush.kernels import direct, gpu, int8_ops
 from bitbrush.kernels.blocks import FusedBlock, first_reason, ready, watched
 
 
@@ -36,6 +36,6 @@ class FusedUpsample(FusedBlock):
         codes = direct.OPS.int8_encode(
             x, given.inverse, given.encoding, given.times, given.kind, known.counts, known.top,
             int8_ops.numbers_of(given.frame), given.per_sample, gpu.input_scale(conv),
-            sums.places(conv) if known.grouped else None,
+            gpu.places(conv),
         )
         return gpu.multiply(conv, codes, given, seen)

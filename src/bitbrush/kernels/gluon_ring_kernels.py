@@ -82,6 +82,16 @@ def _before(at, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def _after(at, phase, STAGES: gl.constexpr):
+    """The slot after, and its parity."""
+    at += 1
+    if at == STAGES:
+        at = 0
+        phase ^= 1
+    return at, phase
+
+
+@gluon.jit
 def own_tiles(steps, PART: gl.constexpr, TURNS: gl.constexpr):
     """(first tile of a consumer, how far the next one is, slots that are used before its own)."""
     first = gl.program_id(0)
@@ -145,14 +155,21 @@ def producer(
                 tma.async_copy_global_to_shared(w1, [n0, k], ready, w1_ring.index(at))
                 if BN2 > 0:
                     tma.async_copy_global_to_shared(w2, [n0 + other, k], ready, w2_ring.index(at))
-                at += 1
-                if at == STAGES:
-                    at = 0
-                    phase ^= 1
+                at, phase = _after(at, phase, STAGES)
             start += wide
 
 
 # ---- consumers -------------------------------------------------------------------------------------------------------
+@gluon.jit
+def _nothing(BMC: gl.constexpr, BN1: gl.constexpr, BN2: gl.constexpr):
+    """Both sums before any product."""
+    acc1 = gl.zeros([BMC, BN1], gl.int32, layout=sums_layout(BN1))
+    if BN2 > 0:
+        return acc1, gl.zeros([BMC, BN2], gl.int32, layout=sums_layout(BN2))
+    else:
+        return acc1, acc1
+
+
 @gluon.jit
 def _in_flight(left, right1, right2, acc1, acc2, BN2: gl.constexpr):
     """Both sums with the products of a slot, which may be in flight still; those of the slot before are done."""
@@ -185,19 +202,13 @@ def multiplied(
     COPIES: gl.constexpr = 1 if TURNS else 2
     a_ring, w1_ring, w2_ring = rings
     full, empty, turn = bars
-    acc1 = gl.zeros([BMC, BN1], gl.int32, layout=sums_layout(BN1))
-    acc2 = acc1
-    if BN2 > 0:
-        acc2 = gl.zeros([BMC, BN2], gl.int32, layout=sums_layout(BN2))
+    acc1, acc2 = _nothing(BMC, BN1, BN2)
     for step in range(steps):
         mbarrier.wait(full.index(at), phase)
         left = a_ring.index(at * COPIES + INDEX)
         acc1, acc2 = _in_flight(left, w1_ring.index(at), w2_ring.index(at), acc1, acc2, BN2)
         mbarrier.arrive(empty.index(_before(at, STAGES)), pred=step > 0)
-        at += 1
-        if at == STAGES:
-            at = 0
-            phase ^= 1
+        at, phase = _after(at, phase, STAGES)
     if TURNS:
         mbarrier.arrive(turn.index(1 - PART))
     acc1, acc2 = _landed(acc1, acc2, BN2)
@@ -225,10 +236,7 @@ def multiplied_ragged(
     left of them, and columns of others, which are not multiplied."""
     a_ring, w1_ring, w2_ring = rings
     full, empty, _turn = bars
-    acc1 = gl.zeros([BMC, BN1], gl.int32, layout=sums_layout(BN1))
-    acc2 = acc1
-    if BN2 > 0:
-        acc2 = gl.zeros([BMC, BN2], gl.int32, layout=sums_layout(BN2))
+    acc1, acc2 = _nothing(BMC, BN1, BN2)
     whole = wide // BK
     rest = wide - whole * BK
     for _tap in range(taps):
@@ -237,10 +245,7 @@ def multiplied_ragged(
             left = a_ring.index(at * 2 + PART)
             acc1, acc2 = _in_flight(left, w1_ring.index(at), w2_ring.index(at), acc1, acc2, BN2)
             mbarrier.arrive(empty.index(_before(at, STAGES)), pred=step > 0)
-            at += 1
-            if at == STAGES:
-                at = 0
-                phase ^= 1
+            at, phase = _after(at, phase, STAGES)
         acc1, acc2 = _landed(acc1, acc2, BN2)
         mbarrier.arrive(empty.index(_before(at, STAGES)), pred=whole > 0)
         if rest > 0:
@@ -256,10 +261,7 @@ def multiplied_ragged(
             if rest == 32:
                 acc1, acc2 = _narrow(left, right1, right2, acc1, acc2, 0, 32, BN2)
             mbarrier.arrive(empty.index(at))
-            at += 1
-            if at == STAGES:
-                at = 0
-                phase ^= 1
+            at, phase = _after(at, phase, STAGES)
     return acc1, acc2, at, phase
 
 

@@ -255,7 +255,7 @@ def input_rows(layer: QuantLayer, x: Tensor, given: Given) -> Tensor:
         rows, factor = layer.prepare(x).reshape(rows.shape), None
     codes: Tensor = _OPS.int8_encode(
         rows, given.inverse, given.encoding, given.times, given.kind, known.counts, known.top,
-        int8_ops.numbers_of(given.frame), given.per_sample, factor, sums.places(layer) if known.grouped else None,
+        int8_ops.numbers_of(given.frame), given.per_sample, factor, places(layer),
     )
     return codes
 
@@ -265,13 +265,20 @@ def input_scale(layer: QuantLayer) -> Tensor | None:
     return layer._buffers.get("input_scale")
 
 
+def places(layer: QuantLayer) -> Tensor | None:
+    """Where the channels of groups lie (`sums.places`), where sums are over groups."""
+    return sums.places(layer) if facts(layer).grouped else None
+
+
+def several(layer: QuantLayer) -> bool:
+    """Whether a layer has more than one sum."""
+    return len(facts(layer).counts) > 1
+
+
 def sorting(layer: QuantLayer) -> tuple[list[int], Tensor | None]:
-    """Channels of each of a linear layer's sums, and where those of groups lie (`sums.places`), for what encodes its
-    input as it is made; nothing where there is one sum."""
-    known = facts(layer)
-    if len(known.counts) == 1:
-        return [], None
-    return list(known.counts), sums.places(layer) if known.grouped else None
+    """Channels of each of a linear layer's sums and their `places`, for what encodes its input as it is made; nothing
+    where there is one sum."""
+    return (list(facts(layer).counts), places(layer)) if several(layer) else ([], None)
 
 
 def codes_in_graph(layer: QuantLayer, x: Tensor, frame: Frame | None) -> Tensor:

@@ -208,7 +208,7 @@ def kind(layer: Any) -> Any:
     if unfit_layer(layer, "it") is not None or layer.spec.weight.row_bits:
         return None
     spec, quantizer = layer.spec, layer.input
-    if spec.activation.time_groups or not joined.able([layer]) or len(gpu.facts(layer).counts) > 1:
+    if spec.activation.time_groups or not joined.able([layer]) or gpu.several(layer):
         return None
     heights = tuple(quantizer._buffers[name].shape for name in TABLES), quantizer._buffers["zero_point"].dtype
     return (layer.in_channels_, layer.bias is None, spec.weight.bit_classes(), spec.weight.halved(1),

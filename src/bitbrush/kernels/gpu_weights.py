@@ -20,6 +20,10 @@ MOST = 1 << 24
 larger block an empty launch weighs little."""
 
 
+Held = dict[int, Tensor]
+"""int8 ``[N, K]`` of what a block has unpacked at once, by the identity of a layer, or of joined layers."""
+
+
 class Together(NamedTuple):
     """What a block unpacks at once.
 
@@ -57,9 +61,9 @@ def together(members: Iterable[Any]) -> Together | None:
     return Together(tuple(found), bits, halved, [each.channels for each in rows])
 
 
-def held(found: Together | None, like: Tensor) -> dict[int, Tensor]:
-    """int8 ``[N, K]`` of each member, by its identity; nothing where weights lie elsewhere (offloading), and in a graph
-    that is compiled, which would be compiled again for other objects."""
+def held(found: Together | None, like: Tensor) -> Held:
+    """The weights of all members; none where they lie elsewhere (offloading), and in a graph that is compiled, which
+    would be compiled again for other objects."""
     if found is None or torch.compiler.is_compiling():
         return {}
     rows = [_rows(member, found.bits) for member in found.members]
@@ -70,7 +74,7 @@ def held(found: Together | None, like: Tensor) -> dict[int, Tensor]:
     return {id(member): weight for member, weight in zip(found.members, made, strict=True)}
 
 
-def of(held: dict[int, Tensor], member: Any) -> Tensor | None:
+def of(held: Held, member: Any) -> Tensor | None:
     """The weight of a member, if it is there."""
     return held.get(id(member)) if held else None
 
@@ -84,8 +88,8 @@ def _kind(member: Any) -> tuple[int, bool] | None:
     spec = member.spec.weight if hasattr(member, "declare_packed") else None
     if spec is None or isinstance(member, nn.Conv2d) or spec.row_bits or len(spec.bit_classes()) > 1:
         return None
-    (bits,), known = spec.bit_classes(), gpu.facts(member)
-    return None if bits == 8 or known.grouped or len(known.counts) > 1 else (bits, bool(spec.halved(1)))
+    (bits,) = spec.bit_classes()
+    return None if bits == 8 or gpu.facts(member).grouped or gpu.several(member) else (bits, bool(spec.halved(1)))
 
 
 def _rows(member: Any, bits: int) -> _Rows:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bitbrush.kernels.triton_encode_kernels import centred, in_turn, segment_at, zero_and_top
+from bitbrush.kernels.triton_encode_kernels import centred, chunk_at, in_turn, zero_and_top
 from bitbrush.kernels.triton_norm_kernels import gelu, gelu_tanh, rounded
 
 
@@ -26,19 +26,9 @@ def activated(
     PITCH: tl.constexpr = 2 * CHANNELS if GATED else CHANNELS
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     chunk = tl.program_id(0) * CHUNKS + tl.arange(0, CHUNKS)
-    row, column = chunk // PER_ROW, ((chunk % PER_ROW) * 16)[:, None] + tl.arange(0, 16)[None, :]
-    kept = (row < rows)[:, None]
-    part = chunk * 0
-    if COUNT == 1:
-        channel, real = column, column < CHANNELS
-    elif len(PLACES) > 0:
-        part, shift, end = segment_at((chunk % PER_ROW) * 16, PLACES)
-        channel = column - shift[:, None]
-        real = channel < end[:, None]
-    else:
-        part = tl.load(places_ptr + (chunk % PER_ROW) * 16) & 255
-        channel = tl.load(places_ptr + column) >> 8
-        real = channel < CHANNELS
+    row, first = chunk // PER_ROW, (chunk % PER_ROW) * 16
+    column, kept = first[:, None] + tl.arange(0, 16)[None, :], (row < rows)[:, None]
+    channel, real, segment = chunk_at(places_ptr, first, column, PLACES, CHANNELS)
     real = kept & real
     at = x_ptr + row.to(tl.int64)[:, None] * PITCH + channel
     hidden = tl.load(at, mask=real, other=0.0).to(tl.float32)
@@ -46,8 +36,8 @@ def activated(
     if GATED:
         gate = tl.load(at + CHANNELS, mask=real, other=0.0).to(tl.float32)
     entry = tl.load(times_ptr)
-    if COUNT > 1:  # all columns of a chunk are of one sum
-        entry = (entry * COUNT + part)[:, None]
+    if COUNT > 1:
+        entry = (entry * COUNT + segment)[:, None]
     inverse = tl.load(inverse_ptr + entry)
     zero, top = zero_and_top(zero_ptr, entry, top)
     y = rounded(gelu_tanh(gate) if TANH else gelu(gate), dtype)

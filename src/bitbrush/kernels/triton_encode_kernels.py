@@ -88,6 +88,21 @@ def segment_at(column, PLACES: tl.constexpr):
     return segment, shift, end
 
 
+@triton.jit
+def chunk_at(places_ptr, column, within, PLACES: tl.constexpr, CHANNELS: tl.constexpr):
+    """(channel, whether it is no padding, segment) of chunks of 16 columns, all of one segment: the first of each, and
+    all ``within``. Without PLACES a table lists ``channel * 256 + segment`` of each column of the output: so layers
+    whose groups have other sizes share a build."""
+    if len(PLACES) > 0:
+        segment, shift, end = segment_at(column, PLACES)
+        channel = within - shift[:, None]
+        return channel, channel < end[:, None], segment
+    else:
+        segment = tl.load(places_ptr + column) & 255
+        channel = tl.load(places_ptr + within) >> 8
+        return channel, channel < CHANNELS, segment
+
+
 @triton.jit(do_not_specialize=("rows", "samples", "per_sample", "pitch", "height", "pad", "high", "wide"))
 def encode(
     x_ptr, out_ptr, factor_ptr, inverse_ptr, zero_ptr, times_ptr, places_ptr, top, rows, samples, per_sample, pitch,
@@ -96,10 +111,7 @@ def encode(
     SPATIAL: tl.constexpr, TIMES: tl.constexpr, FACTOR: tl.constexpr, CHUNKS: tl.constexpr, EARLY: tl.constexpr,
 ):
     """``code - 128`` int8 of CHUNKS times 16 channels; padding holds the zero-point's code. With SPATIAL a pixel of the
-    input is one of the frame's, or TIMES in both directions.
-
-    Without PLACES a table lists ``channel * 256 + segment`` of each column of the output: so layers whose groups have
-    other sizes share a build. All 16 columns of a chunk are of one segment.
+    input is one of the frame's, or TIMES in both directions. PLACES: see `chunk_at`.
 
     Programs count chunks of the rows, or with SPATIAL (chunks of a line of the frame, its lines, samples): so no row is
     divided by anything that is not known here. The input is asked for first, then the tables, whose address waits for
@@ -110,14 +122,7 @@ def encode(
     chunk = tl.program_id(0) * CHUNKS + tl.arange(0, CHUNKS)
     at, column = chunk // PER_ROW, (chunk % PER_ROW) * 16
     within = column[:, None] + tl.arange(0, 16)[None, :]
-    if len(PLACES) > 0:
-        segment, shift, end = segment_at(column, PLACES)
-        channel = within - shift[:, None]
-        real = channel < end[:, None]
-    else:
-        segment = tl.load(places_ptr + column) & 255
-        channel = tl.load(places_ptr + within) >> 8
-        real = channel < CHANNELS
+    channel, real, segment = chunk_at(places_ptr, column, within, PLACES, CHANNELS)
     if SPATIAL:
         sample, y, x = tl.program_id(2), tl.program_id(1), at - pad
         inside = (x >= 0) & (x < wide) & (y >= pad) & (y < pad + high)

@@ -299,7 +299,7 @@ def _activated(
         kernels.activated[(-(-out.numel() // CHUNK // CHUNKS),)](
             x, out, *tables[:3], x if factor is None else factor, x if places is None else places, float(top), len(x),
             CHANNELS=sum(counts), LENGTH=length, GATED=gated, TANH=tanh, FACTOR=factor is not None, COUNT=len(counts),
-            PLACES=() if places is not None or len(counts) == 1 else segment_places(counts), CHUNKS=CHUNKS,
+            PLACES=segment_places(counts) if places is None else (), CHUNKS=CHUNKS,
             num_warps=WARPS, enable_fp_fusion=False, **launched(x.device),
         )
     return out
