@@ -113,7 +113,7 @@ def bars() -> list[Run]:
     found += [grouped] + [Run("emoji-sd", "dgq", "w4a8", arm, preset(arm), after=grouped.name)
                           for arm in ("float-activations", *softmax)]  # fmt: skip
     found += [Run("emoji-sd", "dgq", "w4a6", arm, preset(arm), after=grouped.name)
-              for arm in ("bar", "tensor", "tensor-mse", "mse")]  # fmt: skip
+              for arm in ("bar", "mse", "tensor-mse", "tensor")]  # fmt: skip
     found += [Run(model, recipe, bits, "bar") for model, bits in (
         ("cifar10-ddpm", "w8a4"), ("cifar10-ddpm", "w4a6"), ("emoji-sd", "w8a6"), ("emoji-sd", "w4a6"),
         ("cifar10-ddpm", "w6a6")) for recipe in ("rtn", "rtn-dynamic", "qdiffusion")]  # fmt: skip

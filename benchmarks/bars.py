@@ -132,12 +132,20 @@ def against(
 
 
 def corrected(name: str, judge: Callable[[float, float], bool], arm: str) -> Callable[[Results, Results], Measured]:
-    """`against` the uncorrected network of the same quantization (``arm``, or ``arm-run1`` of ``plain-run1``): where
-    there are several, the one with most seeds, the last of them."""
+    """`within_run` against the uncorrected network."""
+    return within_run(name, judge, mine=arm, arm="plain")
+
+
+def within_run(
+    name: str, judge: Callable[[float, float], bool], *, mine: str, arm: str
+) -> Callable[[Results, Results], Measured]:
+    """`against` another arm of the same quantization (``arm``, or ``arm-run1`` of ``mine-run1``): where there are
+    several, the one with most seeds, the last of them."""
 
     def measure(rows: Results, every: Results) -> Measured:
-        runs = {r["arm"].removeprefix(arm) for r in every if r["arm"].split("-run")[0] == arm and _same(r, rows[0])}
-        found = [against(name, judge, mine=arm + run, arm="plain" + run)(rows, every)
+        like = [r for r in every if r["recipe"] == rows[0]["recipe"] and _same(r, rows[0])]
+        runs = {r["arm"].removeprefix(mine) for r in like if r["arm"].split("-run")[0] == mine}
+        found = [against(name, judge, mine=mine + run, arm=arm + run)(rows, every)
                  for run in sorted(runs, key=lambda run: (run == "", run), reverse=True)]  # fmt: skip
         return max(found, key=lambda each: each.seeds or 0, default=Measured(None, False))
 
@@ -288,6 +296,8 @@ BARS: dict[Key, list[Bar]] = {
         Bar("CLIP above one scale a tensor, same weights", "{:+.4f}", against("clip", above, arm="tensor")),
         Bar("CLIP above one scale a tensor fitted by error, same weights", "{:+.4f}",
             against("clip", above, arm="tensor-mse")),
+        Bar("the same, groups fitted by error, too (`--preset mse`)", "{:+.4f}",
+            within_run("clip", above, mine="mse", arm="tensor-mse")),
         Bar("R@1 held-out >= 0.86", "{:.3f}", metric("r1_heldout", 0.86)),
     ],
     ("emoji-sd", "vqdm", 3, 16): [
@@ -332,8 +342,13 @@ NOTES: dict[Key, Note] = {
         "bar",
         "`tune-4000`: 4,000 iterations of finetuning instead of 1,500. The loss on rows held out goes on falling, the "
         "pictures are no better for it. `no-tuning`: codes and codebooks as searched; `guided`: finetuned by the "
-        "guided estimate; `replay`: on trajectories of the student, too; `thorough`: two sets more, and a longer "
-        "search.",
+        "guided estimate; `replay`: on trajectories of the student, too. `-run2`, `-run3`: quantized again with the "
+        "same seed; the arms of a run have the same codes.",
+    ),
+    ("emoji-sd", "dgq", 4, 6): Note(
+        "bar",
+        "`tensor`, `tensor-mse`: one scale a tensor, of the range or of least error; `mse`: groups with ranges of "
+        "least error. `-run2`, `-run3`: quantized again with the same seed; the arms of a run have the same weights.",
     ),
     ("cifar10-ddpm", "tdq", 8, 4): Note(
         "bar",

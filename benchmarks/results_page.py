@@ -225,7 +225,8 @@ def codebooks() -> list[str]:
     results = [json.loads(file.read_text()) for file in sorted((HERE / "results" / "codebook_error").glob("*.json"))]
     if not results:
         return []
-    heads = ("model", "bits", "layers", "below nearest", "below GPTQ", "error beside GPTQ's, median", "not below GPTQ")
+    heads = ("model", "preset", "bits", "layers", "below nearest", "below GPTQ", "error beside GPTQ's, median",
+             "not below GPTQ")  # fmt: skip
     lines = [
         "## Codebooks beside scalar codes, layer by layer",
         "",
@@ -235,7 +236,7 @@ def codebooks() -> list[str]:
         "bar: below both in every layer.",
         "",
         f"| {' | '.join(heads)} |",
-        "|---|---:|---:|---:|---:|---:|---|",
+        "|---|---|---:|---:|---:|---:|---:|---|",
         *(f"| {' | '.join(_codebook_row(found))} |" for found in results),
         "",
     ]
@@ -251,7 +252,8 @@ def _codebook_row(found: dict[str, Any]) -> list[str]:
         count += f" (of {found['sets_done']} of {found['sets']} sets)"
     named = ", ".join(missed[:6]) + (f" and {len(missed) - 6} more" if len(missed) > 6 else "")
     bits = [row["bits"] for row in rows]
-    return [found["model"], f"{min(bits):.2f} to {max(bits):.2f}", count,
+    preset = f"`{found['preset']}`" if found.get("preset") else "the recipe's"
+    return [found["model"], preset, f"{min(bits):.2f} to {max(bits):.2f}", count,
             str(sum(row["codebooks"] < row["nearest"] for row in rows)), str(len(rows) - len(missed)),
             f"{sorted(beside.values())[len(beside) // 2]:.2f}", named or "none"]  # fmt: skip
 
